@@ -1,0 +1,105 @@
+"""A small multi-speaker corpus for machines without data: eSpeak NG speaks it, so nothing is downloaded.
+
+The wheel `espeakng-loader` (extra `demo`) carries the synthesiser, which is licensed GPL-3.0 and only called here as a
+shared library; the library itself never imports it.
+"""
+
+import ctypes
+import io
+import random
+
+import numpy as np
+import soundfile
+from datasets import Dataset, DatasetDict
+from scipy.signal import resample_poly
+
+
+SAMPLING_RATE = 16000
+
+# speaker: (accent and voice variant, words per minute, pitch 0-99, pitch range 0-99)
+SPEAKERS = {
+    "alice": ("en-us+f2", 185, 60, 50),
+    "bruno": ("en-us+m3", 175, 40, 40),
+    "clara": ("en-gb-x-rp+f4", 180, 75, 60),
+    "duncan": ("en-gb-scotland+m7", 180, 30, 40),
+    "edith": ("en-us+grandma", 175, 50, 50),
+    "felix": ("en-gb-x-rp+m1", 195, 50, 30),
+    "gwen": ("en-029+f5", 180, 65, 60),
+    "henry": ("en-gb-x-gbclan+croak", 175, 35, 40),
+}
+VERBS = ["bring", "carry", "find", "hide", "move", "paint", "sell", "throw"]
+COLOURS = ["black", "green", "orange", "purple", "red", "silver", "white", "yellow"]
+THINGS = ["basket", "camera", "guitar", "hammer", "jacket", "lantern", "mirror", "pencil", "table", "window"]
+PLACES = ["kitchen", "garden", "office", "station", "market", "river", "cellar", "tower"]
+RELATIONS = ["behind", "into", "near", "past"]
+
+
+class _Synthesiser:
+    """The eSpeak NG library in its synchronous mode: text in, 16 kHz mono samples out."""
+
+    _SYNCHRONOUS, _RATE, _PITCH, _RANGE, _UTF8 = 2, 1, 3, 4, 1
+
+    def __init__(self):
+        import espeakng_loader
+
+        self._library = ctypes.CDLL(espeakng_loader.get_library_path())
+        data_path = espeakng_loader.get_data_path().encode()
+        self._source_rate = self._library.espeak_Initialize(self._SYNCHRONOUS, 0, data_path, 0)
+        if self._source_rate <= 0:
+            raise RuntimeError(f"eSpeak NG did not start with its data at {data_path.decode()!r}.")
+        self._chunks = []
+        callback_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+        self._callback = callback_type(self._collect)  # kept: the library holds only a bare pointer
+        self._library.espeak_SetSynthCallback(self._callback)
+
+    def _collect(self, samples, count, _events):
+        if samples and count > 0:
+            self._chunks.append(np.ctypeslib.as_array(samples, shape=(count,)).copy())
+        return 0
+
+    def speak(self, text: str, voice: str, rate: int, pitch: int, pitch_range: int) -> np.ndarray:
+        """Returns the spoken `text` as a float32 array of shape (num_samples,) at 16 kHz."""
+        if self._library.espeak_SetVoiceByName(voice.encode()) != 0:
+            raise ValueError(f"eSpeak NG has no voice {voice!r}.")
+        for parameter, value in ((self._RATE, rate), (self._PITCH, pitch), (self._RANGE, pitch_range)):
+            self._library.espeak_SetParameter(parameter, value, 0)
+        self._chunks.clear()
+        encoded = text.encode()
+        self._library.espeak_Synth(encoded, ctypes.c_size_t(len(encoded) + 1), 0, 0, 0, self._UTF8, None, None)
+        samples = np.concatenate(self._chunks).astype(np.float32) / 32768
+        return resample_poly(samples, SAMPLING_RATE, self._source_rate).astype(np.float32)
+
+
+def _sentences(count: int, generator: random.Random) -> list[str]:
+    sentences = set()
+    while len(sentences) < count:
+        sentences.add(
+            f"{generator.choice(VERBS)} the {generator.choice(COLOURS)} {generator.choice(THINGS)}"
+            f" {generator.choice(RELATIONS)} the {generator.choice(PLACES)}"
+        )
+    return sorted(sentences, key=lambda _: generator.random())
+
+
+def build_demo_corpus(train_per_speaker: int = 60, test_per_speaker: int = 15, seed: int = 0) -> DatasetDict:
+    """Speaks the corpus: every sentence is said once, by one speaker, so no test sentence was ever trained on.
+
+    Returns:
+        `DatasetDict` with splits `train` and `test`, columns `audio` (bytes of a WAV file), `text`, `speaker`, `id`.
+    """
+    generator = random.Random(seed)
+    synthesiser = _Synthesiser()
+    per_speaker = train_per_speaker + test_per_speaker
+    sentences = iter(_sentences(per_speaker * len(SPEAKERS), generator))
+    rows = {"train": [], "test": []}
+    for speaker, (voice, rate, pitch, pitch_range) in SPEAKERS.items():
+        for number in range(per_speaker):
+            text = next(sentences)
+            # no two utterances of a person sound the same: rate and pitch vary by a few percent
+            wobble = generator.uniform(0.93, 1.07), generator.uniform(0.9, 1.1)
+            samples = synthesiser.speak(text, voice, round(rate * wobble[0]), round(pitch * wobble[1]), pitch_range)
+            samples += np.random.default_rng(len(rows["train"])).normal(0, 0.003, samples.shape).astype(np.float32)
+            wav = io.BytesIO()
+            soundfile.write(wav, samples, SAMPLING_RATE, format="WAV", subtype="PCM_16")
+            row = {"audio": {"bytes": wav.getvalue(), "path": None}, "text": text, "speaker": speaker}
+            rows["train" if number < train_per_speaker else "test"].append({**row, "id": f"{speaker}-{number:03d}"})
+    return DatasetDict({split: Dataset.from_list(split_rows) for split, split_rows in rows.items()})

@@ -1,0 +1,142 @@
+"""Every knob of the method, its unit, its default and why."""
+
+from dataclasses import dataclass, field
+
+from transformers import Seq2SeqTrainingArguments
+
+from .objectives import FORGET_LOSSES
+from .projection import SOLVERS, check_solver
+
+
+CHOICES = {
+    "forget_loss": FORGET_LOSSES,
+    "projection": ("orthogonal", "mean", "none"),
+    "projection_scope": ("global", "per_tensor"),
+    "projection_parameters": ("trainable", "lora"),
+    "projection_target": ("gradient",),
+    "projection_solver": SOLVERS,
+    "gradient_engine": ("auto", "gram", "func", "loop"),
+}
+
+
+@dataclass
+class OrthoGradConfig(Seq2SeqTrainingArguments):
+    """Configuration of [`OrthoGradTrainer`].
+
+    Inherits every parameter from [`~transformers.Seq2SeqTrainingArguments`] and changes none of their defaults.
+    `per_device_train_batch_size` is the number k of retain samples whose gradients one step protects.
+
+    Parameters:
+        alpha (`float`, *optional*, defaults to `0.5`):
+            Weight of the retain mean in the update; the projected forget gradient has weight 1 - alpha. 0 is pure
+            projection, 1 trains on the retain set alone (arXiv 2503.02312, equation 5).
+        forget_loss (`str`, *optional*, defaults to `"ascent"`):
+            What is ascended on the forget set: "ascent", the loss itself, unbounded, or "npo", the bounded negative
+            preference optimisation (arXiv 2404.05868).
+        npo_beta (`float`, *optional*, defaults to `1.0`):
+            Inverse temperature of NPO, in 1 / nats of per-sample loss. The larger, the sooner a sample counts as
+            forgotten.
+        per_device_forget_batch_size (`int`, *optional*, defaults to `8`):
+            Number m of forget samples per step and device; no more than the forget set has.
+        projection (`str`, *optional*, defaults to `"orthogonal"`):
+            What is taken out of the forget gradient: "orthogonal", the span of the per-sample retain gradients,
+            "mean", the direction of their mean, or "none".
+        projection_scope (`str`, *optional*, defaults to `"global"`):
+            "global" projects the gradient of all parameters as one vector; "per_tensor" each tensor alone, which
+            removes all signal from tensors with no more entries than retain samples.
+        projection_parameters (`str`, *optional*, defaults to `"trainable"`):
+            Which parameters the projection runs over: "trainable", all that are trained, or "lora", only those of the
+            LoRA adapter, so that a classifier head, say, takes the unprojected update.
+        projection_target (`str`, *optional*, defaults to `"gradient"`):
+            What is made orthogonal: "gradient", the gradient handed to the optimizer. Momentum, Adam's scaling, weight
+            decay and clipping act on it afterwards.
+        projection_solver (`str`, *optional*, defaults to `"exact"`):
+            How the projection is solved: "exact", by eigenvalues in float64, "cg", by conjugate gradients, or
+            "kaczmarz", by sweeps over the retain samples.
+        projection_iterations (`int`, *optional*):
+            Most iterations of "cg" or sweeps of "kaczmarz"; 100 by default.
+        projection_rtol (`float`, *optional*):
+            Relative tolerance: the eigenvalue cut of "exact", k times the float32 epsilon by default, or the relative
+            residual at which the iterative solvers stop, 1e-6 by default.
+        gradient_engine (`str`, *optional*, defaults to `"auto"`):
+            How inner products of per-sample gradients are found: "gram", without forming the gradients, "func", by
+            torch.func, "loop", by one backward pass per sample, or "auto", the first of these that follows the model,
+            said in the log.
+        func_chunk_size (`int`, *optional*):
+            Samples that the "func" engine vectorises at once; all retain samples of the batch by default.
+        freeze_batch_norm (`bool`, *optional*, defaults to `False`):
+            Keeps BatchNorm layers in evaluation mode while training. In training mode they couple the samples of a
+            batch, and per-sample gradients do not exist.
+        merge_adapter (`bool`, *optional*, defaults to `True`):
+            Whether `save_model()` and `push_to_hub()` write a LoRA model merged into its base. Deleting an adapter
+            undoes the unlearning it holds. Checkpoints keep the adapter.
+    """
+
+    alpha: float = field(
+        default=0.5,
+        metadata={"help": "Weight of the retain mean in the update; the projected forget gradient has weight 1 - alpha."},
+    )
+    forget_loss: str = field(
+        default="ascent", metadata={"help": "What is ascended on the forget set: 'ascent' or the bounded 'npo'."}
+    )
+    npo_beta: float = field(default=1.0, metadata={"help": "Inverse temperature of NPO, in 1 / nats of per-sample loss."})
+    per_device_forget_batch_size: int = field(
+        default=8, metadata={"help": "Number m of forget samples per step and device; no more than the forget set has."}
+    )
+    projection: str = field(
+        default="orthogonal",
+        metadata={"help": "What is taken out of the forget gradient: 'orthogonal', 'mean' or 'none'."},
+    )
+    projection_scope: str = field(
+        default="global", metadata={"help": "Project all parameters as one vector, 'global', or 'per_tensor'."}
+    )
+    projection_parameters: str = field(
+        default="trainable", metadata={"help": "Which parameters the projection runs over: 'trainable' or 'lora'."}
+    )
+    projection_target: str = field(default="gradient", metadata={"help": "What is made orthogonal: 'gradient'."})
+    projection_solver: str = field(
+        default="exact", metadata={"help": "How the projection is solved: 'exact', 'cg' or 'kaczmarz'."}
+    )
+    projection_iterations: int | None = field(
+        default=None, metadata={"help": "Most iterations of 'cg' or sweeps of 'kaczmarz'; 100 by default."}
+    )
+    projection_rtol: float | None = field(
+        default=None, metadata={"help": "Relative tolerance of the solver; by default that of float32 products."}
+    )
+    gradient_engine: str = field(
+        default="auto",
+        metadata={"help": "How inner products of per-sample gradients are found: 'auto', 'gram', 'func' or 'loop'."},
+    )
+    func_chunk_size: int | None = field(
+        default=None, metadata={"help": "Samples that the 'func' engine vectorises at once; all by default."}
+    )
+    freeze_batch_norm: bool = field(
+        default=False, metadata={"help": "Keeps BatchNorm layers in evaluation mode while training."}
+    )
+    merge_adapter: bool = field(
+        default=True,
+        metadata={"help": "Whether save_model() and push_to_hub() write a LoRA model merged into its base."},
+    )
+
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {getattr(self, name)!r}.")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"`alpha` must lie in [0, 1], but is {self.alpha}.")
+        if not self.npo_beta > 0:
+            raise ValueError(f"`npo_beta` must be positive, but is {self.npo_beta}.")
+        for name in ("per_device_forget_batch_size", "func_chunk_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
+        self._check_solver()
+        super().__post_init__()
+
+    def _check_solver(self) -> None:
+        try:
+            check_solver(self.projection_solver, self.projection_iterations, self.projection_rtol)
+        except ValueError as error:
+            raise ValueError(
+                f"`projection_solver`={self.projection_solver!r}, `projection_iterations`={self.projection_iterations}, "
+                f"`projection_rtol`={self.projection_rtol}: {error}"
+            ) from error

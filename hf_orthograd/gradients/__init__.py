@@ -1,0 +1,24 @@
+"""From a forget and a retain batch to the inner products of their gradients."""
+
+from .base import GradientEngine, Parameters, StepGradients, UnsupportedModelError
+from .functional import FunctionalEngine
+from .gram import GramEngine
+from .layers import register_rule
+from .loop import LoopEngine
+from .plain import PlainEngine
+from .selection import choose_engine, preserved_random_state
+
+
+__all__ = [
+    "FunctionalEngine",
+    "GradientEngine",
+    "GramEngine",
+    "LoopEngine",
+    "Parameters",
+    "PlainEngine",
+    "StepGradients",
+    "UnsupportedModelError",
+    "choose_engine",
+    "preserved_random_state",
+    "register_rule",
+]

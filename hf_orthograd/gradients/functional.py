@@ -1,0 +1,59 @@
+"""Per-sample gradients by torch.func: one vectorised backward over the retain samples, in chunks."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .base import Parameters, PerSampleLosses, UnsupportedModelError
+from .loop import MaterializingEngine
+
+
+class FunctionalEngine(MaterializingEngine):
+    """`torch.func.vmap` over `grad_and_value` of one sample's loss.
+
+    Args:
+        parameters ([`Parameters`]): What to differentiate by.
+        per_sample_losses (`Callable`): The losses of a batch; called with one sample at a time, vectorised.
+        chunk_size (`int`, *optional*): Samples vectorised at once; all of the batch by default.
+    """
+
+    name = "func"
+
+    def __init__(self, parameters: Parameters, per_sample_losses: PerSampleLosses, chunk_size: int | None = None):
+        super().__init__(parameters, per_sample_losses)
+        self.chunk_size = chunk_size
+
+    def retain_rows(self, model: nn.Module, retain: Mapping) -> tuple[Tensor, dict[str, Tensor]]:
+        tensors = {name: value for name, value in retain.items() if isinstance(value, Tensor)}
+        constants = {name: value for name, value in retain.items() if not isinstance(value, Tensor)}
+
+        def loss_of_one(trainable: dict[str, Tensor], sample: dict[str, Tensor]) -> Tensor:
+            batch_of_one = {name: value[None] for name, value in sample.items()}
+            functional_model = _FunctionalModel(model, trainable)
+            return self.per_sample_losses(functional_model, {**batch_of_one, **constants})[0]
+
+        gradient_of_one = torch.func.grad_and_value(loss_of_one)
+        vectorised = torch.func.vmap(gradient_of_one, (None, 0), randomness="different", chunk_size=self.chunk_size)
+        trainable = {name: parameter.detach() for name, parameter in self.parameters.trainable.items()}
+        try:
+            rows, losses = vectorised(trainable, tensors)
+        except RuntimeError as error:
+            raise UnsupportedModelError(
+                f"torch.func cannot vectorise {type(model).__name__} over samples ({str(error).splitlines()[0]}). "
+                "Set `gradient_engine` to 'gram' or 'loop'."
+            ) from error
+        return losses, rows
+
+
+class _FunctionalModel:
+    """A model called with other parameters than its own; everything else it answers as the model does."""
+
+    def __init__(self, model: nn.Module, parameters: dict[str, Tensor]):
+        self._model, self._parameters = model, parameters
+
+    def __call__(self, **inputs):
+        return torch.func.functional_call(self._model, self._parameters, (), inputs)
+
+    def __getattr__(self, name: str):
+        return getattr(self._model, name)

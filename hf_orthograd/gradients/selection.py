@@ -1,0 +1,125 @@
+"""Which engine a run uses: found by trying it on a few samples, and said in the log."""
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .base import GradientEngine, Parameters, PerSampleLosses, UnsupportedModelError
+from .functional import FunctionalEngine
+from .gram import GramEngine
+from .loop import LoopEngine
+
+
+logger = logging.get_logger(__name__)
+
+# relative difference of inner products above which an engine counts as wrong for the model
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+def make_engine(name: str, parameters: Parameters, losses: PerSampleLosses, chunk_size: int | None) -> GradientEngine:
+    """Builds the engine called "gram", "func" or "loop"."""
+    if name == "func":
+        return FunctionalEngine(parameters, losses, chunk_size)
+    return {"gram": GramEngine, "loop": LoopEngine}[name](parameters, losses)
+
+
+def choose_engine(
+    requested: str,
+    parameters: Parameters,
+    losses: PerSampleLosses,
+    model: nn.Module,
+    forget: Mapping,
+    retain: Mapping,
+    *,
+    per_tensor: bool = False,
+    chunk_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> GradientEngine:
+    """Picks an engine and checks it on a few samples against one backward pass per sample.
+
+    Args:
+        requested (`str`): "auto", or the one engine to use.
+        parameters ([`Parameters`]): What is trained and what is projected.
+        losses (`Callable`): Per-sample losses of a batch.
+        model (`torch.nn.Module`): The model in training mode.
+        forget, retain (`Mapping`): Inputs of a few samples each, with labels.
+        per_tensor (`bool`): Whether tensors will be projected one by one.
+        chunk_size (`int`, *optional*): Of the "func" engine.
+        dtype (`torch.dtype`): Precision of the forward pass.
+
+    Returns:
+        [`GradientEngine`]. "auto" falls back from "gram" to "func" to "loop", with a warning that says why.
+
+    Raises:
+        UnsupportedModelError: The requested engine cannot follow the model or finds other inner products.
+        ValueError: The requested engine cannot project tensor by tensor.
+    """
+    names = ("gram", "func", "loop") if requested == "auto" else (requested,)
+    for name in names:
+        engine = make_engine(name, parameters, losses, chunk_size)
+        try:
+            if per_tensor and not engine.supports_per_tensor:
+                raise UnsupportedModelError(
+                    f"`gradient_engine` is {name!r}, which cannot project tensor by tensor. Set it to 'func' or 'loop', "
+                    "or `projection_scope` to 'global'."
+                )
+            check_engine(engine, model, forget, retain, TOLERANCE[dtype])
+        except UnsupportedModelError as error:
+            if name == names[-1]:
+                raise
+            logger.warning(f"Not using the gradient engine {name!r}: {error}")
+            continue
+        if requested == "auto":
+            logger.info(f"Using the gradient engine {name!r}: it agrees with one backward pass per sample.")
+        return engine
+    raise AssertionError("unreachable: the last engine is returned or raises")
+
+
+def check_engine(
+    engine: GradientEngine, model: nn.Module, forget: Mapping, retain: Mapping, tolerance: float
+) -> None:
+    """Compares an engine's inner products with those of plain backward passes, parameter by parameter.
+
+    Raises:
+        UnsupportedModelError: They differ; the message names the parameters.
+    """
+    if engine.name == "loop":
+        return
+    reference = LoopEngine(engine.parameters, engine.per_sample_losses)
+    # torch.func draws its own random numbers for each sample, so that only without dropout the two can agree
+    was_training = model.training
+    model.train(was_training and engine.name != "func")
+    try:
+        with preserved_random_state():
+            grams = engine.measure(model, forget, retain, torch.ones_like).grams
+        with preserved_random_state():
+            expected = reference.measure(model, forget, retain, torch.ones_like).grams
+    finally:
+        model.train(was_training)
+    scale = max(gram.abs().max().item() for gram in expected.values())
+    wrong = [
+        name
+        for name, gram in expected.items()
+        if not (grams[name] - gram).abs().max() <= tolerance * gram.abs().max() + 1e-6 * scale
+    ]
+    if wrong:
+        listed = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        raise UnsupportedModelError(
+            f"The gradient engine {engine.name!r} finds other inner products than one backward pass per sample for "
+            f"{listed}. Set `gradient_engine` to 'loop'."
+        )
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Leaves torch's, numpy's and Python's random numbers where they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)

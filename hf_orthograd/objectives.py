@@ -1,0 +1,207 @@
+"""The loss of each sample of a batch, and what is ascended on the forget set.
+
+Models of transformers return one loss, the mean over all unmasked tokens of the batch. Here each sample has its own: the
+mean over its tokens. The retain mean is the mean over samples, which differs from the mean over tokens where lengths
+differ: every sample counts the same, however long.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto as auto
+
+
+FORGET_LOSSES = ("ascent", "npo")
+IGNORED_LABEL = -100
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each sample, the mean over its tokens, in nats.
+
+    Args:
+        logits (`torch.Tensor`): Shape (B, T, V).
+        labels (`torch.Tensor`): Shape (B, T); positions at -100 do not count.
+
+    Returns:
+        `torch.Tensor` of shape (B,), float32.
+    """
+    losses = F.cross_entropy(
+        logits.float().transpose(1, 2), labels.to(logits.device), reduction="none", ignore_index=IGNORED_LABEL
+    )
+    return losses.sum(dim=1) / (labels != IGNORED_LABEL).sum(dim=1)
+
+
+def causal_token_losses(outputs, inputs: Mapping, model: nn.Module) -> Tensor:
+    """Position t predicts label t + 1, as in the causal language models of transformers."""
+    return token_losses(outputs.logits[:, :-1], inputs["labels"][:, 1:])
+
+
+def aligned_token_losses(outputs, inputs: Mapping, model: nn.Module) -> Tensor:
+    """Encoder-decoder models and token classifiers: position t predicts label t."""
+    return token_losses(outputs.logits, inputs["labels"])
+
+
+def class_losses(outputs, inputs: Mapping, model: nn.Module) -> Tensor:
+    """Cross-entropy of one class for each sample; shape (B,)."""
+    return F.cross_entropy(outputs.logits.float(), inputs["labels"], reduction="none")
+
+
+def ctc_losses(outputs, inputs: Mapping, model: nn.Module) -> Tensor:
+    """Connectionist temporal classification for each sample, shape (B,).
+
+    Under `config.ctc_loss_reduction="mean"` each loss is divided by its number of labels, as torch does before it takes
+    the mean; under "sum" it is the total, in nats.
+    """
+    config, labels = model.config, inputs["labels"]
+    present = labels >= 0
+    attention_mask = inputs.get("attention_mask")
+    if attention_mask is None:
+        frames = torch.full((len(labels),), outputs.logits.shape[1], dtype=torch.long, device=labels.device)
+    else:
+        frames = model._get_feat_extract_output_lengths(attention_mask.sum(dim=-1)).long()
+    target_lengths = present.sum(dim=-1)
+    log_probabilities = F.log_softmax(outputs.logits.float(), dim=-1).transpose(0, 1)
+    # CUDA's own kernel for CTC is not deterministic
+    with torch.backends.cudnn.flags(enabled=False):
+        losses = F.ctc_loss(
+            log_probabilities,
+            labels.masked_select(present),
+            frames,
+            target_lengths,
+            blank=config.pad_token_id,
+            reduction="none",
+            zero_infinity=config.ctc_zero_infinity,
+        )
+    return losses / target_lengths if config.ctc_loss_reduction == "mean" else losses
+
+
+Family = Callable[[object, Mapping, nn.Module], Tensor]
+
+_FAMILIES: list[tuple[Mapping, Family]] = [
+    (auto.MODEL_FOR_CTC_MAPPING_NAMES, ctc_losses),
+    (auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, aligned_token_losses),
+    (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, aligned_token_losses),
+    (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, aligned_token_losses),
+    (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, aligned_token_losses),
+    (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, causal_token_losses),
+    (auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, class_losses),
+    (auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES, class_losses),
+    (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, class_losses),
+]
+
+
+def find_family(model: nn.Module) -> Family:
+    """Finds how this model's loss splits over samples, from the tables of its class in transformers.
+
+    Raises:
+        ValueError: The class stands in none of the tables.
+    """
+    name = type(model).__name__
+    for class_names, family in _FAMILIES:
+        if name in _flatten(class_names.values()):
+            return family
+    raise ValueError(
+        f"The per-sample loss of {name} is not known. Pass `compute_loss_func(outputs, labels, num_items_in_batch=None)` "
+        "that returns one loss for each sample, shape (batch size,)."
+    )
+
+
+def _flatten(names) -> set[str]:
+    return {name for entry in names for name in ([entry] if isinstance(entry, str) else entry)}
+
+
+def find_unlabelled_rows(labels: Tensor, shifted: bool) -> list[int]:
+    """Rows of a batch without a single label that counts.
+
+    Args:
+        labels (`torch.Tensor`): Shape (B,) or (B, T).
+        shifted (`bool`): Whether the first position is never predicted, as in causal language models.
+    """
+    if labels.ndim < 2 or labels.is_floating_point():
+        return []
+    counted = labels[:, 1:] if shifted else labels
+    return (~(counted >= 0).any(dim=1)).nonzero().flatten().tolist()
+
+
+class PerSampleLoss:
+    """The losses of a batch's samples under a model.
+
+    Args:
+        model (`torch.nn.Module`): The model, unwrapped, whose class tells the family of its loss.
+        compute_loss_func (`Callable`, *optional*): The user's own, with the signature that `Trainer` documents; it
+            must return shape (B,) here.
+    """
+
+    def __init__(self, model: nn.Module, compute_loss_func: Callable | None = None):
+        self._model = model
+        self._compute_loss_func = compute_loss_func
+        self._family = find_family(model) if compute_loss_func is None else None
+
+    @property
+    def shifts_labels(self) -> bool:
+        return self._family is causal_token_losses
+
+    def __call__(self, model: nn.Module, inputs: Mapping) -> Tensor:
+        """Runs `model`, wrapped or not, on the inputs; returns losses of shape (B,), in nats for the built-in ones."""
+        losses, _ = self.with_outputs(model, inputs)
+        return losses
+
+    def with_outputs(self, model: nn.Module, inputs: Mapping) -> tuple[Tensor, object]:
+        """Also returns the model's outputs, which hold the loss that the model itself computed."""
+        if self._compute_loss_func is None:
+            outputs = model(**inputs)
+            return self._family(outputs, inputs, self._model), outputs
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        return self._compute_loss_func(outputs, labels, num_items_in_batch=None), outputs
+
+
+def check_per_sample(losses: object, batch_size: int) -> None:
+    """Raises `ValueError` unless `losses` is one number for each sample."""
+    if not isinstance(losses, Tensor) or losses.shape != (batch_size,):
+        found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+        raise ValueError(
+            f"The loss must be one number for each sample, shape ({batch_size},), but `compute_loss_func` returned "
+            f'{found}: use reduction="none" and take the mean over each sample\'s own tokens.'
+        )
+
+
+class Ascent:
+    """Gradient ascent on the loss itself. Unbounded."""
+
+    def slopes(self, losses: Tensor) -> Tensor:
+        """Ones, shape (m,)."""
+        return torch.ones_like(losses)
+
+    def value(self, losses: Tensor) -> Tensor:
+        """What is ascended: the mean loss, in nats."""
+        return losses.mean()
+
+
+class NegativePreference:
+    """Negative preference optimisation (arXiv 2404.05868, equation 3), a bounded form of ascent.
+
+    NPO minimises `(2 / beta) log(1 + (p / p_ref)^beta)`. The paper takes the log-likelihood of the whole sequence; here
+    `log p` is minus the per-sample loss, a mean over tokens, so that `beta` means the same for short and long samples.
+
+    Args:
+        reference_losses (`torch.Tensor`): Shape (m,), the samples' losses under the starting model, in nats.
+        beta (`float`): Inverse temperature, 1 / nats.
+    """
+
+    def __init__(self, reference_losses: Tensor, beta: float):
+        self._reference_losses, self._beta = reference_losses, beta
+
+    def slopes(self, losses: Tensor) -> Tensor:
+        """`2 sigmoid(beta (reference - loss))`, shape (m,).
+
+        1 at the start, as in ascent; 0 in the limit, as the loss rises above the reference.
+        """
+        return 2 * torch.sigmoid(self._beta * (self._reference_losses - losses))
+
+    def value(self, losses: Tensor) -> Tensor:
+        """What is ascended: minus the mean of what NPO minimises."""
+        return -(2 / self._beta * F.softplus(self._beta * (self._reference_losses - losses))).mean()

@@ -1,0 +1,273 @@
+"""From inner products to the projection: which combination of retain gradients to take out of the forget gradient.
+
+With the retain gradients as the rows of G, shape (k, d), and the forget gradient g_u, shape (d,), the projected gradient
+is `g_u - G^T c` where `c` solves `(G G^T) c = G g_u` (arXiv 2503.02312, Algorithm 1, which writes it with a QR
+factorisation of G^T). Only inner products enter `c`, so it can be found without holding the gradients.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+SOLVERS = ("exact", "cg", "kaczmarz")
+DEFAULT_ITERATIONS = {"cg": 100, "kaczmarz": 100}
+DEFAULT_ITERATIVE_RTOL = 1e-6
+
+# float64 working copies of explicit vectors are made for this many columns at a time
+_COLUMNS_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The solution of one projection, for k retain rows.
+
+    Parameters:
+        coefficients (`torch.Tensor`): Shape (k,), float64, on the CPU. The projected gradient is `g_u - sum_i coefficients[i] * g_i`.
+        kept_signal (`float`): `||g_perp|| / ||g_u||`, in [0, 1]; 0 when the forget gradient is zero.
+        rank (`int`): Number of independent retain directions, by the eigenvalue cut.
+        residual (`float`): Largest `|cos(g_perp, g_i)|` over the retain rows, computed from the same inner products.
+    """
+
+    coefficients: Tensor
+    kept_signal: float
+    rank: int
+    residual: float
+
+
+def check_solver(solver: str, num_iterations: int | None, rtol: float | None) -> None:
+    """Raises `ValueError` naming the offending argument and its value."""
+    if solver not in SOLVERS:
+        raise ValueError(f"`solver` must be one of {', '.join(SOLVERS)}, but is {solver!r}.")
+    if num_iterations is not None and num_iterations < 1:
+        raise ValueError(f"`num_iterations` must be at least 1, but is {num_iterations}.")
+    if num_iterations is not None and solver == "exact":
+        raise ValueError(f"`num_iterations` is {num_iterations}, but the solver 'exact' has no iterations: use 'cg' or 'kaczmarz'.")
+    if rtol is not None and not 0 < rtol < 1:
+        raise ValueError(f"`rtol` must lie strictly between 0 and 1, but is {rtol}.")
+
+
+def solve_projection(
+    gram: Tensor,
+    *,
+    solver: str = "exact",
+    num_iterations: int | None = None,
+    rtol: float | None = None,
+    input_precision: float = torch.finfo(torch.float32).eps,
+) -> Projection:
+    """Solves for the projection from a Gram matrix.
+
+    Args:
+        gram (`torch.Tensor`): Shape (1 + k, 1 + k). Inner products of [forget gradient; k retain gradients], symmetric.
+        solver (`str`): "exact" (eigenvalues in float64), "cg" (conjugate gradients) or "kaczmarz" (row-action sweeps).
+        num_iterations (`int`, *optional*): Most iterations (cg) or sweeps (kaczmarz).
+        rtol (`float`, *optional*): For "exact", eigenvalues below `rtol` times the largest count as zero; by default k
+            times `input_precision`. For the iterative solvers, the tolerance on `||residual|| / ||G g_u||` at which
+            they stop.
+        input_precision (`float`): Relative error of the entries of `gram`; that of float32 products by default.
+
+    Returns:
+        [`Projection`]. A matrix that is not finite gives coefficients that are NaN: a gradient scaler then sees the
+        overflow and skips the step, where a finite answer would hide it.
+    """
+    check_solver(solver, num_iterations, rtol)
+    gram = gram.detach().to("cpu", torch.float64)  # k numbers: one transfer, and no device without float64 matters
+    k = gram.shape[0] - 1
+    if not torch.isfinite(gram).all():
+        return Projection(gram.new_full((k,), math.nan), math.nan, 0, math.nan)
+
+    # columns may be scaled freely: with unit rows the eigenvalue cut does not depend on the scale of a sample's loss
+    norms = gram.diagonal().clamp_min(0).sqrt()
+    forget_norm = norms[0].item()
+    scale = torch.where(norms[1:] > 0, 1 / norms[1:], 0)
+    system = gram[1:, 1:] * scale * scale[:, None]
+    target = gram[1:, 0] * scale
+
+    cut = rtol if solver == "exact" and rtol is not None else max(k, 1) * input_precision
+    eigenvalues, eigenvectors = torch.linalg.eigh(system)
+    independent = eigenvalues > cut * eigenvalues[-1:].clamp_min(0) if k else eigenvalues.bool()
+    if solver == "exact":
+        basis = eigenvectors[:, independent]
+        solution = basis @ ((basis.T @ target) / eigenvalues[independent])
+    elif solver == "cg":
+        solution = conjugate_gradients(lambda v: system @ v, target, num_iterations, rtol)
+    else:
+        solution = _kaczmarz_on_gram(system, target, num_iterations, rtol)
+
+    remainder = target - system @ solution  # <g_i, g_perp> / ||g_i||
+    kept_squared = gram[0, 0] - target @ solution - remainder @ solution
+    kept_norm = kept_squared.clamp_min(0).sqrt().item()
+    # g_perp below the rounding error of the products has no direction left to speak of
+    measurable = kept_norm > math.sqrt(input_precision) * forget_norm and k > 0
+    return Projection(
+        coefficients=solution * scale,
+        kept_signal=kept_norm / forget_norm if forget_norm > 0 else 0.0,
+        rank=int(independent.sum()),
+        residual=remainder.abs().max().item() / kept_norm if measurable else 0.0,
+    )
+
+
+def solve_projections(grams: dict[str, Tensor], per_tensor: bool, **settings) -> tuple[dict[str, Tensor], Projection]:
+    """Solves for all parameters as one vector, or for each tensor alone.
+
+    Args:
+        grams (`dict[str, torch.Tensor]`): Each parameter's share of the Gram matrix, shape (1 + k, 1 + k).
+        per_tensor (`bool`): Whether each tensor is projected alone.
+        settings: Passed to [`solve_projection`].
+
+    Returns:
+        The coefficients (k,) for each parameter, and a summary: kept signal of the whole gradient, largest rank and
+        largest residual.
+    """
+    if not per_tensor:
+        projection = solve_projection(torch.stack(list(grams.values())).sum(dim=0), **settings)
+        return dict.fromkeys(grams, projection.coefficients), projection
+    projections = {name: solve_projection(gram, **settings) for name, gram in grams.items()}
+    squared = {name: gram[0, 0].item() for name, gram in grams.items()}
+    kept = sum(projection.kept_signal**2 * squared[name] for name, projection in projections.items())
+    total = sum(squared.values())
+    summary = Projection(
+        coefficients=torch.empty(0),
+        kept_signal=math.sqrt(kept / total) if total > 0 else 0.0,
+        rank=max(projection.rank for projection in projections.values()),
+        residual=max(projection.residual for projection in projections.values()),
+    )
+    return {name: projection.coefficients for name, projection in projections.items()}, summary
+
+
+def project_orthogonal(
+    forget_gradient: Tensor,
+    retain_gradients: Tensor,
+    *,
+    solver: str = "exact",
+    num_iterations: int | None = None,
+    rtol: float | None = None,
+) -> Tensor:
+    """Projects a gradient onto the orthogonal complement of the span of others (arXiv 2503.02312, Algorithm 1).
+
+    Duplicated rows, zero rows and more rows than dimensions (k > d) are handled: only directions that are in the span
+    are removed, each once.
+
+    Args:
+        forget_gradient (`torch.Tensor`): Shape (d,).
+        retain_gradients (`torch.Tensor`): Shape (k, d); k = 0 returns the forget gradient.
+        solver (`str`): "exact" forms the k x k Gram matrix once, 2 k^2 d operations. "cg" and "kaczmarz" touch the rows
+            only, 4 k d operations an iteration or sweep, and are exact in the limit.
+        num_iterations (`int`, *optional*): Most iterations of "cg" or sweeps of "kaczmarz"; 100 by default.
+        rtol (`float`, *optional*): See [`solve_projection`]; for "exact" the default is 10 k times the float64 epsilon.
+
+    Returns:
+        `torch.Tensor` of shape (d,), in the dtype and on the device of `forget_gradient`. Sums run in float64.
+
+    Raises:
+        ValueError: Shapes that do not fit, an unknown solver, or a setting out of its range.
+    """
+    check_solver(solver, num_iterations, rtol)
+    if forget_gradient.ndim != 1 or retain_gradients.ndim != 2 or retain_gradients.shape[1] != forget_gradient.shape[0]:
+        raise ValueError(
+            "`forget_gradient` must have shape (d,) and `retain_gradients` shape (k, d), but they have shapes "
+            f"{tuple(forget_gradient.shape)} and {tuple(retain_gradients.shape)}."
+        )
+    k = retain_gradients.shape[0]
+    if k == 0:
+        return forget_gradient.clone()
+    if solver == "exact":
+        rows = [forget_gradient[None], retain_gradients]
+        gram = forget_gradient.new_zeros((1 + k, 1 + k), dtype=torch.float64)
+        for columns in _column_slices(forget_gradient.shape[0]):
+            block = torch.cat([row[:, columns] for row in rows]).to(torch.float64)
+            gram += block @ block.T
+        precision = 10 * torch.finfo(torch.float64).eps
+        coefficients = solve_projection(gram, rtol=rtol, input_precision=precision).coefficients
+    elif solver == "cg":
+        coefficients = _conjugate_gradients_on_rows(forget_gradient, retain_gradients, num_iterations, rtol)
+    else:
+        return _kaczmarz_on_rows(forget_gradient, retain_gradients, num_iterations, rtol)
+    return _subtract_combination(forget_gradient, retain_gradients, coefficients)
+
+
+def conjugate_gradients(
+    multiply: Callable[[Tensor], Tensor], target: Tensor, num_iterations: int | None, rtol: float | None
+) -> Tensor:
+    """Solves `A x = target` for a positive semi-definite A known by its products (Hestenes and Stiefel, 1952).
+
+    Args:
+        multiply (`Callable`): Maps a vector of shape (k,) to A times it.
+        target (`torch.Tensor`): Shape (k,), in the range of A, as `G g_u` is for `A = G G^T`.
+        num_iterations (`int`, *optional*): Most iterations; 100 by default.
+        rtol (`float`, *optional*): Stops at `||target - A x|| <= rtol ||target||`; 1e-6 by default.
+
+    Returns:
+        `torch.Tensor` of shape (k,).
+    """
+    num_iterations = num_iterations or DEFAULT_ITERATIONS["cg"]
+    tolerance = (rtol or DEFAULT_ITERATIVE_RTOL) * target.norm()
+    solution = torch.zeros_like(target)
+    remainder, direction = target.clone(), target.clone()
+    squared = remainder @ remainder
+    for _ in range(num_iterations):
+        if squared.sqrt() <= tolerance:
+            break
+        product = multiply(direction)
+        step = squared / (direction @ product)
+        solution = solution + step * direction
+        remainder = remainder - step * product
+        previous, squared = squared, remainder @ remainder
+        direction = remainder + (squared / previous) * direction
+    return solution
+
+
+def _kaczmarz_on_gram(system: Tensor, target: Tensor, num_iterations: int | None, rtol: float | None) -> Tensor:
+    """Sweeps over the rows, taking the component along each out in turn: Gauss-Seidel on the Gram system."""
+    tolerance = (rtol or DEFAULT_ITERATIVE_RTOL) * target.norm()
+    solution = torch.zeros_like(target)
+    for _ in range(num_iterations or DEFAULT_ITERATIONS["kaczmarz"]):
+        for i in range(len(target)):
+            if system[i, i] > 0:
+                solution[i] += (target[i] - system[i] @ solution) / system[i, i]
+        if (target - system @ solution).norm() <= tolerance:
+            break
+    return solution
+
+
+def _kaczmarz_on_rows(forget_gradient: Tensor, rows: Tensor, num_iterations: int | None, rtol: float | None) -> Tensor:
+    """The same sweeps on the vectors: each step is one Gram-Schmidt step against a row as it is, not orthonormalised."""
+    norms = rows.norm(dim=1)
+    used = [i for i in range(len(rows)) if norms[i] > 0]
+    projected = forget_gradient.clone()
+    target = (rows @ forget_gradient)[used] / norms[used]
+    for _ in range(num_iterations or DEFAULT_ITERATIONS["kaczmarz"]):
+        for i in used:
+            projected -= (rows[i] @ projected) / norms[i] ** 2 * rows[i]
+        if ((rows @ projected)[used] / norms[used]).norm() <= (rtol or DEFAULT_ITERATIVE_RTOL) * target.norm():
+            break
+    return projected
+
+
+def _conjugate_gradients_on_rows(
+    forget_gradient: Tensor, rows: Tensor, num_iterations: int | None, rtol: float | None
+) -> Tensor:
+    norms = rows.norm(dim=1).to(torch.float64)
+    scale = torch.where(norms > 0, 1 / norms, 0)
+
+    def multiply(vector: Tensor) -> Tensor:
+        combination = (vector * scale).to(rows.dtype) @ rows
+        return scale * (rows @ combination)
+
+    return scale * conjugate_gradients(multiply, scale * (rows @ forget_gradient), num_iterations, rtol)
+
+
+def _subtract_combination(forget_gradient: Tensor, rows: Tensor, coefficients: Tensor) -> Tensor:
+    projected = torch.empty_like(forget_gradient)
+    coefficients = coefficients.to(rows.device)
+    for columns in _column_slices(forget_gradient.shape[0]):
+        combination = coefficients @ rows[:, columns].to(torch.float64)
+        projected[columns] = (forget_gradient[columns].to(torch.float64) - combination).to(projected.dtype)
+    return projected
+
+
+def _column_slices(length: int) -> list[slice]:
+    return [slice(start, start + _COLUMNS_AT_ONCE) for start in range(0, length, _COLUMNS_AT_ONCE)]

@@ -1,0 +1,350 @@
+"""[`OrthoGradTrainer`]: transformers' Trainer with a forget set."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
+from transformers import Seq2SeqTrainer, TrainingArguments
+
+from . import validation
+from .config import OrthoGradConfig
+from .data import SAMPLE_INDEX, CyclingBatchSampler, IndexedCollator, IndexedDataset
+from .gradients import GradientEngine, PlainEngine, StepGradients, choose_engine, preserved_random_state
+from .objectives import Ascent, NegativePreference, PerSampleLoss
+from .projection import Projection, solve_projections
+from .reference import ReferenceLosses
+
+
+class PairedBatch(dict):
+    """The two batches of an unlearning step: "forget" and, unless the update needs none, "retain"."""
+
+
+class OrthoGradTrainer(Seq2SeqTrainer):
+    """Trainer that makes a model forget `forget_dataset` while it keeps learning from `train_dataset`.
+
+    Each step ascends the forget gradient after projecting it onto the orthogonal complement of the gradients of the
+    step's retain samples, and descends their mean (arXiv 2503.02312). Without `forget_dataset` it is Trainer.
+
+    Args:
+        model, args, data_collator, train_dataset, ...: As in [`~transformers.Seq2SeqTrainer`]. `train_dataset` is the
+            retain set. `args` may be an [`OrthoGradConfig`] or plain `TrainingArguments`, which get its defaults.
+            `compute_loss_func`, where the model's own loss is not known per sample, must return shape (batch size,).
+        forget_dataset (`torch.utils.data.Dataset` or `datasets.Dataset`, *optional*): What to forget, with the columns
+            of `train_dataset`.
+
+    Raises:
+        ValueError: Bad input, before the first step; the message names the argument and what to do.
+        FloatingPointError: A loss that is not finite, from `train()`, naming the step and the samples.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        model_init: Callable[[], nn.Module] | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        optimizer_cls_and_kwargs: tuple | None = None,
+        preprocess_logits_for_metrics: Callable | None = None,
+        *,
+        forget_dataset=None,
+    ):
+        args = as_config(args)
+        if forget_dataset is not None:
+            validation.check_datasets(args, forget_dataset, train_dataset)
+        self.forget_dataset = forget_dataset
+        # kept from Trainer, which would take its loss as already scaled for accumulation
+        self._per_sample_loss_func = compute_loss_func if forget_dataset is not None else None
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset if train_dataset is not None else forget_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func if forget_dataset is None else None,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
+        self._has_retain = train_dataset is not None and (not hasattr(train_dataset, "__len__") or len(train_dataset) > 0)
+        if not self._has_retain and forget_dataset is not None:
+            self.train_dataset = forget_dataset
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._engine: GradientEngine | None = None
+        self._forget_batches: Iterator | None = None
+        self._publishing = False
+        if forget_dataset is not None:
+            validation.check_launch(self.args, self.accelerator.num_processes)
+            validation.find_parameters(self.model, self.args)
+            if self.args.forget_loss == "npo":
+                self.add_callback(ReferenceLosses())
+
+    # ---- The step: forward, inner products, k numbers, one backward ----
+
+    def train(self, *args, **kwargs):
+        """As [`~transformers.Trainer.train`]; bad input is found before the first step."""
+        self._engine = self._forget_batches = None
+        return super().train(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
+        if self.forget_dataset is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if self._engine is None:
+            self._prepare_unlearning(model)
+        if self._has_retain:
+            pair = PairedBatch(forget=next(self._forget_batches), retain={**inputs})
+        else:
+            pair = PairedBatch(forget={**inputs})
+        # a mean over samples, not over tokens: the number of tokens would be that of the retain batch alone
+        return super().training_step(model, pair, None)
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
+        if isinstance(inputs, PairedBatch):
+            return self._unlearning_loss(model, inputs["forget"], inputs.get("retain"))
+        if self._per_sample_loss_func is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        losses, outputs = PerSampleLoss(model, self._per_sample_loss_func).with_outputs(model, inputs)
+        return (losses.mean(), outputs) if return_outputs else losses.mean()
+
+    def _unlearning_loss(self, model: nn.Module, forget: dict, retain: dict | None) -> Tensor:
+        """A scalar whose gradient is `alpha * mean_i g_i - (1 - alpha) * g_perp`, and whose value is GradDiff's loss."""
+        self._freeze_batch_norm(model)
+        forget_rows = forget.pop(SAMPLE_INDEX)
+        retain_rows = None if retain is None else retain.pop(SAMPLE_INDEX, None)
+        objective = self._forget_objective(model, forget_rows)
+        merge_retain = self.args.projection == "mean"
+        step = self._engine.measure(model, forget, retain, objective.slopes, merge_retain)
+        self._check_finite(step, forget_rows, retain_rows)
+
+        alpha = self.args.alpha
+        loss = alpha * step.retain_mean() - (1 - alpha) * step.forget_term
+        projection = None
+        if step.grams:
+            coefficients, projection = self._solve(step)
+            loss = loss + (1 - alpha) * step.retain_combination(coefficients)
+        ascended = objective.value(step.forget_losses.detach())
+        loss = loss + (1 - alpha) * (step.forget_term.detach() - ascended)  # changes what is logged, not the gradient
+        self._collect_metrics(step, projection)
+        return loss
+
+    def _solve(self, step: StepGradients) -> tuple[dict[str, Tensor], Projection]:
+        args = self.args
+        return solve_projections(
+            step.grams,
+            per_tensor=args.projection_scope == "per_tensor",
+            solver=args.projection_solver,
+            num_iterations=args.projection_iterations,
+            rtol=args.projection_rtol,
+        )
+
+    def _forget_objective(self, model: nn.Module, forget_rows: Tensor) -> Ascent | NegativePreference:
+        if self.args.forget_loss == "ascent":
+            return Ascent()
+        reference = ReferenceLosses.of(self.callback_handler)
+        if reference.losses is None:
+            reference.compute(model, self._per_sample_loss, self._reference_batches(), self.state.global_step)
+        losses = torch.tensor(reference.losses, device=forget_rows.device)
+        return NegativePreference(losses[forget_rows], self.args.npo_beta)
+
+    def _freeze_batch_norm(self, model: nn.Module) -> None:
+        if self.args.freeze_batch_norm:
+            for module in model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+
+    # ---- What is checked and reported ----
+
+    def _prepare_unlearning(self, model: nn.Module) -> None:
+        """Checks the model and a few samples, chooses the engine, and starts the forget stream."""
+        args, plain_model = self.args, self.accelerator.unwrap_model(self.model)
+        parameters = validation.find_parameters(plain_model, args)
+        base_model = plain_model.get_base_model() if isinstance(plain_model, PeftModel) else plain_model
+        self._per_sample_loss = PerSampleLoss(base_model, self._per_sample_loss_func)
+        model.train()
+        self._freeze_batch_norm(model)
+        validation.check_batch_norm(plain_model)
+        with preserved_random_state():
+            forget = self._first_batch(self.forget_dataset, "forget_dataset", 2)
+            retain = self._first_batch(self.train_dataset, "train_dataset", 2)
+            sample = self._first_batch(self.forget_dataset, "forget_dataset", 1)
+            validation.check_losses(self._per_sample_loss, plain_model, forget, sample)
+            if args.projection == "none":
+                self._engine = PlainEngine(parameters, self._per_sample_loss)
+            else:
+                self._engine = choose_engine(
+                    args.gradient_engine,
+                    parameters,
+                    self._per_sample_loss,
+                    plain_model,
+                    forget,
+                    retain,
+                    per_tensor=args.projection_scope == "per_tensor",
+                    chunk_size=args.func_chunk_size,
+                    dtype=torch.bfloat16 if args.bf16 else torch.float32,
+                )
+        self._forget_batches = self._start_forget_stream()
+
+    def _first_batch(self, dataset, what: str, count: int) -> dict:
+        validation.check_label_column(dataset, what, self._per_sample_loss.shifts_labels)
+        indexed, collator = self._indexed(dataset, what)
+        rows = list(range(min(count, len(indexed)))) if hasattr(dataset, "__len__") else []
+        examples = [indexed[row] for row in rows] or list(zip(range(count), dataset))
+        batch = self._prepare_inputs(collator(examples))
+        del batch[SAMPLE_INDEX]
+        rows = [row for row, _ in examples]
+        shifted = self._per_sample_loss.shifts_labels
+        validation.check_labels(batch.get("labels"), what=what, shifted=shifted, sample_indices=rows)
+        return dict(batch)
+
+    def _check_finite(self, step: StepGradients, forget_rows: Tensor, retain_rows: Tensor | None) -> None:
+        for what, losses, rows in (
+            ("forget_dataset", step.forget_losses, forget_rows),
+            ("train_dataset", step.retain_losses, retain_rows),
+        ):
+            bad = ~torch.isfinite(losses.detach())
+            if bad.any():
+                listed = "unknown" if rows is None else ", ".join(str(row) for row in rows[bad].tolist())
+                raise FloatingPointError(
+                    f"The loss at step {self.state.global_step + 1} is not finite for rows {listed} of `{what}`. No "
+                    f"update was made; checkpoints saved so far in {self.args.output_dir!r} are intact. Lower the "
+                    "learning rate, set forget_loss='npo', or look at these samples."
+                )
+        if step.grams and not torch.isfinite(step.gram).all():
+            raise FloatingPointError(
+                f"A gradient at step {self.state.global_step + 1} is not finite, though all losses are. No update was "
+                f"made; checkpoints saved so far in {self.args.output_dir!r} are intact."
+            )
+
+    def _collect_metrics(self, step: StepGradients, projection: Projection | None) -> None:
+        self._metrics["forget_loss"].append(step.forget_losses.detach().mean().item())
+        if len(step.retain_losses):
+            self._metrics["retain_loss"].append(step.retain_losses.detach().mean().item())
+        if projection is not None:
+            self._metrics["kept_signal"].append(projection.kept_signal)
+            self._metrics["projection_rank"].append(projection.rank)
+            self._metrics["projection_residual"].append(projection.residual)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Adds the means since the last log: forget_loss, retain_loss, kept_signal, projection_rank and _residual."""
+        if "loss" in logs and self._metrics:
+            logs = {**logs, **{name: sum(values) / len(values) for name, values in self._metrics.items()}}
+            self._metrics.clear()
+        super().log(logs, *args, **kwargs)
+
+    # ---- Two streams of batches, whose samples can be named ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The retain stream, as in Trainer; with a forget set, its batches carry row numbers."""
+        if self.forget_dataset is None or not hasattr(self.train_dataset, "__len__"):
+            return super().get_train_dataloader()
+        dataset, collator = self._indexed(self.train_dataset, "Training")
+        with self._replaced("data_collator", collator):
+            return self._get_dataloader(
+                dataset=dataset,
+                description="Training",
+                batch_size=self._train_batch_size,
+                sampler_fn=lambda _: self._get_train_sampler(self.train_dataset),
+                is_training=True,
+            )
+
+    def _start_forget_stream(self) -> Iterator[Mapping] | None:
+        if not self._has_retain:
+            return None
+        dataset, collator = self._indexed(self.forget_dataset, "Forget")
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        sampler = CyclingBatchSampler(
+            len(dataset),
+            args.per_device_forget_batch_size,
+            seed,
+            start=self._micro_batches_done(),
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+        return iter(self._loader(dataset, collator, batch_sampler=sampler))
+
+    def _reference_batches(self) -> Iterator[Mapping]:
+        dataset, collator = self._indexed(self.forget_dataset, "Forget")
+        for batch in self._loader(dataset, collator, batch_size=self.args.per_device_eval_batch_size):
+            yield self._prepare_inputs(batch)
+
+    def _loader(self, dataset, collator: Callable, **sampling) -> DataLoader:
+        # a generator of its own: drawing from the global one would shift the dropout of the training steps
+        return DataLoader(
+            dataset,
+            collate_fn=collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator().manual_seed(self.args.seed),
+            **sampling,
+        )
+
+    def _micro_batches_done(self) -> int:
+        """Training steps, counted in micro-batches, that came before `state.global_step`."""
+        if self.state.global_step == 0:
+            return 0
+        steps = len(self.callback_handler.train_dataloader)
+        accumulation = self.args.gradient_accumulation_steps
+        epochs, updates = divmod(self.state.global_step, -(-steps // accumulation))
+        return epochs * steps + updates * accumulation
+
+    def _indexed(self, dataset, description: str) -> tuple[IndexedDataset, IndexedCollator]:
+        """The data set and collator that Trainer would use, with row numbers added."""
+        if isinstance(dataset, Dataset):
+            dataset, collator = self._remove_unused_columns(dataset, description), self.data_collator
+        else:
+            collator = self._get_collator_with_removed_columns(self.data_collator, description)
+        return IndexedDataset(dataset), IndexedCollator(collator)
+
+    @contextmanager
+    def _replaced(self, attribute: str, value) -> Iterator[None]:
+        original = getattr(self, attribute)
+        setattr(self, attribute, value)
+        try:
+            yield
+        finally:
+            setattr(self, attribute, original)
+
+    # ---- What is saved ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer; a LoRA model is merged first, unless this is a checkpoint or `merge_adapter` is False."""
+        final = self._publishing or not _internal_call
+        merge = self.forget_dataset is not None and self.args.merge_adapter and isinstance(self.model, PeftModel)
+        if final and merge:
+            merged = copy.deepcopy(self.model).merge_and_unload(safe_merge=True)
+            with self._replaced("model", merged):
+                return super().save_model(output_dir, _internal_call)
+        super().save_model(output_dir, _internal_call)
+
+    def push_to_hub(self, *args, **kwargs):
+        """As in Trainer, with the model that `save_model()` writes."""
+        with self._replaced("_publishing", True):
+            return super().push_to_hub(*args, **kwargs)
+
+
+def as_config(args: TrainingArguments | None) -> OrthoGradConfig:
+    """Takes plain `TrainingArguments` over into an [`OrthoGradConfig`], whose own fields get their defaults."""
+    if isinstance(args, OrthoGradConfig):
+        return args
+    if args is None:
+        return OrthoGradConfig(output_dir="tmp_trainer")
+    return OrthoGradConfig(**{f.name: getattr(args, f.name) for f in fields(args) if f.init})
