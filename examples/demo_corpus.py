@@ -1,17 +1,28 @@
-"""A small multi-speaker corpus for machines without data: eSpeak NG speaks it, so nothing is downloaded.
+"""A small multi-speaker corpus and a small recogniser for machines without data: nothing is downloaded.
 
-The wheel `espeakng-loader` (extra `demo`) carries the synthesiser, which is licensed GPL-3.0 and only called here as a
+eSpeak NG speaks the corpus; the model has Whisper's architecture and random weights, to be trained on it. The wheel `espeakng-loader` (extra `demo`) carries the synthesiser, which is licensed GPL-3.0 and only called here as a
 shared library; the library itself never imports it.
 """
 
 import ctypes
 import io
+import json
 import random
+from collections.abc import Iterable
 
+import espeakng_loader
 import numpy as np
 import soundfile
 from datasets import Dataset, DatasetDict
 from scipy.signal import resample_poly
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizer,
+)
 
 
 SAMPLING_RATE = 16000
@@ -40,8 +51,6 @@ class _Synthesiser:
     _SYNCHRONOUS, _RATE, _PITCH, _RANGE, _UTF8 = 2, 1, 3, 4, 1
 
     def __init__(self):
-        import espeakng_loader
-
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
         data_path = espeakng_loader.get_data_path().encode()
         self._source_rate = self._library.espeak_Initialize(self._SYNCHRONOUS, 0, data_path, 0)
@@ -71,13 +80,11 @@ class _Synthesiser:
 
 
 def _sentences(count: int, generator: random.Random) -> list[str]:
-    sentences = set()
+    sentences = {}  # a dict, unlike a set, is in the same order in every process
     while len(sentences) < count:
-        sentences.add(
-            f"{generator.choice(VERBS)} the {generator.choice(COLOURS)} {generator.choice(THINGS)}"
-            f" {generator.choice(RELATIONS)} the {generator.choice(PLACES)}"
-        )
-    return sorted(sentences, key=lambda _: generator.random())
+        verb, colour, thing = generator.choice(VERBS), generator.choice(COLOURS), generator.choice(THINGS)
+        sentences[f"{verb} the {colour} {thing} {generator.choice(RELATIONS)} the {generator.choice(PLACES)}"] = None
+    return list(sentences)
 
 
 def build_demo_corpus(train_per_speaker: int = 60, test_per_speaker: int = 15, seed: int = 0) -> DatasetDict:
@@ -103,3 +110,51 @@ def build_demo_corpus(train_per_speaker: int = 60, test_per_speaker: int = 15, s
             row = {"audio": {"bytes": wav.getvalue(), "path": None}, "text": text, "speaker": speaker}
             rows["train" if number < train_per_speaker else "test"].append({**row, "id": f"{speaker}-{number:03d}"})
     return DatasetDict({split: Dataset.from_list(split_rows) for split, split_rows in rows.items()})
+
+
+def build_demo_recogniser(texts: Iterable[str]) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
+    """A Whisper of 1 M parameters with a 3 s window, and a tokenizer trained on the transcripts."""
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    learner.train_from_iterator((f" {text}" for text in texts), trainer)
+    learned = json.loads(learner.to_str())["model"]
+    special = ["<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"]
+    tokenizer = WhisperTokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(merge) for merge in learned["merges"]],
+        additional_special_tokens=special,
+        pad_token=special[0],
+    )
+    end, start, no_timestamps = tokenizer.convert_tokens_to_ids(special)
+    config = WhisperConfig(
+        vocab_size=len(tokenizer),
+        num_mel_bins=40,
+        d_model=128,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=512,
+        decoder_ffn_dim=512,
+        max_source_positions=150,
+        max_target_positions=32,
+        dropout=0.1,
+        pad_token_id=end,
+        bos_token_id=end,
+        eos_token_id=end,
+        decoder_start_token_id=start,
+    )
+    model = WhisperForConditionalGeneration(config)
+    model.generation_config.update(
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+        is_multilingual=False,
+        no_timestamps_token_id=no_timestamps,
+        max_length=24,
+        pad_token_id=end,
+        eos_token_id=end,
+        decoder_start_token_id=start,
+    )
+    return model, WhisperProcessor(WhisperFeatureExtractor(feature_size=40, chunk_length=3), tokenizer)

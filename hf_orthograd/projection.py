@@ -174,19 +174,12 @@ def project_orthogonal(
     k = retain_gradients.shape[0]
     if k == 0:
         return forget_gradient.clone()
-    if solver == "exact":
-        rows = [forget_gradient[None], retain_gradients]
-        gram = forget_gradient.new_zeros((1 + k, 1 + k), dtype=torch.float64)
-        for columns in _column_slices(forget_gradient.shape[0]):
-            block = torch.cat([row[:, columns] for row in rows]).to(torch.float64)
-            gram += block @ block.T
-        precision = 10 * torch.finfo(torch.float64).eps
-        coefficients = solve_projection(gram, rtol=rtol, input_precision=precision).coefficients
-    elif solver == "cg":
-        coefficients = _conjugate_gradients_on_rows(forget_gradient, retain_gradients, num_iterations, rtol)
-    else:
+    if solver == "kaczmarz":
         return _kaczmarz_on_rows(forget_gradient, retain_gradients, num_iterations, rtol)
-    return _subtract_combination(forget_gradient, retain_gradients, coefficients)
+    if solver == "cg":
+        coefficients = _conjugate_gradients_on_rows(forget_gradient, retain_gradients, num_iterations, rtol)
+        return _subtract_combination(forget_gradient, retain_gradients, coefficients)
+    return _project_exactly(forget_gradient, retain_gradients, rtol)
 
 
 def conjugate_gradients(
@@ -247,6 +240,32 @@ def _kaczmarz_on_rows(forget_gradient: Tensor, rows: Tensor, num_iterations: int
     return projected
 
 
+def _project_exactly(forget_gradient: Tensor, rows: Tensor, rtol: float | None) -> Tensor:
+    k = rows.shape[0]
+    system = rows.new_zeros((k, k), dtype=torch.float64)
+    for columns in _column_slices(rows.shape[1]):
+        block = rows[:, columns].to(torch.float64)
+        system += block @ block.T
+    gram = rows.new_zeros((1 + k, 1 + k), dtype=torch.float64)
+    gram[1:, 1:] = system
+    projected = forget_gradient
+    # the Gram matrix squares the condition number; a second pass takes out what rounding left along weak directions, as
+    # repeated Gram-Schmidt does
+    for _ in range(2):
+        gram[0, 1:] = gram[1:, 0] = _products(rows, projected)
+        gram[0, 0] = projected.to(torch.float64).square().sum()
+        precision = 10 * torch.finfo(torch.float64).eps
+        coefficients = solve_projection(gram, rtol=rtol, input_precision=precision).coefficients
+        projected = _subtract_combination(projected, rows, coefficients)
+    return projected
+
+
+def _products(rows: Tensor, vector: Tensor) -> Tensor:
+    """Inner products of each row with a vector, shape (k,), summed in float64."""
+    slices = _column_slices(rows.shape[1])
+    return sum(rows[:, columns].to(torch.float64) @ vector[columns].to(torch.float64) for columns in slices)
+
+
 def _conjugate_gradients_on_rows(
     forget_gradient: Tensor, rows: Tensor, num_iterations: int | None, rtol: float | None
 ) -> Tensor:
@@ -254,10 +273,14 @@ def _conjugate_gradients_on_rows(
     scale = torch.where(norms > 0, 1 / norms, 0)
 
     def multiply(vector: Tensor) -> Tensor:
-        combination = (vector * scale).to(rows.dtype) @ rows
-        return scale * (rows @ combination)
+        # in float64: the recurrence does not notice rounding and would go on past what float32 can reach
+        result = torch.zeros_like(vector)
+        for columns in _column_slices(rows.shape[1]):
+            block = rows[:, columns].to(torch.float64)
+            result += block @ (block.T @ (vector * scale))
+        return scale * result
 
-    return scale * conjugate_gradients(multiply, scale * (rows @ forget_gradient), num_iterations, rtol)
+    return scale * conjugate_gradients(multiply, scale * _products(rows, forget_gradient), num_iterations, rtol)
 
 
 def _subtract_combination(forget_gradient: Tensor, rows: Tensor, coefficients: Tensor) -> Tensor:

@@ -1,0 +1,266 @@
+"""Makes a speech recogniser forget a speaker, and reports in word error rate what that did.
+
+With no arguments: a small Whisper is trained on eight synthetic speakers and forgets one of them, without network.
+
+    accelerate launch examples/unlearn_asr.py --model_name_or_path openai/whisper-tiny.en \
+        --dataset_name path/or/hub-id --forget_column speaker --forget_values 1088 --retain_size 36 \
+        --finetune_epochs 3 --max_audio_seconds 10 --output_dir out
+"""
+
+import copy
+import json
+import platform
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import DatasetDict, concatenate_datasets, load_dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoProcessor, HfArgumentParser
+
+from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
+from hf_orthograd.evaluation import CharacterErrorRate, WordErrorRate
+from hf_orthograd.speech import (
+    SpeechCollator,
+    is_whisper_like,
+    most_likely_tokens,
+    prepare_speech_dataset,
+    shorten_whisper,
+    transcripts,
+)
+
+
+@dataclass
+class ScriptArguments:
+    """What to forget, in which model; see [`OrthoGradConfig`] for how."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder; a demo model by default."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id or folder with splits train and test; a spoken demo corpus by default."}
+    )
+    forget_column: str = field(default="speaker", metadata={"help": "Column that says whose an utterance is."})
+    forget_values: list[str] = field(default_factory=list, metadata={"help": "Values of that column to forget."})
+    retain_size: int | None = field(default=None, metadata={"help": "Utterances of the others still at hand."})
+    audio_column: str = field(default="audio", metadata={"help": "Column with the audio."})
+    text_column: str = field(default="text", metadata={"help": "Column with the transcript."})
+    finetune_epochs: float = field(default=0, metadata={"help": "Epochs of fine-tuning on all speakers first."})
+    finetune_learning_rate: float = field(default=2e-5, metadata={"help": "Its learning rate."})
+    finetune_batch_size: int = field(default=8, metadata={"help": "Its batch size per device."})
+    max_audio_seconds: int | None = field(default=None, metadata={"help": "Whisper: window shorter than 30 s."})
+    use_lora: bool = field(default=False, metadata={"help": "Unlearn by a LoRA adapter on the attention projections."})
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    compare_projections: list[str] = field(
+        default_factory=list, metadata={"help": "Repeat the run with these `projection`s, for the table alone."}
+    )
+
+
+DEMO = {
+    "forget_values": ["henry"],
+    "retain_size": 70,
+    "finetune_epochs": 25,
+    "finetune_learning_rate": 1e-3,
+    "finetune_batch_size": 16,
+    "compare_projections": ["none"],
+    "output_dir": "out/demo",
+    "max_steps": 40,
+    "learning_rate": 1e-4,
+    "per_device_train_batch_size": 16,
+    "per_device_forget_batch_size": 8,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "disable_tqdm": False,
+}
+
+
+def load(arguments: ScriptArguments):
+    """Returns the model, its processor, and the corpus with splits train and test."""
+    if arguments.model_name_or_path is None:
+        from demo_corpus import build_demo_corpus, build_demo_recogniser
+
+        corpus = build_demo_corpus()
+        return *build_demo_recogniser(corpus["train"]["text"]), corpus
+    processor = AutoProcessor.from_pretrained(arguments.model_name_or_path)
+    config = transformers.AutoConfig.from_pretrained(arguments.model_name_or_path)
+    auto_class = AutoModelForSpeechSeq2Seq if config.is_encoder_decoder else AutoModelForCTC
+    model = auto_class.from_pretrained(arguments.model_name_or_path, dtype=torch.float32)
+    if arguments.max_audio_seconds is not None:
+        shorten_whisper(model, processor, arguments.max_audio_seconds)
+    return model, processor, load_dataset(arguments.dataset_name)
+
+
+def split(corpus: DatasetDict, arguments: ScriptArguments) -> DatasetDict:
+    """Training rows to forget, still at hand and lost; test rows of other speakers and of the forgotten one."""
+    by_speaker = {"column": arguments.forget_column, "values": arguments.forget_values}
+    everyone = split_forget_retain(corpus["train"], **by_speaker)
+    at_hand = split_forget_retain(
+        corpus["train"], **by_speaker, retain_size=arguments.retain_size, stratify_by=arguments.forget_column
+    )
+    unseen = split_forget_retain(corpus["test"], **by_speaker)
+    return DatasetDict(
+        forget=everyone["forget"],
+        retain=at_hand["retain"],
+        others=everyone["retain"],
+        test=unseen["retain"],
+        test_forgotten=unseen["forget"],
+    )
+
+
+class Recogniser:
+    """A model with what its trainers share: data, collator and error rates."""
+
+    def __init__(self, model, processor, sets: DatasetDict):
+        self.sets, whisper = sets, is_whisper_like(model)
+        self.transcribe = transcripts(processor, whisper)
+        self.rates = (WordErrorRate(keep_in_memory=True), CharacterErrorRate(keep_in_memory=True))
+        self.shared = {
+            "data_collator": SpeechCollator(processor, model.config.decoder_start_token_id if whisper else None),
+            "processing_class": processor,
+            "compute_metrics": self.error_rates,
+            "preprocess_logits_for_metrics": None if whisper else most_likely_tokens,
+            "eval_dataset": {name: sets[name] for name in ("forget", "retain", "test", "test_forgotten")},
+        }
+        self.evaluation = {"predict_with_generate": whisper}
+
+    def error_rates(self, prediction) -> dict[str, float]:
+        predictions, references = self.transcribe(prediction)
+        both = [rate.compute(predictions=predictions, references=references) for rate in self.rates]
+        return {name: value for rate in both for name, value in rate.items()}
+
+    def finetune(self, model, args: OrthoGradConfig, arguments: ScriptArguments) -> None:
+        args = replace(
+            args,
+            output_dir=str(Path(args.output_dir) / "finetuned"),
+            max_steps=-1,
+            num_train_epochs=arguments.finetune_epochs,
+            learning_rate=arguments.finetune_learning_rate,
+            per_device_train_batch_size=arguments.finetune_batch_size,
+            lr_scheduler_type="linear",
+            warmup_steps=0.1,
+            logging_steps=50,
+            eval_strategy="no",
+            save_strategy="no",
+            push_to_hub=False,
+            **self.evaluation,
+        )
+        everyone = concatenate_datasets([self.sets["forget"], self.sets["others"]])
+        OrthoGradTrainer(model, args, train_dataset=everyone, **self.shared).train()
+
+    def unlearn(self, model, args: OrthoGradConfig) -> tuple[OrthoGradTrainer, dict]:
+        """Returns the trainer and a row of the results: rates per set, losses per step, time."""
+        args = replace(args, save_strategy="no", **self.evaluation)
+        trainer = OrthoGradTrainer(
+            model, args, train_dataset=self.sets["retain"], forget_dataset=self.sets["forget"], **self.shared
+        )
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+        history = [entry for entry in trainer.state.log_history if "forget_loss" in entry]
+        return trainer, {**self.rates_of(trainer), "seconds": seconds, "history": history}
+
+    def rates_of(self, trainer: OrthoGradTrainer) -> dict[str, dict[str, float]]:
+        metrics = trainer.evaluate()
+        return {
+            name: {rate: 100 * metrics[f"eval_{name}_{rate}"] for rate in ("wer", "cer")}
+            for name in self.shared["eval_dataset"]
+        }
+
+
+def with_lora(model, rank: int):
+    """Wraps the attention projections, of whatever name the architecture gives them, in a LoRA adapter."""
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    targets = sorted(names & {"q_proj", "k_proj", "v_proj", "out_proj", "query", "key", "value"})
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+
+
+def to_markdown(rows: dict[str, dict], forgotten: str) -> str:
+    titles = {
+        "forget": f"forget: {forgotten}, trained on",
+        "test_forgotten": f"{forgotten}, unseen",
+        "retain": "others, at hand",
+        "test": "others, unseen",
+    }
+    lines = ["| WER / CER (%) | " + " | ".join(titles.values()) + " |", "|---" * (len(titles) + 1) + "|"]
+    for method, row in rows.items():
+        cells = [f"{row[name]['wer']:.1f} / {row[name]['cer']:.1f}" for name in titles]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: dict[str, dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (losses, bars) = pyplot.subplots(1, 2, figsize=(11, 4))
+    methods = {name: row for name, row in rows.items() if "history" in row}
+    for (method, row), colour in zip(methods.items(), ("tab:blue", "tab:orange", "tab:green"), strict=False):
+        steps = [entry["step"] for entry in row["history"]]
+        losses.plot(steps, [entry["forget_loss"] for entry in row["history"]], color=colour, label=f"forget, {method}")
+        retain = [entry.get("retain_loss") for entry in row["history"]]
+        losses.plot(steps, retain, color=colour, linestyle="--", label=f"retain, {method}")
+    losses.set(xlabel="step", ylabel="loss of the step's samples (nats per token)", title="Losses while unlearning")
+    losses.legend()
+    sets = ("forget", "test_forgotten", "retain", "test")
+    for number, (method, row) in enumerate(rows.items()):
+        positions = [index + 0.8 * (number + 0.5) / len(rows) - 0.4 for index in range(len(sets))]
+        bars.bar(positions, [row[name]["wer"] for name in sets], width=0.8 / len(rows), label=method)
+    bars.set_xticks(range(len(sets)), ["forget", "forgotten,\nunseen", "others,\nat hand", "others,\nunseen"])
+    bars.set(ylabel="WER (%)", title="Word error rate")
+    bars.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = HfArgumentParser((ScriptArguments, OrthoGradConfig))
+    if not any(argument.startswith(("--model_name_or_path", "--dataset_name")) for argument in sys.argv):
+        parser.set_defaults(**DEMO)
+    arguments, args = parser.parse_args_into_dataclasses()
+    if (arguments.model_name_or_path is None) != (arguments.dataset_name is None):
+        raise ValueError("Pass both `--model_name_or_path` and `--dataset_name`, or neither for the demo.")
+    transformers.set_seed(args.seed)
+    model, processor, corpus = load(arguments)
+    columns = {"audio_column": arguments.audio_column, "text_column": arguments.text_column}
+    sets = split(corpus, arguments)
+    sets = DatasetDict({name: prepare_speech_dataset(rows, processor, **columns) for name, rows in sets.items()})
+    recogniser, output = Recogniser(model, processor, sets), Path(args.output_dir)
+    if arguments.finetune_epochs > 0:
+        recogniser.finetune(model, args, arguments)
+
+    # merged weights are what is published, so they are what is measured
+    probe = OrthoGradTrainer(model, replace(args, **recogniser.evaluation), **recogniser.shared)
+    rows = {"before": recogniser.rates_of(probe)}
+    for projection in (*arguments.compare_projections, args.projection):
+        student = copy.deepcopy(model)
+        if arguments.use_lora:
+            student = with_lora(student, arguments.lora_rank)
+        transformers.set_seed(args.seed)
+        trainer, row = recogniser.unlearn(student, replace(args, projection=projection))
+        rows[f'projection="{projection}"'] = row
+
+    if trainer.is_world_process_zero():
+        table = to_markdown(rows, ", ".join(arguments.forget_values))
+        results = {
+            "rows": rows,
+            "arguments": asdict(arguments) | args.to_sanitized_dict(),
+            "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__}
+            | {"transformers": transformers.__version__},
+        }
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "results.json").write_text(json.dumps(results, indent=1, default=str))
+        (output / "results.md").write_text(table + "\n")
+        plot(rows, output / "curves.png")
+        print(f"\n{table}\n\nResults, curves and the model are in {output}.")
+    trainer.save_model()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()
