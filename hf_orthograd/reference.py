@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from .data import SAMPLE_INDEX
+from .gradients import preserved_modes
 from .objectives import PerSampleLoss
 
 
@@ -51,13 +52,10 @@ class ReferenceLosses(TrainerCallback, ExportableState):
                 "`forget_loss`. Resume with that one, or start from the beginning with forget_loss='npo'."
             )
         losses = {}
-        training = {module: module.training for module in model.modules()}
-        model.eval()
-        with torch.no_grad():
+        with preserved_modes(model), torch.no_grad():
+            model.eval()
             for batch in batches:
                 batch = dict(batch)
                 rows = batch.pop(SAMPLE_INDEX).tolist()
                 losses.update(zip(rows, per_sample_loss(model, batch).tolist(), strict=True))
-        for module, mode in training.items():
-            module.training = mode
         self.losses = [losses[row] for row in range(len(losses))]

@@ -292,7 +292,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             dataset,
             collate_fn=collator,
             num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
             generator=torch.Generator().manual_seed(self.args.seed),
             **sampling,
         )

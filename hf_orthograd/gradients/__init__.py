@@ -6,7 +6,7 @@ from .gram import GramEngine
 from .layers import register_rule
 from .loop import LoopEngine
 from .plain import PlainEngine
-from .selection import choose_engine, preserved_random_state
+from .selection import choose_engine, preserved_modes, preserved_random_state
 
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "StepGradients",
     "UnsupportedModelError",
     "choose_engine",
+    "preserved_modes",
     "preserved_random_state",
     "register_rule",
 ]

@@ -52,8 +52,8 @@ class _FunctionalModel:
     def __init__(self, model: nn.Module, parameters: dict[str, Tensor]):
         self._model, self._parameters = model, parameters
 
-    def __call__(self, **inputs):
-        return torch.func.functional_call(self._model, self._parameters, (), inputs)
+    def __call__(self, *args, **inputs):
+        return torch.func.functional_call(self._model, self._parameters, args, inputs)
 
     def __getattr__(self, name: str):
         return getattr(self._model, name)

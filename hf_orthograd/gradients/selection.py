@@ -91,16 +91,13 @@ def check_engine(
     if engine.name == "loop":
         return
     reference = LoopEngine(engine.parameters, engine.per_sample_losses)
-    # torch.func draws its own random numbers for each sample, so that only without dropout the two can agree
-    was_training = model.training
-    model.train(was_training and engine.name != "func")
-    try:
+    with preserved_modes(model):
+        if engine.name == "func":  # it draws its own random numbers for each sample: only without any can the two agree
+            model.eval()
         with preserved_random_state():
             grams = engine.measure(model, forget, retain, torch.ones_like).grams
         with preserved_random_state():
             expected = reference.measure(model, forget, retain, torch.ones_like).grams
-    finally:
-        model.train(was_training)
     scale = max(gram.abs().max().item() for gram in expected.values())
     wrong = [
         name
@@ -123,3 +120,14 @@ def preserved_random_state() -> Iterator[None]:
         yield
     random.setstate(python_state)
     np.random.set_state(numpy_state)
+
+
+@contextmanager
+def preserved_modes(model: nn.Module) -> Iterator[None]:
+    """Leaves every module in training or evaluation mode as it was, also where they differ within the model."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,42 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+VERSION = re.search(r'__version__ = "(.+)"', Path("hf_orthograd/__init__.py").read_text()).group(1)
+
+REQUIRED = [
+    "torch>=2.11",
+    "transformers>=5.17,<6",
+    "accelerate>=1.10",
+    "peft>=0.18",
+    "datasets>=4.0",
+    "evaluate>=0.4.6",
+    "jiwer>=4.0",
+    "numpy>=2.0",
+    "scipy>=1.13",
+    "soundfile>=0.13",
+]
+DEMO = ["espeakng-loader>=0.2.4", "matplotlib>=3.9"]
+QUALITY = ["ruff==0.17.6"]
+TESTS = ["pytest>=8.0", "pytest-cov>=6.0", "pytest-xdist>=3.6"]
+
+setup(
+    name="hf-orthograd",
+    version=VERSION,
+    description="Machine unlearning for Hugging Face models by retain-orthogonal gradients: a drop-in Trainer.",
+    long_description=Path("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["hf_orthograd", "hf_orthograd.*"]),
+    install_requires=REQUIRED,
+    extras_require={"demo": DEMO, "dev": DEMO + QUALITY + TESTS},
+    classifiers=[
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,319 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import default_collate
+
+from hf_orthograd.gradients import (
+    FunctionalEngine,
+    GramEngine,
+    LoopEngine,
+    Parameters,
+    UnsupportedModelError,
+    choose_engine,
+    register_rule,
+)
+from hf_orthograd.gradients.layers import RULES, Dense, Outer
+from hf_orthograd.objectives import PerSampleLoss
+
+
+ALL = ["whisper", "wav2vec2", "vit", "llama"]
+
+
+def batch(samples):
+    return default_collate([samples[index] for index in range(len(samples))])
+
+
+def trainable(model):
+    return Parameters({name: p for name, p in model.named_parameters() if p.requires_grad}, {})
+
+
+def slopes(losses):
+    return torch.linspace(0.5, 1.5, len(losses), dtype=losses.dtype)
+
+
+def measure(engine_class, model, losses, forget, retain, parameters=None, **settings):
+    torch.manual_seed(5)
+    np.random.seed(5)
+    engine = engine_class(parameters or trainable(model), losses)
+    return engine.measure(model, forget, retain, slopes, **settings)
+
+
+def relative_error(gram, reference):
+    norms = reference.diagonal().sqrt()
+    return ((gram - reference).abs() / (norms * norms[:, None])).max().item()
+
+
+def in_float64(tensors):
+    return {key: value.double() if value.is_floating_point() else value for key, value in tensors.items()}
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_engines_agree_with_the_float64_loop(kind, make_model, make_samples):
+    forget, retain = batch(make_samples(kind, 3, seed=2)), batch(make_samples(kind, 5, seed=1))
+    model = make_model(kind).eval()
+    losses = PerSampleLoss(model)
+    found = {"gram": measure(GramEngine, model, losses, forget, retain)}
+    found["loop"] = measure(LoopEngine, model, losses, forget, retain)
+    if kind in ("whisper", "vit"):
+        found["func"] = measure(FunctionalEngine, model, losses, forget, retain)
+    model.double()
+    double_losses = _float64_losses(kind)
+    reference = measure(LoopEngine, model, double_losses, in_float64(forget), in_float64(retain)).gram
+    for name, step in found.items():
+        assert relative_error(step.gram, reference) <= 1e-5, name
+
+
+def _float64_losses(kind):
+    """The same losses written again without the library's cast to float32."""
+
+    def compute(model, inputs):
+        labels = inputs["labels"]
+        logits = model(**inputs).logits
+        if kind == "vit":
+            return nn.functional.cross_entropy(logits, labels, reduction="none")
+        if kind == "wav2vec2":
+            frames = model._get_feat_extract_output_lengths(inputs["attention_mask"].sum(-1))
+            log_probabilities = logits.log_softmax(-1)
+            return torch.stack(
+                [
+                    nn.functional.ctc_loss(
+                        log_probabilities[i, : frames[i]], labels[i][labels[i] >= 0], frames[i : i + 1],
+                        (labels[i] >= 0).sum()[None], blank=0, reduction="mean",
+                    )
+                    for i in range(len(labels))
+                ]
+            )  # fmt: skip
+        if kind == "llama":
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        return torch.stack([nn.functional.cross_entropy(a, b, ignore_index=-100) for a, b in zip(logits, labels)])
+
+    return compute
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("merge_retain", [False, True])
+def test_gram_under_dropout_uses_the_forward_that_the_step_uses(kind, merge_retain, make_model, make_samples):
+    """Dropout and SpecAugment active: with the same random numbers the loop must find the same inner products."""
+    forget, retain = batch(make_samples(kind, 3, seed=2)), batch(make_samples(kind, 4, seed=1))
+    model = make_model(kind, dropout=0.2).train()
+    losses = PerSampleLoss(model)
+    step = measure(GramEngine, model, losses, forget, retain, merge_retain=merge_retain)
+    reference = measure(LoopEngine, model, losses, forget, retain, merge_retain=merge_retain)
+    assert relative_error(step.gram, reference.gram) <= 1e-5
+    for name, gram in reference.grams.items():
+        assert (step.grams[name] - gram).abs().max() <= 1e-4 * gram.abs().max() + 1e-7 * reference.gram.max(), name
+    # and the graph it left is the one it measured: w^T K w is the squared norm of the weighted gradient
+    weights = torch.linspace(-1, 1, len(step.gram) - 1)
+    combination = step.retain_combination(dict.fromkeys(step.grams, weights))
+    gradients = torch.autograd.grad(combination, list(trainable(model).projected.values()), materialize_grads=True)
+    squared = sum(gradient.double().square().sum() for gradient in gradients)
+    expected = weights.double() @ step.gram[1:, 1:] @ weights.double()
+    torch.testing.assert_close(squared, expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("engine_class", [GramEngine, FunctionalEngine, LoopEngine])
+def test_combination_leaves_unprojected_parameters_alone(engine_class, make_model, make_samples):
+    model = make_model("vit").eval()
+    named = dict(model.named_parameters())
+    parameters = Parameters(
+        projected={name: p for name, p in named.items() if "classifier" not in name},
+        others={name: p for name, p in named.items() if "classifier" in name},
+    )
+    forget, retain = batch(make_samples("vit", 2, seed=2)), batch(make_samples("vit", 3, seed=1))
+    step = measure(engine_class, model, PerSampleLoss(model), forget, retain, parameters)
+    assert set(step.grams) == set(parameters.projected)
+    step.retain_combination(dict.fromkeys(step.grams, torch.tensor([1.0, -2.0, 0.5]))).backward(retain_graph=True)
+    assert all(p.grad is None or p.grad.abs().max() < 1e-7 for p in parameters.others.values())
+    assert named["vit.embeddings.cls_token"].grad.abs().max() > 1e-4
+    model.zero_grad()
+    step.retain_mean().backward()
+    assert all(p.grad.abs().max() > 1e-4 for p in parameters.others.values())
+
+
+class Odd(nn.Module):
+    """What real models do beside calling layers: tied and transposed weights, bare parameters, writing in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6, padding_idx=0)
+        self.positions = nn.Parameter(torch.randn(1, 7, 6))
+        self.token = nn.Parameter(torch.randn(6))
+        self.scale = nn.Parameter(torch.rand(6))
+        self.table = nn.Parameter(torch.randn(13, 1))
+        self.convolution = nn.utils.parametrizations.weight_norm(nn.Conv1d(6, 6, 3, padding=1, groups=2))
+        self.norm = nn.LayerNorm(6)
+        self.unused = nn.Parameter(torch.randn(3))
+
+    def forward(self, ids, labels=None):
+        hidden = self.embedding(ids) + self.positions
+        hidden[:, 2] = self.token
+        bias = self.table[torch.arange(7)[:, None] - torch.arange(7) + 6].squeeze(-1)
+        mixing = (hidden @ hidden.transpose(1, 2) + bias).softmax(-1)
+        hidden = self.norm(mixing @ hidden) * self.scale
+        hidden = self.convolution(hidden.transpose(1, 2)).transpose(1, 2)
+        prefix = self.token.expand(len(ids), 1, -1)
+        hidden = torch.cat((prefix, hidden), dim=1)
+        return hidden @ self.embedding.weight.t()
+
+
+def odd_losses(model, inputs):
+    return model(inputs["ids"]).logsumexp(-1).square().mean(-1)
+
+
+# as many samples as positions, features or rows of the vocabulary: sizes must not be mistaken for the batch
+@pytest.mark.parametrize("size", [1, 4, 6, 7, 11])
+def test_gram_follows_what_is_not_a_layer(size):
+    torch.manual_seed(0)
+    model = Odd()
+    generator = torch.Generator().manual_seed(size)
+    forget = {"ids": torch.randint(0, 11, (3, 7), generator=generator)}
+    retain = {"ids": torch.randint(0, 11, (size, 7), generator=generator)}
+    step = measure(GramEngine, model, odd_losses, forget, retain)
+    reference = measure(LoopEngine, model, odd_losses, forget, retain)
+    for name, gram in reference.grams.items():
+        torch.testing.assert_close(step.grams[name], gram, rtol=1e-4, atol=1e-5 * gram.abs().max().item(), msg=name)
+
+
+def test_outer_forms_agree_with_dense():
+    torch.manual_seed(0)
+    shape = torch.Size((9, 4))
+    pieces = [
+        Outer(torch.randn(3, 5, 9), torch.randn(3, 5, 4), shape),
+        Outer(torch.randint(0, 9, (2, 6)), torch.randn(2, 6, 4), shape),
+    ]
+    for one in pieces:
+        for other in pieces:
+            expected = one.dense().flatten(1) @ other.dense().flatten(1).T
+            torch.testing.assert_close(one.inner(other), expected)
+
+
+class Overwriting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, features):
+        features = features.clone()
+        result = self.layer(features)
+        features.zero_()
+        return result
+
+
+def test_input_overwritten_after_the_call_is_refused():
+    with pytest.raises(UnsupportedModelError, match="overwritten in place.*'loop'"):
+        model = Overwriting()
+        losses = lambda model, inputs: model(inputs["x"]).sum(-1)  # noqa: E731
+        measure(GramEngine, model, losses, {"x": torch.randn(2, 4)}, {"x": torch.randn(3, 4)})
+
+
+class Hidden(torch.autograd.Function):
+    """Custom functions do not show themselves to the recorder."""
+
+    @staticmethod
+    def forward(ctx, features, weight):
+        ctx.save_for_backward(features, weight)
+        return features @ weight
+
+    @staticmethod
+    def backward(ctx, gradient):
+        features, weight = ctx.saved_tensors
+        return gradient @ weight.T, features.T @ gradient
+
+
+class HiddenUse(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.seen, self.weight = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return Hidden.apply(self.seen(x), self.weight)
+
+
+def hidden_losses(model, inputs):
+    return model(inputs["x"]).square().sum(-1)
+
+
+def test_auto_says_why_it_does_not_use_gram(caplog):
+    torch.manual_seed(0)
+    model, data = HiddenUse(), {"x": torch.randn(2, 4)}
+    with pytest.raises(UnsupportedModelError, match="'gram' finds other inner products.*weight"):
+        choose_engine("gram", trainable(model), hidden_losses, model, data, data)
+    engine = choose_engine("auto", trainable(model), hidden_losses, model, data, data)
+    assert engine.name == "loop"
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert any("Not using the gradient engine 'gram'" in w and "weight" in w for w in warnings)
+    assert any("Not using the gradient engine 'func'" in w for w in warnings)
+
+
+def test_choosing_an_engine_leaves_the_random_numbers_alone(make_model, make_samples):
+    model = make_model("vit", dropout=0.2).train()
+    data = batch(make_samples("vit", 2))
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    assert choose_engine("auto", trainable(model), PerSampleLoss(model), model, data, data).name == "gram"
+    assert torch.equal(torch.rand(1), expected)
+    assert model.training
+
+
+def test_func_refuses_what_it_cannot_vectorise(make_model, make_samples):
+    model, data = make_model("wav2vec2").eval(), batch(make_samples("wav2vec2", 2))
+    with pytest.raises(UnsupportedModelError, match="cannot vectorise Wav2Vec2ForCTC.*'gram' or 'loop'"):
+        measure(FunctionalEngine, model, PerSampleLoss(model), data, data)
+
+
+def test_func_in_chunks_is_the_same(make_model, make_samples):
+    model, data = make_model("vit").eval(), batch(make_samples("vit", 5))
+    losses = PerSampleLoss(model)
+    whole = measure(FunctionalEngine, model, losses, data, data)
+    engine = FunctionalEngine(trainable(model), losses, chunk_size=2)
+    assert relative_error(engine.measure(model, data, data, slopes).gram, whole.gram) <= 1e-6
+
+
+def test_a_rule_can_be_registered_for_an_own_function():
+    def doubled(features, weight):
+        if torch.overrides.has_torch_function((features, weight)):
+            return torch.overrides.handle_torch_function(doubled, (features, weight), features, weight)
+        return 2 * features @ weight
+
+    calls = []
+
+    @register_rule(doubled)
+    def rule(call, gradient):
+        features, weight = call.args
+        calls.append(call.name)
+        rows = 1 if call.forward.merged else len(features)
+        products = torch.einsum("ni,no->nio", 2 * features, gradient)
+        return [(weight, Dense(products.sum(0, keepdim=True) if rows == 1 else products))]
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x):
+            return doubled(x, self.weight)
+
+    try:
+        model, forget, retain = Model(), {"x": torch.randn(2, 4)}, {"x": torch.randn(3, 4)}
+        step = measure(GramEngine, model, hidden_losses, forget, retain)
+        assert relative_error(step.gram, measure(LoopEngine, model, hidden_losses, forget, retain).gram) <= 1e-6
+        assert calls
+    finally:
+        del RULES[doubled]
+
+
+def test_no_copy_of_the_graph_outlives_the_step(make_model, make_samples):
+    import gc
+    import weakref
+
+    model, data = make_model("whisper"), batch(make_samples("whisper", 2))
+    step = measure(GramEngine, model, PerSampleLoss(model), data, data)
+    node = weakref.ref(step.retain_losses)
+    gc.disable()
+    try:
+        del step
+        assert node() is None
+    finally:
+        gc.enable()
