@@ -87,7 +87,7 @@ def _sentences(count: int, generator: random.Random) -> list[str]:
     return list(sentences)
 
 
-def build_demo_corpus(train_per_speaker: int = 60, test_per_speaker: int = 15, seed: int = 0) -> DatasetDict:
+def build_demo_corpus(train_per_speaker: int = 80, test_per_speaker: int = 20, seed: int = 0) -> DatasetDict:
     """Speaks the corpus: every sentence is said once, by one speaker, so no test sentence was ever trained on.
 
     Returns:

@@ -38,9 +38,12 @@ from hf_orthograd.speech import (
 class ScriptArguments:
     """What to forget, in which model; see [`OrthoGradConfig`] for how."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder; a demo model by default."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder; a demo model by default."}
+    )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id or folder with splits train and test; a spoken demo corpus by default."}
+        default=None,
+        metadata={"help": "Hub id or folder with splits train and test; a spoken demo corpus by default."},
     )
     forget_column: str = field(default="speaker", metadata={"help": "Column that says whose an utterance is."})
     forget_values: list[str] = field(default_factory=list, metadata={"help": "Values of that column to forget."})

@@ -74,14 +74,19 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
 
     alpha: float = field(
         default=0.5,
-        metadata={"help": "Weight of the retain mean in the update; the projected forget gradient has weight 1 - alpha."},
+        metadata={
+            "help": "Weight of the retain mean in the update; the projected forget gradient has weight 1 - alpha."
+        },
     )
     forget_loss: str = field(
         default="ascent", metadata={"help": "What is ascended on the forget set: 'ascent' or the bounded 'npo'."}
     )
-    npo_beta: float = field(default=1.0, metadata={"help": "Inverse temperature of NPO, in 1 / nats of per-sample loss."})
+    npo_beta: float = field(
+        default=1.0, metadata={"help": "Inverse temperature of NPO, in 1 / nats of per-sample loss."}
+    )
     per_device_forget_batch_size: int = field(
-        default=8, metadata={"help": "Number m of forget samples per step and device; no more than the forget set has."}
+        default=8,
+        metadata={"help": "Number m of forget samples per step and device; no more than the forget set has."},
     )
     projection: str = field(
         default="orthogonal",

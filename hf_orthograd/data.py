@@ -42,7 +42,9 @@ def split_forget_retain(
     """
     for argument, name in (("column", column), ("stratify_by", stratify_by)):
         if name is not None and name not in dataset.column_names:
-            raise ValueError(f"`{argument}` is {name!r}, but the data set has columns {', '.join(dataset.column_names)}.")
+            raise ValueError(
+                f"`{argument}` is {name!r}, but the data set has columns {', '.join(dataset.column_names)}."
+            )
     values = list(values) if isinstance(values, (list, tuple, set)) else [values]
     present = dataset.unique(column)
     missing = [value for value in values if value not in present]
@@ -63,7 +65,9 @@ def _retain_count(retain_size: int | float | None, available: int) -> int:
         return available
     count = round(retain_size * available) if isinstance(retain_size, float) and retain_size < 1 else retain_size
     if not 1 <= count <= available or count != int(count):
-        raise ValueError(f"`retain_size` is {retain_size}, but {available} rows are not forgotten: at least 1 and at most those.")
+        raise ValueError(
+            f"`retain_size` is {retain_size}, but {available} rows are not forgotten: at least 1 and at most those."
+        )
     return int(count)
 
 

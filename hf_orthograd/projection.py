@@ -45,7 +45,9 @@ def check_solver(solver: str, num_iterations: int | None, rtol: float | None) ->
     if num_iterations is not None and num_iterations < 1:
         raise ValueError(f"`num_iterations` must be at least 1, but is {num_iterations}.")
     if num_iterations is not None and solver == "exact":
-        raise ValueError(f"`num_iterations` is {num_iterations}, but the solver 'exact' has no iterations: use 'cg' or 'kaczmarz'.")
+        raise ValueError(
+            f"`num_iterations` is {num_iterations}, but the solver 'exact' has no iterations: use 'cg' or 'kaczmarz'."
+        )
     if rtol is not None and not 0 < rtol < 1:
         raise ValueError(f"`rtol` must lie strictly between 0 and 1, but is {rtol}.")
 
@@ -166,7 +168,11 @@ def project_orthogonal(
         ValueError: Shapes that do not fit, an unknown solver, or a setting out of its range.
     """
     check_solver(solver, num_iterations, rtol)
-    if forget_gradient.ndim != 1 or retain_gradients.ndim != 2 or retain_gradients.shape[1] != forget_gradient.shape[0]:
+    if (
+        forget_gradient.ndim != 1
+        or retain_gradients.ndim != 2
+        or retain_gradients.shape[1] != forget_gradient.shape[0]
+    ):
         raise ValueError(
             "`forget_gradient` must have shape (d,) and `retain_gradients` shape (k, d), but they have shapes "
             f"{tuple(forget_gradient.shape)} and {tuple(retain_gradients.shape)}."

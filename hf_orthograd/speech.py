@@ -122,12 +122,15 @@ def transcripts(processor: ProcessorMixin, is_whisper: bool) -> Callable[[Any], 
 
     def decode(ids: np.ndarray, **options) -> list[str]:
         ids = np.where(ids == IGNORED_LABEL, tokenizer.pad_token_id, ids)
-        return [normalize_text(text) for text in tokenizer.batch_decode(ids, skip_special_tokens=True, **options)]
+        return [normalize_text(text) for text in tokenizer.batch_decode(ids, **options)]
 
     def compute(prediction) -> tuple[list[str], list[str]]:
-        # a CTC tokenizer collapses repetitions, which in a reference are real letters
-        reference_options = {} if is_whisper else {"group_tokens": False}
-        return decode(prediction.predictions), decode(prediction.label_ids, **reference_options)
+        if is_whisper:
+            options = {"skip_special_tokens": True}
+            return decode(prediction.predictions, **options), decode(prediction.label_ids, **options)
+        # a CTC tokenizer collapses repetitions unless a blank, which is special, stands between: in a prediction it has
+        # to see the blanks, and in a reference repeated letters are real
+        return decode(prediction.predictions), decode(prediction.label_ids, group_tokens=False)
 
     return compute
 
@@ -158,4 +161,6 @@ def shorten_whisper(model: nn.Module, processor: ProcessorMixin, seconds: int) -
     settings["chunk_length"] = int(seconds)
     processor.feature_extractor = type(processor.feature_extractor).from_dict(settings)
     processor.feature_extractor.n_samples = int(seconds) * processor.feature_extractor.sampling_rate
-    processor.feature_extractor.nb_max_frames = processor.feature_extractor.n_samples // processor.feature_extractor.hop_length
+    processor.feature_extractor.nb_max_frames = (
+        processor.feature_extractor.n_samples // processor.feature_extractor.hop_length
+    )

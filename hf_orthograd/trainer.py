@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from itertools import islice
 
 import torch
 from datasets import Dataset
@@ -84,7 +85,9 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
-        self._has_retain = train_dataset is not None and (not hasattr(train_dataset, "__len__") or len(train_dataset) > 0)
+        self._has_retain = train_dataset is not None and (
+            not hasattr(train_dataset, "__len__") or len(train_dataset) > 0
+        )
         if not self._has_retain and forget_dataset is not None:
             self.train_dataset = forget_dataset
         self._metrics: dict[str, list[float]] = defaultdict(list)
@@ -205,8 +208,10 @@ class OrthoGradTrainer(Seq2SeqTrainer):
     def _first_batch(self, dataset, what: str, count: int) -> dict:
         validation.check_label_column(dataset, what, self._per_sample_loss.shifts_labels)
         indexed, collator = self._indexed(dataset, what)
-        rows = list(range(min(count, len(indexed)))) if hasattr(dataset, "__len__") else []
-        examples = [indexed[row] for row in rows] or list(zip(range(count), dataset))
+        if hasattr(dataset, "__len__"):
+            examples = [indexed[row] for row in range(min(count, len(indexed)))]
+        else:
+            examples = list(enumerate(islice(dataset, count)))
         batch = self._prepare_inputs(collator(examples))
         del batch[SAMPLE_INDEX]
         rows = [row for row, _ in examples]

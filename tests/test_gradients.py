@@ -86,7 +86,9 @@ def _float64_losses(kind):
             )  # fmt: skip
         if kind == "llama":
             logits, labels = logits[:, :-1], labels[:, 1:]
-        return torch.stack([nn.functional.cross_entropy(a, b, ignore_index=-100) for a, b in zip(logits, labels)])
+        return torch.stack(
+            [nn.functional.cross_entropy(logits[i], labels[i], ignore_index=-100) for i in range(len(labels))]
+        )
 
     return compute
 

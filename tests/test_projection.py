@@ -64,7 +64,10 @@ def test_orthogonal_idempotent_and_linear(k, generator):
     assert (rows @ projected).abs().max().item() < 1e-4 if k else torch.equal(projected, forget)
     torch.testing.assert_close(project_orthogonal(projected, rows), projected, atol=1e-6, rtol=0)
     torch.testing.assert_close(
-        project_orthogonal(3 * forget + other, rows), 3 * projected + project_orthogonal(other, rows), atol=1e-5, rtol=0
+        project_orthogonal(3 * forget + other, rows),
+        3 * projected + project_orthogonal(other, rows),
+        atol=1e-5,
+        rtol=0,
     )
 
 
@@ -82,7 +85,8 @@ def test_iterations_bound_the_work_and_more_are_better(solver, generator):
     forget = torch.randn(300, generator=generator)
     rows = torch.randn(12, 300, generator=generator) + 1.0  # correlated: one iteration cannot be enough
     residuals = [
-        (rows @ project_orthogonal(forget, rows, solver=solver, num_iterations=n, rtol=1e-12)).norm() for n in (1, 4, 12)
+        (rows @ project_orthogonal(forget, rows, solver=solver, num_iterations=n, rtol=1e-12)).norm()
+        for n in (1, 4, 12)
     ]
     assert residuals[0] > 2 * residuals[1] > 4 * residuals[2]
 

@@ -35,7 +35,9 @@ def flat(model):
 
 @pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("engine", ["gram", "loop"])
-def test_one_step_is_orthogonal_to_every_retain_gradient(kind, engine, tmp_path, make_model, make_samples, loop_gradients):
+def test_one_step_is_orthogonal_to_every_retain_gradient(
+    kind, engine, tmp_path, make_model, make_samples, loop_gradients
+):
     model, retain, forget = make_model(kind), make_samples(kind, K, seed=1), make_samples(kind, M, seed=2)
     retain_gradients, forget_gradients = loop_gradients(model, retain), loop_gradients(model, forget)
     before = flat(model)
@@ -201,7 +203,10 @@ def test_resume_equals_uninterrupted(projection, tmp_path, make_model, make_samp
             learning_rate=1e-2, alpha=0.3, per_device_train_batch_size=2, projection=projection, **settings,
         )  # fmt: skip
         trainer = OrthoGradTrainer(
-            model, args, train_dataset=make_samples("llama", 5, seed=1), forget_dataset=make_samples("llama", 7, seed=2)
+            model,
+            args,
+            train_dataset=make_samples("llama", 5, seed=1),
+            forget_dataset=make_samples("llama", 7, seed=2),
         )
         trainer.train(resume_from_checkpoint=resume)
         return flat(model), trainer

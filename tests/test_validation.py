@@ -65,7 +65,9 @@ def test_overlap_of_arrow_rows(fails_before_any_step):
 
 def test_other_columns(fails_before_any_step):
     message = fails_before_any_step(forget_dataset=Samples([{"pixels": torch.zeros(3), "labels": torch.tensor(0)}]))
-    assert "`forget_dataset` has columns ['labels', 'pixels'] and `train_dataset` ['labels', 'pixel_values']" in message
+    assert (
+        "`forget_dataset` has columns ['labels', 'pixels'] and `train_dataset` ['labels', 'pixel_values']" in message
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,8 +163,8 @@ def test_loss_with_terms_of_its_own(fails_before_any_step, make_model):
     """The model adds something to its loss that the per-sample loss would silently leave out."""
 
     class ViTForImageClassification(type(make_model("vit"))):
-        def forward(self, **inputs):
-            outputs = super().forward(**inputs)
+        def forward(self, pixel_values=None, labels=None):
+            outputs = super().forward(pixel_values=pixel_values, labels=labels)
             outputs["loss"] = outputs["loss"] + 1
             return outputs
 

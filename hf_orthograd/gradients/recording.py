@@ -232,7 +232,9 @@ class Recorder(TorchFunctionMode):
             aligned = tensor.reshape((1,) * (data.ndim - tensor.ndim) + tensor.shape)
             aligned = aligned.expand(data.shape[0], *aligned.shape[1:])
             spread[id(tensor)] = aligned.view_as(aligned)  # a node of its own, even where nothing had to be expanded
-            call = SpreadCall(self._sources[id(tensor)], aligned.shape, get_gradient_edge(spread[id(tensor)]), self._forward)
+            call = SpreadCall(
+                self._sources[id(tensor)], aligned.shape, get_gradient_edge(spread[id(tensor)]), self._forward
+            )
             self._watch(call, spread[id(tensor)])
 
         def fill(leaf):

@@ -80,9 +80,7 @@ def choose_engine(
     raise AssertionError("unreachable: the last engine is returned or raises")
 
 
-def check_engine(
-    engine: GradientEngine, model: nn.Module, forget: Mapping, retain: Mapping, tolerance: float
-) -> None:
+def check_engine(engine: GradientEngine, model: nn.Module, forget: Mapping, retain: Mapping, tolerance: float) -> None:
     """Compares an engine's inner products with those of plain backward passes, parameter by parameter.
 
     Raises:
@@ -92,7 +90,9 @@ def check_engine(
         return
     reference = LoopEngine(engine.parameters, engine.per_sample_losses)
     with preserved_modes(model):
-        if engine.name == "func":  # it draws its own random numbers for each sample: only without any can the two agree
+        if (
+            engine.name == "func"
+        ):  # it draws its own random numbers for each sample: only without any can the two agree
             model.eval()
         with preserved_random_state():
             grams = engine.measure(model, forget, retain, torch.ones_like).grams

@@ -1,0 +1,109 @@
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
+
+
+K = 3
+
+
+def adapted(model, **settings):
+    # the projections of ViT have gone by both names
+    return get_peft_model(model, LoraConfig(r=2, target_modules=r".*\.(q_proj|v_proj|query|value)", **settings))
+
+
+def trained(model, kind, make_samples, tmp_path, **settings):
+    args = OrthoGradConfig(
+        str(tmp_path), per_device_train_batch_size=K, per_device_forget_batch_size=3, alpha=0.0, optim="sgd",
+        lr_scheduler_type="constant", max_grad_norm=0.0, report_to="none", save_strategy="no", logging_steps=1,
+        **{"max_steps": 1, "learning_rate": 0.1, **settings},
+    )  # fmt: skip
+    retain, forget = make_samples(kind, K, seed=1), make_samples(kind, 3, seed=2)
+    trainer = OrthoGradTrainer(model, args, train_dataset=retain, forget_dataset=forget)
+    trainer.train()
+    return trainer
+
+
+def parameters_of(model, word):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad and word in name}
+
+
+@pytest.mark.parametrize("engine", ["gram", "func", "loop"])
+def test_fresh_adapter_moves_orthogonally(engine, make_model, make_samples, tmp_path, loop_gradients):
+    """At the start B is zero, so every gradient of A is zero: no direction may be taken from that."""
+    model = adapted(make_model("vit"))
+    rows = loop_gradients(model, make_samples("vit", K, seed=1)).double()
+    before = torch.cat([p.flatten() for p in parameters_of(model, "").values()])
+    base = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    trainer = trained(model, "vit", make_samples, tmp_path, gradient_engine=engine)
+    change = (torch.cat([p.flatten() for p in parameters_of(model, "").values()]) - before).double()
+    assert change.norm() > 0
+    assert torch.nn.functional.cosine_similarity(change[None], rows).abs().max() <= 1e-4
+    assert trainer.state.log_history[0]["projection_rank"] == K
+    assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
+
+
+def test_lora_only_projection_leaves_the_head_unprojected(make_model, make_samples, tmp_path, loop_gradients):
+    model = adapted(make_model("vit"), modules_to_save=["classifier"])
+    retain = make_samples("vit", K, seed=1)
+    lora, head = parameters_of(model, "lora_"), parameters_of(model, "classifier")
+    assert lora and head
+    lora_rows = loop_gradients(model, retain, lora).double()
+    head_forget = loop_gradients(model, make_samples("vit", 3, seed=2), head).mean(dim=0)
+    trained(model, "vit", make_samples, tmp_path, projection_parameters="lora")
+    lora_change = torch.cat([(model.get_parameter(name) - p).flatten() for name, p in lora.items()]).detach().double()
+    head_change = torch.cat([(model.get_parameter(name) - p).flatten() for name, p in head.items()]).detach()
+    assert torch.nn.functional.cosine_similarity(lora_change[None], lora_rows).abs().max() <= 1e-4
+    torch.testing.assert_close(head_change, 0.1 * head_forget, rtol=1e-3, atol=1e-6)
+
+
+def test_adapter_trains_under_activation_checkpointing(make_model, make_samples, tmp_path):
+    """Without inputs that require gradients a checkpointed model would silently leave its adapter untrained."""
+    changes = []
+    for checkpointing in (False, True):
+        model = adapted(make_model("llama"))
+        before = parameters_of(model, "lora_B")
+        trained(model, "llama", make_samples, tmp_path, gradient_checkpointing=checkpointing)
+        changes.append(torch.cat([(model.get_parameter(name) - p).flatten() for name, p in before.items()]).detach())
+    assert changes[0].norm() > 0
+    torch.testing.assert_close(changes[0], changes[1], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_saved_model_is_merged_unless_told(merge, make_model, make_samples, tmp_path):
+    model = adapted(make_model("vit"))
+    settings = {"max_steps": 3, "merge_adapter": merge}
+    trainer = trained(model, "vit", make_samples, tmp_path, **settings)
+    trainer.save_model(tmp_path / "final")
+    batch = torch.stack([example["pixel_values"] for example in make_samples("vit", 2, seed=5)])
+    with torch.no_grad():
+        expected, plain = model.eval()(pixel_values=batch).logits, make_model("vit").eval()(pixel_values=batch).logits
+    assert (expected - plain).abs().max() > 1e-4
+    base_class = type(make_model("vit"))
+    if merge:
+        assert not (tmp_path / "final" / "adapter_config.json").exists()
+        loaded = base_class.from_pretrained(tmp_path / "final").eval()
+    else:
+        loaded = PeftModel.from_pretrained(make_model("vit"), tmp_path / "final").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pixel_values=batch).logits, expected, rtol=1e-4, atol=1e-5)
+    # the trainer goes on with its adapter
+    assert isinstance(trainer.model, PeftModel)
+
+
+def test_checkpoints_keep_the_adapter(make_model, make_samples, tmp_path):
+    model = adapted(make_model("vit"))
+    args = OrthoGradConfig(
+        str(tmp_path),
+        per_device_train_batch_size=K,
+        max_steps=2,
+        save_steps=1,
+        save_strategy="steps",
+        report_to="none",
+    )
+    trainer = OrthoGradTrainer(
+        model, args, train_dataset=make_samples("vit", K, seed=1), forget_dataset=make_samples("vit", 3, seed=2)
+    )
+    trainer.train()
+    assert (tmp_path / "checkpoint-1" / "adapter_config.json").exists()
