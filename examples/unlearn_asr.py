@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoProcessor, HfArgumentParser
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
-from hf_orthograd.evaluation import CharacterErrorRate, WordErrorRate
+from hf_orthograd.evaluation import CharacterErrorRate, WordErrorRate, plot_unlearning
 from hf_orthograd.speech import (
     SpeechCollator,
     is_whisper_like,
@@ -62,20 +62,27 @@ class ScriptArguments:
 
 
 DEMO = {
-    "forget_values": ["henry"],
-    "retain_size": 70,
+    "forget_values": ["duncan"],
+    "retain_size": 140,
     "finetune_epochs": 25,
     "finetune_learning_rate": 1e-3,
     "finetune_batch_size": 16,
     "compare_projections": ["none"],
     "output_dir": "out/demo",
-    "max_steps": 40,
-    "learning_rate": 1e-4,
-    "per_device_train_batch_size": 16,
-    "per_device_forget_batch_size": 8,
-    "lr_scheduler_type": "constant",
+    "forget_loss": "npo",
+    "npo_beta": 2.0,
+    "alpha": 0.5,
+    "max_steps": 120,
+    "learning_rate": 5e-4,
+    "per_device_train_batch_size": 28,
     "logging_steps": 1,
-    "disable_tqdm": False,
+}
+
+SETS = {
+    "forget": "forgotten, trained on",
+    "test_forgotten": "forgotten, unseen",
+    "retain": "others, at hand",
+    "test": "others, unseen",
 }
 
 
@@ -124,7 +131,7 @@ class Recogniser:
             "processing_class": processor,
             "compute_metrics": self.error_rates,
             "preprocess_logits_for_metrics": None if whisper else most_likely_tokens,
-            "eval_dataset": {name: sets[name] for name in ("forget", "retain", "test", "test_forgotten")},
+            "eval_dataset": {name: sets[name] for name in SETS},
         }
         self.evaluation = {"predict_with_generate": whisper}
 
@@ -150,7 +157,9 @@ class Recogniser:
             **self.evaluation,
         )
         everyone = concatenate_datasets([self.sets["forget"], self.sets["others"]])
-        OrthoGradTrainer(model, args, train_dataset=everyone, **self.shared).train()
+        trainer = OrthoGradTrainer(model, args, train_dataset=everyone, **self.shared)
+        trainer.train()
+        trainer.save_model()
 
     def unlearn(self, model, args: OrthoGradConfig) -> tuple[OrthoGradTrainer, dict]:
         """Returns the trainer and a row of the results: rates per set, losses per step, time."""
@@ -166,57 +175,40 @@ class Recogniser:
 
     def rates_of(self, trainer: OrthoGradTrainer) -> dict[str, dict[str, float]]:
         metrics = trainer.evaluate()
-        return {
-            name: {rate: 100 * metrics[f"eval_{name}_{rate}"] for rate in ("wer", "cer")}
-            for name in self.shared["eval_dataset"]
-        }
+        return {name: {rate: 100 * metrics[f"eval_{name}_{rate}"] for rate in ("wer", "cer")} for name in SETS}
 
 
 def with_lora(model, rank: int):
-    """Wraps the attention projections, of whatever name the architecture gives them, in a LoRA adapter."""
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    targets = sorted(names & {"q_proj", "k_proj", "v_proj", "out_proj", "query", "key", "value"})
+    """Wraps the attention projections of encoder and decoder in a LoRA adapter."""
+    targets = r".*\.(q_proj|k_proj|v_proj|out_proj)"
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
 
 
-def to_markdown(rows: dict[str, dict], forgotten: str) -> str:
-    titles = {
-        "forget": f"forget: {forgotten}, trained on",
-        "test_forgotten": f"{forgotten}, unseen",
-        "retain": "others, at hand",
-        "test": "others, unseen",
-    }
-    lines = ["| WER / CER (%) | " + " | ".join(titles.values()) + " |", "|---" * (len(titles) + 1) + "|"]
+def to_markdown(rows: dict[str, dict]) -> str:
+    lines = ["| WER / CER (%) | " + " | ".join(SETS.values()) + " |", "|---" * (len(SETS) + 1) + "|"]
     for method, row in rows.items():
-        cells = [f"{row[name]['wer']:.1f} / {row[name]['cer']:.1f}" for name in titles]
+        cells = [f"{row[name]['wer']:.1f} / {row[name]['cer']:.1f}" for name in SETS]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def plot(rows: dict[str, dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (losses, bars) = pyplot.subplots(1, 2, figsize=(11, 4))
-    methods = {name: row for name, row in rows.items() if "history" in row}
-    for (method, row), colour in zip(methods.items(), ("tab:blue", "tab:orange", "tab:green"), strict=False):
-        steps = [entry["step"] for entry in row["history"]]
-        losses.plot(steps, [entry["forget_loss"] for entry in row["history"]], color=colour, label=f"forget, {method}")
-        retain = [entry.get("retain_loss") for entry in row["history"]]
-        losses.plot(steps, retain, color=colour, linestyle="--", label=f"retain, {method}")
-    losses.set(xlabel="step", ylabel="loss of the step's samples (nats per token)", title="Losses while unlearning")
-    losses.legend()
-    sets = ("forget", "test_forgotten", "retain", "test")
-    for number, (method, row) in enumerate(rows.items()):
-        positions = [index + 0.8 * (number + 0.5) / len(rows) - 0.4 for index in range(len(sets))]
-        bars.bar(positions, [row[name]["wer"] for name in sets], width=0.8 / len(rows), label=method)
-    bars.set_xticks(range(len(sets)), ["forget", "forgotten,\nunseen", "others,\nat hand", "others,\nunseen"])
-    bars.set(ylabel="WER (%)", title="Word error rate")
-    bars.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def report(rows: dict[str, dict], arguments: ScriptArguments, args: OrthoGradConfig) -> None:
+    """Writes results.json, results.md and curves.png, and prints the table."""
+    output, table = Path(args.output_dir), to_markdown(rows)
+    results = {
+        "rows": rows,
+        "arguments": asdict(arguments) | args.to_sanitized_dict(),
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | {"transformers": transformers.__version__},
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "results.json").write_text(json.dumps(results, indent=1, default=str))
+    (output / "results.md").write_text(table + "\n")
+    histories = {method: row["history"] for method, row in rows.items() if "history" in row}
+    qualities = {method: {SETS[name]: row[name]["wer"] for name in SETS} for method, row in rows.items()}
+    plot_unlearning(histories, qualities, "word error rate (%)", output / "curves.png")
+    print(f"\n{table}\n\nresults.json, curves.png and the model are in {output}.")
 
 
 def main() -> None:
@@ -231,11 +223,10 @@ def main() -> None:
     columns = {"audio_column": arguments.audio_column, "text_column": arguments.text_column}
     sets = split(corpus, arguments)
     sets = DatasetDict({name: prepare_speech_dataset(rows, processor, **columns) for name, rows in sets.items()})
-    recogniser, output = Recogniser(model, processor, sets), Path(args.output_dir)
+    recogniser = Recogniser(model, processor, sets)
     if arguments.finetune_epochs > 0:
         recogniser.finetune(model, args, arguments)
 
-    # merged weights are what is published, so they are what is measured
     probe = OrthoGradTrainer(model, replace(args, **recogniser.evaluation), **recogniser.shared)
     rows = {"before": recogniser.rates_of(probe)}
     for projection in (*arguments.compare_projections, args.projection):
@@ -247,19 +238,7 @@ def main() -> None:
         rows[f'projection="{projection}"'] = row
 
     if trainer.is_world_process_zero():
-        table = to_markdown(rows, ", ".join(arguments.forget_values))
-        results = {
-            "rows": rows,
-            "arguments": asdict(arguments) | args.to_sanitized_dict(),
-            "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__}
-            | {"transformers": transformers.__version__},
-        }
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "results.json").write_text(json.dumps(results, indent=1, default=str))
-        (output / "results.md").write_text(table + "\n")
-        plot(rows, output / "curves.png")
-        print(f"\n{table}\n\nResults, curves and the model are in {output}.")
+        report(rows, arguments, args)
     trainer.save_model()
     if args.push_to_hub:
         trainer.push_to_hub()

@@ -1,0 +1,112 @@
+"""The example as a user runs it, shortened: one epoch, a few steps."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    Wav2Vec2Processor,
+)
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+pytest.importorskip("espeakng_loader", reason="the demo corpus is spoken by eSpeak NG, from the extra `demo`")
+from demo_corpus import SPEAKERS, build_demo_corpus  # noqa: E402
+
+
+def run_example(*arguments):
+    command = [sys.executable, str(EXAMPLES / "unlearn_asr.py"), *arguments, "--report_to", "none", "--disable_tqdm", "1"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
+
+
+def check_outputs(output, methods):
+    results = json.loads((output / "results.json").read_text())
+    assert list(results["rows"]) == methods
+    for row in results["rows"].values():
+        for name in ("forget", "test_forgotten", "retain", "test"):
+            assert row[name]["wer"] >= 0 and row[name]["cer"] >= 0
+    assert (output / "results.md").read_text().count("\n") == 2 + len(methods)
+    assert (output / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert results["peak_memory_gib"] > 0
+    return results
+
+
+def test_corpus_is_the_same_every_time_and_shares_no_sentence():
+    corpus, again = (build_demo_corpus(train_per_speaker=3, test_per_speaker=2) for _ in range(2))
+    assert corpus["train"]["text"] == again["train"]["text"]
+    assert corpus["train"][0]["audio"]["bytes"] == again["train"][0]["audio"]["bytes"]
+    sentences = list(corpus["train"]["text"]) + list(corpus["test"]["text"])
+    assert len(set(sentences)) == len(sentences) == 5 * len(SPEAKERS)
+    assert set(corpus["train"]["speaker"]) == set(SPEAKERS)
+
+
+def test_demo_from_corpus_to_saved_model(tmp_path):
+    shortened = ("--finetune_epochs", "1", "--max_steps", "2", "--output_dir", str(tmp_path))
+    printed = run_example(*shortened)
+    results = check_outputs(tmp_path, ["before", 'projection="none"', 'projection="orthogonal"'])
+    assert "| before |" in printed
+    history = results["rows"]['projection="orthogonal"']["history"]
+    assert [entry["step"] for entry in history] == [1, 2]
+    assert 0 < history[0]["kept_signal"] < 1
+    assert results["arguments"]["forget_values"] == results["arguments"]["forget_values"]
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    audio = torch.zeros(16000).numpy()
+    features = processor.feature_extractor(audio, sampling_rate=16000, return_tensors="pt").input_features
+    assert model.generate(features).shape[0] == 1
+
+
+@pytest.fixture
+def ctc_folder(tmp_path):
+    """A small Wav2Vec2 with its processor, and a corpus folder as one would download it."""
+    letters = ["<pad>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = tmp_path / "vocab.json"
+    vocabulary.write_text(json.dumps({letter: number for number, letter in enumerate(letters)}))
+    tokenizer = Wav2Vec2CTCTokenizer(str(vocabulary), bos_token=None, eos_token=None)
+    processor = Wav2Vec2Processor(Wav2Vec2FeatureExtractor(return_attention_mask=True), tokenizer)
+    from conftest import MODELS
+
+    torch.manual_seed(0)
+    config = MODELS["wav2vec2"]().config
+    config.vocab_size, config.pad_token_id, config.ctc_zero_infinity = len(letters), 0, True
+    Wav2Vec2ForCTC(config).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    corpus = build_demo_corpus(train_per_speaker=3, test_per_speaker=2)
+    for split, rows in corpus.items():
+        (tmp_path / "corpus").mkdir(exist_ok=True)
+        rows.to_parquet(tmp_path / "corpus" / f"{split}-00000-of-00001.parquet")
+    return tmp_path
+
+
+def test_ctc_model_from_a_folder_with_lora(ctc_folder):
+    output = ctc_folder / "out"
+    run_example(
+        *("--model_name_or_path", str(ctc_folder / "model"), "--dataset_name", str(ctc_folder / "corpus")),
+        *("--forget_values", "alice", "bruno", "--retain_size", "10", "--per_device_train_batch_size", "4"),
+        *("--max_steps", "2", "--use_lora", "--learning_rate", "1e-3", "--logging_steps", "1", "--output_dir", str(output)),
+    )
+    check_outputs(output, ["before", 'projection="orthogonal"'])
+    # merged: it loads without peft
+    assert not (output / "adapter_config.json").exists()
+    loaded, start = Wav2Vec2ForCTC.from_pretrained(output), Wav2Vec2ForCTC.from_pretrained(ctc_folder / "model")
+    changed = [name for name, p in loaded.named_parameters() if not torch.equal(p, start.get_parameter(name))]
+    assert changed and all("_proj.weight" in name for name in changed)
+
+
+def test_unknown_speaker_is_told_who_there_is():
+    command = [sys.executable, str(EXAMPLES / "unlearn_asr.py"), "--forget_values", "zoe", "--report_to", "none"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert finished.returncode != 0
+    assert "['zoe'] do not occur in column 'speaker', which has 'alice', 'bruno'" in finished.stderr
