@@ -184,6 +184,8 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         model.train()
         self._freeze_batch_norm(model)
         validation.check_batch_norm(plain_model)
+        for dataset, what in ((self.forget_dataset, "forget_dataset"), (self.train_dataset, "train_dataset")):
+            validation.check_label_column(dataset, what, self._per_sample_loss.shifts_labels)
         with preserved_random_state():
             forget = self._first_batch(self.forget_dataset, "forget_dataset", 2)
             retain = self._first_batch(self.train_dataset, "train_dataset", 2)
@@ -206,7 +208,6 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         self._forget_batches = self._start_forget_stream()
 
     def _first_batch(self, dataset, what: str, count: int) -> dict:
-        validation.check_label_column(dataset, what, self._per_sample_loss.shifts_labels)
         indexed, collator = self._indexed(dataset, what)
         if hasattr(dataset, "__len__"):
             examples = [indexed[row] for row in range(min(count, len(indexed)))]

@@ -25,7 +25,15 @@ from demo_corpus import SPEAKERS, build_demo_corpus  # noqa: E402
 
 
 def run_example(*arguments):
-    command = [sys.executable, str(EXAMPLES / "unlearn_asr.py"), *arguments, "--report_to", "none", "--disable_tqdm", "1"]
+    command = [
+        sys.executable,
+        str(EXAMPLES / "unlearn_asr.py"),
+        *arguments,
+        "--report_to",
+        "none",
+        "--disable_tqdm",
+        "1",
+    ]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return finished.stdout
@@ -95,7 +103,17 @@ def test_ctc_model_from_a_folder_with_lora(ctc_folder):
     run_example(
         *("--model_name_or_path", str(ctc_folder / "model"), "--dataset_name", str(ctc_folder / "corpus")),
         *("--forget_values", "alice", "bruno", "--retain_size", "10", "--per_device_train_batch_size", "4"),
-        *("--max_steps", "2", "--use_lora", "--learning_rate", "1e-3", "--logging_steps", "1", "--output_dir", str(output)),
+        *(
+            "--max_steps",
+            "2",
+            "--use_lora",
+            "--learning_rate",
+            "1e-3",
+            "--logging_steps",
+            "1",
+            "--output_dir",
+            str(output),
+        ),
     )
     check_outputs(output, ["before", 'projection="orthogonal"'])
     # merged: it loads without peft

@@ -64,6 +64,20 @@ def test_one_step_is_orthogonal_to_every_retain_gradient(
     torch.testing.assert_close(change.float(), 0.1 * projected.float(), rtol=1e-3, atol=2e-6)
 
 
+@pytest.mark.parametrize("kind", ALL)
+def test_bf16_autocast_follows_the_model(kind, tmp_path, make_model, make_samples, loop_gradients):
+    """Compute in bfloat16, parameters and inner products in float32: orthogonal to what bfloat16 can tell."""
+    model, retain, forget = make_model(kind), make_samples(kind, K, seed=1), make_samples(kind, M, seed=2)
+    rows, before = loop_gradients(model, retain).double(), flat(model)
+    args = config(tmp_path, bf16=True, use_cpu=True)
+    trainer = OrthoGradTrainer(model, args, train_dataset=retain, forget_dataset=forget)
+    trainer.train()
+    assert trainer._engine.name == "gram"
+    change = (flat(model) - before).double()
+    assert torch.nn.functional.cosine_similarity(change[None], rows).abs().max() <= 3e-2
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
 @pytest.mark.parametrize("args_class", [TrainingArguments, OrthoGradConfig])
 @pytest.mark.parametrize("kind", ["whisper", "llama"])
 def test_without_forget_set_it_is_trainer(args_class, kind, tmp_path, make_model, make_samples):

@@ -223,7 +223,8 @@ def _pull_back(call: Call, tensors: tuple[Tensor, ...], samples: dict[int, Tenso
             args = (args[0].clone(), *args[1:])
         return call.function(*args, **kwargs)
 
-    output, pull_back = torch.func.vjp(run, *tensors)
+    with torch.autocast(gradient.device.type, call.autocast, enabled=call.autocast is not None, cache_enabled=False):
+        output, pull_back = torch.func.vjp(run, *tensors)
     return pull_back(gradient.to(output.dtype))
 
 

@@ -64,6 +64,8 @@ class Call:
             shape; the tensor itself is not kept, so that memory is what the ordinary backward pass keeps.
         forward (`Forward`): The forward pass it belongs to.
         batched (`frozenset[int]`): Ids of the detached argument tensors that hold data of the batch.
+        versions (`list`): The argument tensors with their version counters at the time of the call.
+        autocast (`torch.dtype`, *optional*): The type that autocast computed the call in.
     """
 
     function: Callable
@@ -74,6 +76,7 @@ class Call:
     forward: "Forward"
     batched: frozenset[int]
     versions: list[tuple[Tensor, int]] = field(repr=False)
+    autocast: torch.dtype | None = None
 
     @property
     def name(self) -> str:
@@ -215,7 +218,10 @@ class Recorder(TorchFunctionMode):
         # F.linear returns a view of its product; if the model then writes into it, as SpecAugment does, autograd rebases
         # the view and its node leaves the graph, while that of the product stays
         product = output._base if output._is_view() and output._base.numel() == output.numel() else output
-        call = Call(func, args, kwargs, output.shape, get_gradient_edge(product), self._forward, batched, versions)
+        device = output.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        edge = get_gradient_edge(product)
+        call = Call(func, args, kwargs, output.shape, edge, self._forward, batched, versions, autocast)
         self._watch(call, product)
 
     def _can_spread(self, func, args, kwargs, sources: list[Tensor], data: Tensor) -> bool:
