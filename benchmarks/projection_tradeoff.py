@@ -19,7 +19,6 @@ from hf_orthograd import project_orthogonal
 
 
 RESULTS = Path(__file__).parent / "results"
-ITERATIONS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def retain_sets(k: int, d: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -71,7 +70,7 @@ def measure(arguments: argparse.Namespace) -> list[tuple[str, str, int | None, f
         seconds, projected = timed(arguments.repeats, forget, rows)
         results.append((kind, "exact", None, largest_cosine(projected, rows), seconds))
         for solver in ("cg", "kaczmarz"):
-            for iterations in ITERATIONS:
+            for iterations in arguments.iterations:
                 settings = {"solver": solver, "num_iterations": iterations, "rtol": 1e-12}
                 seconds, projected = timed(arguments.repeats, forget, rows, **settings)
                 results.append((kind, solver, iterations, largest_cosine(projected, rows), seconds))
@@ -87,12 +86,12 @@ def to_markdown(results: list, arguments: argparse.Namespace) -> str:
         f"{date.today()}, {machine}, Python {platform.python_version()}, torch {torch.__version__}, float32 vectors, "
         f"median of {arguments.repeats}. Residual: largest |cos(projected, retain gradient)|. Time in s.",
         "",
-        "| retain set | solver | " + " | ".join(str(n) for n in ITERATIONS) + " |",
-        "|---" * (len(ITERATIONS) + 2) + "|",
+        "| retain set | solver | " + " | ".join(str(n) for n in arguments.iterations) + " |",
+        "|---" * (len(arguments.iterations) + 2) + "|",
     ]
     for kind in dict.fromkeys(row[0] for row in results):
         exact = next(row for row in results if row[:2] == (kind, "exact"))
-        lines.append(f"| {kind} | exact | {exact[3]:.0e}, {exact[4]:.2f} s |" + " |" * (len(ITERATIONS) - 1))
+        lines.append(f"| {kind} | exact | {exact[3]:.0e}, {exact[4]:.2f} s |" + " |" * (len(arguments.iterations) - 1))
         for solver in ("cg", "kaczmarz"):
             cells = [f"{row[3]:.0e}, {row[4]:.2f} s" for row in results if row[:2] == (kind, solver)]
             lines.append(f"| {kind} | {solver} | " + " | ".join(cells) + " |")
@@ -122,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dimension", type=int, default=10_000_000, help="d, number of parameters")
     parser.add_argument("--rows", type=int, default=32, help="k, number of retain gradients")
+    parser.add_argument("--iterations", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="of cg and kaczmarz")
     parser.add_argument("--repeats", type=int, default=1, help="runs per point; the median is kept")
     arguments = parser.parse_args()
     results = measure(arguments)

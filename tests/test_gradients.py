@@ -177,6 +177,35 @@ def test_gram_follows_what_is_not_a_layer(size):
         torch.testing.assert_close(step.grams[name], gram, rtol=1e-4, atol=1e-5 * gram.abs().max().item(), msg=name)
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv1d(4, 6, 3, stride=2, padding=1), (4, 11)),
+        (nn.Conv1d(4, 6, 3, dilation=2, bias=False), (4, 11)),
+        (nn.Conv1d(4, 6, 3, padding="same"), (4, 11)),
+        (nn.Conv1d(4, 6, 3, groups=2), (4, 11)),
+        (nn.Conv2d(3, 5, (2, 3), stride=(2, 1), padding=(0, 1)), (3, 6, 7)),
+        (nn.Conv2d(3, 5, 4, stride=4), (3, 8, 8)),
+        (nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 6, 3)), (4, 11)),
+        (nn.GroupNorm(2, 4), (4, 11)),
+        (nn.Conv3d(2, 3, 2), (2, 3, 4, 4)),
+    ],
+    ids=str,
+)
+def test_convolutions_and_norms(layer, shape):
+    torch.manual_seed(0)
+    forget, retain = {"x": torch.randn(3, *shape)}, {"x": torch.randn(4, *shape)}
+
+    def losses(model, inputs):
+        return model(inputs["x"]).square().flatten(1).sum(-1)
+
+    step = measure(GramEngine, layer, losses, forget, retain)
+    reference = measure(LoopEngine, layer, losses, forget, retain)
+    assert relative_error(step.gram, reference.gram) <= 1e-5
+    for name, gram in reference.grams.items():
+        torch.testing.assert_close(step.grams[name], gram, rtol=1e-4, atol=1e-5 * gram.abs().max().item(), msg=name)
+
+
 def test_outer_forms_agree_with_dense():
     torch.manual_seed(0)
     shape = torch.Size((9, 4))

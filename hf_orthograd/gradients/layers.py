@@ -176,6 +176,39 @@ def embedding_rule(call: Call, output_gradient: Tensor) -> list[tuple[Source, Pi
     return [(weight, Outer(rows, gradient, weight.tensor.shape))]
 
 
+@register_rule(F.conv1d, F.conv2d)
+def convolution_rule(call: Call, output_gradient: Tensor) -> list[tuple[Source, Piece]] | None:
+    """The patches under the kernel take the place of a linear layer's input; vectorised backward passes are slow here."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    arguments = {**defaults, **dict(zip(names, call.args, strict=False)), **call.kwargs}
+    features, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
+    if isinstance(features, Source) or not isinstance(weight, Source):
+        return None
+    if arguments["groups"] != 1 or isinstance(arguments["padding"], str) or features.ndim != weight.tensor.ndim:
+        return None
+    dimensions = features.ndim - 2
+
+    def in_two_dimensions(value: int | tuple, neutral: int) -> tuple[int, int]:
+        values = value if isinstance(value, (tuple, list)) else (value,) * dimensions
+        values = tuple(values) * (dimensions if len(values) == 1 else 1)
+        return values if dimensions == 2 else (neutral, values[0])
+
+    patches = F.unfold(
+        features.to(output_gradient.dtype).unsqueeze(2) if dimensions == 1 else features.to(output_gradient.dtype),
+        in_two_dimensions(tuple(weight.tensor.shape[2:]), 1),
+        dilation=in_two_dimensions(arguments["dilation"], 1),
+        padding=in_two_dimensions(arguments["padding"], 0),
+        stride=in_two_dimensions(arguments["stride"], 1),
+    )
+    gradient = by_row(output_gradient.flatten(2).transpose(1, 2), call)
+    outer = Outer(gradient, by_row(patches.transpose(1, 2), call), torch.Size((gradient.shape[2], patches.shape[1])))
+    pieces: list[tuple[Source, Piece]] = [(weight, Dense(outer.dense().view(-1, *weight.tensor.shape)))]
+    if isinstance(bias, Source):
+        pieces.append((bias, Dense(gradient.float().sum(dim=1))))
+    return pieces
+
+
 def general_rule(call: Call, output_gradient: Tensor) -> list[tuple[Source, Piece]]:
     """Any call: the function is run again for its sources alone and differentiated sample by sample."""
     sources = call.sources
