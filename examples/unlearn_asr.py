@@ -133,7 +133,9 @@ class Recogniser:
             "preprocess_logits_for_metrics": None if whisper else most_likely_tokens,
             "eval_dataset": {name: sets[name] for name in SETS},
         }
-        self.evaluation = {"predict_with_generate": whisper}
+        # a model that has forgotten may go on without end: twice the longest transcript is enough to count as wrong
+        longest = max(len(labels) for rows in sets.values() for labels in rows["labels"])
+        self.evaluation = {"predict_with_generate": whisper, "generation_max_length": 2 * longest}
 
     def error_rates(self, prediction) -> dict[str, float]:
         predictions, references = self.transcribe(prediction)

@@ -73,6 +73,9 @@ def prepare_speech_dataset(
 
     Returns:
         `datasets.Dataset` with the feature extractor's input column (`input_features` or `input_values`) and `labels`.
+
+    Raises:
+        ValueError: An utterance is longer than Whisper's window, which would cut it but not its transcript.
     """
     extractor, tokenizer = processor.feature_extractor, processor.tokenizer
     vocabulary = tokenizer.get_vocab()
@@ -80,8 +83,16 @@ def prepare_speech_dataset(
     # Whisper's text begins with a space; a vocabulary of letters has a word delimiter of its own
     prefix = " " if input_name == "input_features" else ""
 
+    window = extractor.n_samples if input_name == "input_features" else None
+
     def prepare(row: dict) -> dict:
         samples = decode_audio(row[audio_column], extractor.sampling_rate)
+        if window is not None and len(samples) > window:
+            raise ValueError(
+                f"An utterance lasts {len(samples) / extractor.sampling_rate:.1f} s, longer than the model's window of "
+                f"{window / extractor.sampling_rate:.0f} s: its end would be cut off, its transcript not. Make the window "
+                f"longer or remove the utterance ({row[text_column][:60]!r})."
+            )
         features = extractor(samples, sampling_rate=extractor.sampling_rate)[input_name][0]
         text = prefix + match_case(row[text_column], vocabulary)
         return {input_name: np.asarray(features, dtype=np.float32), "labels": tokenizer(text).input_ids}

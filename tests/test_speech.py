@@ -57,6 +57,11 @@ def test_text():
     assert match_case("Hello", {"<pad>": 0, "A": 1}) == "HELLO"
 
 
+class Processor:
+    def __init__(self, extractor):
+        self.feature_extractor = extractor
+
+
 @pytest.fixture
 def ctc_processor(tmp_path):
     letters = ["<pad>", "<unk>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]
@@ -89,15 +94,19 @@ def test_ctc_pipeline_from_audio_to_transcripts(ctc_processor, corpus):
     assert references == predictions == ["hello all", "yes"]
 
 
+def test_utterance_longer_than_the_window_is_not_cut_silently(corpus):
+    processor = Processor(WhisperFeatureExtractor(chunk_length=1))
+    processor.tokenizer = Wav2Vec2CTCTokenizer.__new__(Wav2Vec2CTCTokenizer)
+    processor.tokenizer.get_vocab = lambda: {"a": 0}
+    processor.feature_extractor.n_samples = 8000
+    with pytest.raises(ValueError, match="lasts 0.7 s, longer than the model's window of"):
+        prepare_speech_dataset(corpus.select([1]), processor)
+
+
 def test_most_likely_tokens():
     logits = torch.zeros(1, 2, 3)
     logits[0, 0, 2] = logits[0, 1, 1] = 1
     assert most_likely_tokens(logits, None).tolist() == most_likely_tokens((logits,), None).tolist() == [[2, 1]]
-
-
-class Processor:
-    def __init__(self, extractor):
-        self.feature_extractor = extractor
 
 
 def test_shorter_window_hears_the_same(make_model, tmp_path):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import GradientEngine, Parameters, Slopes, StepGradients, linear_surrogate, weighted_mean
@@ -16,8 +17,8 @@ from .loop import gradients_or_zeros
 from .recording import Call, Recorder
 
 
-# pairwise products of positions may take at most this many times the memory of the gradients they replace
-_PAIRWISE_MEMORY = 1.0
+# what writing or reading one number of a large tensor costs, in multiplications: memory is slower than arithmetic
+_MEMORY_COST = 8
 
 
 @dataclass
@@ -149,15 +150,21 @@ class _ParameterShare:
         return self.gram
 
     def _pairwise_is_cheaper(self) -> bool:
-        """Counts multiplications of both forms over all calls of this parameter, and the memory of both."""
+        """Counts multiplications and memory traffic of both forms over all calls of this parameter."""
         if not self._outer_only:
             return False
         p, q = self._parameter.shape
-        positions = sum(call.shape.numel() // call.shape[-1] for call in self._expected)
         num_rows = len(self.gram)
-        materialised = positions * p * q + num_rows**2 * p * q
-        pairwise = positions**2 * (p + q)
-        return pairwise < materialised and positions**2 <= _PAIRWISE_MEMORY * num_rows * p * q
+        # an embedding's left factors are one-hot: its gradients are only gathered, and so are its products
+        calls = [(call.shape.numel() // call.shape[-1], call.function is F.embedding) for call in self._expected]
+        gradients = sum(positions * q * (1 if one_hot else p) for positions, one_hot in calls)
+        materialised = gradients + (num_rows**2 + _MEMORY_COST * num_rows * (1 + len(calls))) * p * q
+        pairwise = sum(
+            positions * others * (q + 2 * _MEMORY_COST + (0 if one_hot or other_one_hot else p))
+            for i, (positions, one_hot) in enumerate(calls)
+            for others, other_one_hot in calls[: i + 1]
+        )
+        return pairwise < materialised
 
     def _multiply(self) -> None:
         if self._dense:  # factors and whole gradients of one parameter have cross terms: bring them to one form
