@@ -90,6 +90,8 @@ def _sentences(count: int, generator: random.Random) -> list[str]:
 def build_demo_corpus(train_per_speaker: int = 80, test_per_speaker: int = 20, seed: int = 0) -> DatasetDict:
     """Speaks the corpus: every sentence is said once, by one speaker, so no test sentence was ever trained on.
 
+    Who says what depends on the seed alone; the sound does not quite, for eSpeak NG varies pitch and breath on its own.
+
     Returns:
         `DatasetDict` with splits `train` and `test`, columns `audio` (bytes of a WAV file), `text`, `speaker`, `id`.
     """
