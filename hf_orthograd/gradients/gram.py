@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import GradientEngine, Parameters, Slopes, StepGradients, linear_surrogate, weighted_mean
+from .base import GradientEngine, Parameters, Slopes, StepGradients, inner_products, linear_surrogate, weighted_mean
 from .layers import Dense, Outer, Piece, per_sample_pieces
 from .loop import gradients_or_zeros
 from .recording import Call, Recorder
@@ -177,7 +177,8 @@ class _ParameterShare:
         blocks = [(rows, gradients.flatten(1).float()) for rows, gradients in self._dense.values()]
         for i, (rows, gradients) in enumerate(blocks):
             for other_rows, other in blocks[: i + 1]:
-                self._add_block(rows, other_rows, gradients @ other.T, symmetric=other is gradients)
+                block = inner_products(gradients, other)
+                self._add_block(rows, other_rows, block, symmetric=other is gradients)
         self._pieces, self._dense = [], {}
 
     def _add_block(self, rows: slice, other_rows: slice, block: Tensor, symmetric: bool) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .base import GradientEngine, Parameters, Slopes, StepGradients, linear_surrogate, weighted_mean
+from .base import GradientEngine, Parameters, Slopes, StepGradients, inner_products, linear_surrogate, weighted_mean
 
 
 @dataclass
@@ -76,4 +76,4 @@ def gradients_or_zeros(loss: Tensor, parameters: dict[str, nn.Parameter]) -> dic
 
 def _gram(*row_blocks: Tensor) -> Tensor:
     flat = torch.cat([block.flatten(1) for block in row_blocks])
-    return (flat @ flat.T).to(torch.float64)
+    return inner_products(flat, flat)
