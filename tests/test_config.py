@@ -33,9 +33,7 @@ def test_parses_from_a_command_line(tmp_path):
 
 
 def test_round_trip(tmp_path):
-    config = OrthoGradConfig(str(tmp_path), alpha=0.1, report_to="none")
-    assert (
-        OrthoGradConfig(str(tmp_path), alpha=0.1, report_to="none").to_dict()["alpha"]
-        == config.to_dict()["alpha"]
-        == 0.1
-    )
+    config = OrthoGradConfig(str(tmp_path), alpha=0.1, forget_loss="npo", report_to="none")
+    saved = config.to_dict()
+    again = OrthoGradConfig(str(tmp_path), report_to="none", **{field.name: saved[field.name] for field in OWN})
+    assert all(getattr(again, field.name) == getattr(config, field.name) for field in OWN)
