@@ -18,7 +18,7 @@ from transformers import Seq2SeqTrainer, TrainingArguments
 from . import validation
 from .config import OrthoGradConfig
 from .data import SAMPLE_INDEX, CyclingBatchSampler, IndexedCollator, IndexedDataset
-from .gradients import GradientEngine, PlainEngine, StepGradients, choose_engine, preserved_random_state
+from .gradients import GradientEngine, MeanEngine, PlainEngine, StepGradients, choose_engine, preserved_random_state
 from .objectives import Ascent, NegativePreference, PerSampleLoss
 from .projection import Projection, solve_projections
 from .reference import ReferenceLosses
@@ -133,20 +133,18 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         forget_rows = forget.pop(SAMPLE_INDEX)
         retain_rows = None if retain is None else retain.pop(SAMPLE_INDEX, None)
         objective = self._forget_objective(model, forget_rows)
-        merge_retain = self.args.projection == "mean"
-        step = self._engine.measure(model, forget, retain, objective.slopes, merge_retain)
+        step = self._engine.measure(model, forget, retain, objective.slopes)
         self._check_finite(step, forget_rows, retain_rows)
 
-        alpha = self.args.alpha
-        loss = alpha * step.retain_mean() - (1 - alpha) * step.forget_term
-        projection = None
+        alpha, projection, coefficients = self.args.alpha, None, {}
         if step.grams:
-            coefficients, projection = self._solve(step)
-            loss = loss + (1 - alpha) * step.retain_combination(coefficients)
-        ascended = objective.value(step.forget_losses.detach())
-        loss = loss + (1 - alpha) * (step.forget_term.detach() - ascended)  # changes what is logged, not the gradient
+            solved, projection = self._solve(step)
+            coefficients = {name: (1 - alpha) * values for name, values in solved.items()}
+        loss = step.combine(-(1 - alpha), alpha, coefficients)
         self._collect_metrics(step, projection)
-        return loss
+        # the value is for the log; the gradient is that of the combination
+        retain_loss = step.retain_losses.mean() if len(step.retain_losses) else 0.0
+        return loss + alpha * retain_loss - (1 - alpha) * objective.value(step.forget_losses)
 
     def _solve(self, step: StepGradients) -> tuple[dict[str, Tensor], Projection]:
         args = self.args
@@ -193,6 +191,8 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             validation.check_losses(self._per_sample_loss, plain_model, forget, sample)
             if args.projection == "none":
                 self._engine = PlainEngine(parameters, self._per_sample_loss)
+            elif args.projection == "mean":
+                self._engine = MeanEngine(parameters, self._per_sample_loss)
             else:
                 self._engine = choose_engine(
                     args.gradient_engine,

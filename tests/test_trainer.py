@@ -197,7 +197,7 @@ def test_per_tensor_scope_projects_each_tensor(tmp_path, make_model, make_sample
         model, config(tmp_path, projection_scope="per_tensor"), train_dataset=retain, forget_dataset=forget
     )
     trainer.train()
-    assert trainer._engine.name == "func"
+    assert trainer._engine.name == "gram"
     for name, parameter in model.named_parameters():
         basis, _ = torch.linalg.qr(retain_rows[name].T)
         mean = forget_rows[name].mean(dim=0)

@@ -186,11 +186,6 @@ def test_launches_that_are_not_exact_yet(fails_before_any_step, settings, named)
     assert f"does not support {named}" in fails_before_any_step(settings=settings)
 
 
-def test_engine_that_cannot_project_per_tensor(fails_before_any_step):
-    settings = {"projection_scope": "per_tensor", "gradient_engine": "gram"}
-    assert "'gram', which cannot project tensor by tensor" in fails_before_any_step(settings=settings)
-
-
 class FailsLater(torch.utils.data.Dataset):
     """Samples that turn into NaN once they have been read `after` times."""
 

@@ -4,7 +4,7 @@ from .base import GradientEngine, Parameters, StepGradients, UnsupportedModelErr
 from .functional import FunctionalEngine
 from .gram import GramEngine
 from .layers import register_rule
-from .loop import LoopEngine
+from .loop import LoopEngine, MeanEngine
 from .plain import PlainEngine
 from .selection import choose_engine, preserved_modes, preserved_random_state
 
@@ -14,6 +14,7 @@ __all__ = [
     "GradientEngine",
     "GramEngine",
     "LoopEngine",
+    "MeanEngine",
     "Parameters",
     "PlainEngine",
     "StepGradients",

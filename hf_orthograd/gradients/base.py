@@ -46,16 +46,14 @@ class StepGradients(ABC):
     the slopes held constant. Rows 1 to k are the retain samples' gradients, or one row, their mean.
 
     Parameters:
-        forget_losses (`torch.Tensor`): Shape (m,).
-        retain_losses (`torch.Tensor`): Shape (k,).
-        forget_term (`torch.Tensor`): Scalar whose gradient is `g_u`.
+        forget_losses (`torch.Tensor`): Shape (m,), detached.
+        retain_losses (`torch.Tensor`): Shape (k,), detached.
         grams (`dict[str, torch.Tensor]`): For each projected parameter, its share of the Gram matrix,
             shape (1 + k, 1 + k), float64. Their sum is the Gram matrix of the whole gradients.
     """
 
     forget_losses: Tensor
     retain_losses: Tensor
-    forget_term: Tensor
     grams: dict[str, Tensor]
 
     @property
@@ -64,15 +62,16 @@ class StepGradients(ABC):
         return torch.stack(list(self.grams.values())).sum(dim=0)
 
     @abstractmethod
-    def retain_mean(self) -> Tensor:
-        """A scalar whose gradient is the mean of the retain gradients, and whose value is the mean loss."""
+    def combine(self, forget_weight: float, retain_weight: float, coefficients: dict[str, Tensor]) -> Tensor:
+        """A scalar of value zero whose gradient is `forget_weight * g_u + retain_weight * mean_i g_i + sum_i c_i g_i`.
 
-    @abstractmethod
-    def retain_combination(self, coefficients: dict[str, Tensor]) -> Tensor:
-        """A scalar whose gradient is `sum_i c_i g_i` on each projected parameter and zero on the other parameters.
+        To be called once: it may use up what was kept.
 
         Args:
-            coefficients (`dict[str, torch.Tensor]`): Shape (k,) for each projected parameter's name.
+            forget_weight (`float`): Of the forget gradient.
+            retain_weight (`float`): Of the mean of the retain gradients.
+            coefficients (`dict[str, torch.Tensor]`): Shape (k,) for each projected parameter's name; on the other
+                parameters the last term is missing.
         """
 
 
@@ -80,16 +79,13 @@ class GradientEngine(ABC):
     """A way from two batches to the inner products of their gradients."""
 
     name: str
-    supports_per_tensor: bool
 
     def __init__(self, parameters: Parameters, per_sample_losses: PerSampleLosses):
         self.parameters = parameters
         self.per_sample_losses = per_sample_losses
 
     @abstractmethod
-    def measure(
-        self, model: nn.Module, forget: Mapping, retain: Mapping, slopes: Slopes, merge_retain: bool = False
-    ) -> StepGradients:
+    def measure(self, model: nn.Module, forget: Mapping, retain: Mapping, slopes: Slopes) -> StepGradients:
         """Runs the forward passes and finds the inner products.
 
         Args:
@@ -97,11 +93,18 @@ class GradientEngine(ABC):
             forget (`Mapping`): Inputs of m forget samples, with labels.
             retain (`Mapping`): Inputs of k retain samples, with labels.
             slopes (`Callable`): Slopes of the forget objective at the forget losses.
-            merge_retain (`bool`): One row for the mean retain gradient in place of one for each sample.
 
         Raises:
             UnsupportedModelError: The model does something this engine cannot follow.
         """
+
+    def forget_gradients(self, model: nn.Module, forget: Mapping, slopes: Slopes) -> tuple[Tensor, dict[str, Tensor]]:
+        """The forget losses, (m,), and `g_u` by parameter name where the loss uses it; the graph is given free."""
+        losses = self.per_sample_losses(model, forget)
+        trainable = self.parameters.trainable
+        found = torch.autograd.grad(weighted_mean(losses, slopes), list(trainable.values()), allow_unused=True)
+        pairs = zip(trainable, found, strict=True)
+        return losses.detach(), {name: gradient for name, gradient in pairs if gradient is not None}
 
 
 def weighted_mean(losses: Tensor, slopes: Slopes) -> Tensor:
@@ -109,18 +112,29 @@ def weighted_mean(losses: Tensor, slopes: Slopes) -> Tensor:
     return (slopes(losses.detach()) * losses).mean()
 
 
-def linear_surrogate(parameters: dict[str, nn.Parameter], gradients: dict[str, Tensor]) -> Tensor:
+class _KnownGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return parameters[0].new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, scale: Tensor):
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, *(gradient.mul_(scale) for gradient in gradients)
+
+
+def known_gradients(parameters: dict[str, nn.Parameter], gradients: dict[str, Tensor | None]) -> Tensor:
     """A scalar of value zero whose gradient with respect to each parameter is the tensor given for it.
 
     Handing known gradients to the ordinary backward pass in this way keeps loss scaling, accumulation and the
-    reduction over processes as they are.
+    reduction over processes as they are. The tensors are used up; `None` leaves a parameter out.
     """
-    products = [
-        torch.dot(parameters[name].flatten(), gradient.detach().flatten().to(parameters[name].dtype))
-        for name, gradient in gradients.items()
-    ]
-    total = torch.stack(products).sum()
-    return total - total.detach()
+    known = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    if not known:
+        return torch.zeros(())
+    typed = [gradient.to(parameters[name].dtype) for name, gradient in known.items()]
+    return _KnownGradients.apply(typed, *(parameters[name] for name in known))
 
 
 def inner_products(rows: Tensor, others: Tensor) -> Tensor:

@@ -1,215 +1,155 @@
 """The Gram matrix of per-sample gradients, parameter by parameter, without the gradients of the whole model.
 
-One backward pass over the activations delivers the gradient of each recorded call's output; the call's share of the
-inner products is formed at once and dropped. No parameter gradient and no k copies of the model ever exist.
+The forget batch takes an ordinary backward pass. Then one backward pass over the activations of the retain batch
+delivers the gradient of each recorded call's output; the call's share of the inner products is formed at once, and what
+the update will need of it is kept in its smaller form while the graph is given free.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import GradientEngine, Parameters, Slopes, StepGradients, inner_products, linear_surrogate, weighted_mean
-from .layers import Dense, Outer, Piece, per_sample_pieces
-from .loop import gradients_or_zeros
-from .recording import Call, Recorder
-
-
-# what writing or reading one number of a large tensor costs, in multiplications: memory is slower than arithmetic
-_MEMORY_COST = 8
+from .base import GradientEngine, Parameters, PerSampleLosses, Slopes, StepGradients, known_gradients
+from .calls import Call, Source, SpreadCall
+from .layers import per_sample_pieces
+from .pieces import Dense, Outer, Piece
+from .recording import Recorder
+from .shares import ParameterShare, Scratch
 
 
 @dataclass
-class GramGradients(StepGradients):
-    """Inner products beside the live graph of both forward passes.
+class KeptGradients(StepGradients):
+    """Inner products beside the retain gradients or their factors, parameter by parameter; no graph is left.
 
     Parameters:
-        parameters ([`Parameters`]): What the Gram matrix is about.
-        merged (`bool`): Whether the retain samples make one row, their mean.
+        parameters ([`Parameters`]): What the gradients belong to.
+        shares (`dict[str, ParameterShare]`): What is kept for each trainable parameter.
     """
 
     parameters: Parameters
-    merged: bool
+    shares: dict[str, ParameterShare]
 
-    def retain_mean(self) -> Tensor:
-        return self.retain_losses.mean()
+    def combine(self, forget_weight: float, retain_weight: float, coefficients: dict[str, Tensor]) -> Tensor:
+        mean = torch.full_like(self.retain_losses, retain_weight / len(self.retain_losses))
+        gradients = {}
+        for name, share in self.shares.items():
+            weights = mean + coefficients[name].to(mean) if name in coefficients else mean
+            gradients[name] = share.gradient(forget_weight, weights)
+        return known_gradients(self.parameters.trainable, gradients)
 
-    def retain_combination(self, coefficients: dict[str, Tensor]) -> Tensor:
-        shared = next(iter(coefficients.values())).to(self.retain_losses)
-        combination = shared[0] * self.retain_losses.mean() if self.merged else shared @ self.retain_losses
-        if self.parameters.others:
-            unprojected = gradients_or_zeros(combination, self.parameters.others)
-            combination = combination - linear_surrogate(self.parameters.others, unprojected)
-        return combination - combination.detach()
+
+@dataclass
+class RecomputedGradients(StepGradients):
+    """Inner products beside the live graph of the retain batch, for a second backward pass of weighted losses.
+
+    Under activation checkpointing that graph is small, and keeping gradients or factors would undo the saving.
+    """
+
+    parameters: Parameters
+    forget_gradients: dict[str, Tensor]
+    live_losses: Tensor
+
+    def combine(self, forget_weight: float, retain_weight: float, coefficients: dict[str, Tensor]) -> Tensor:
+        mean = torch.full_like(self.retain_losses, retain_weight / len(self.retain_losses))
+        shared = next(iter(coefficients.values())).to(mean)
+        weighted = (mean + shared) @ self.live_losses
+        known = {name: gradient.mul_(forget_weight) for name, gradient in self.forget_gradients.items()}
+        others = self.parameters.others
+        if others:  # they have no part in the combination
+            extra = torch.autograd.grad(
+                shared @ self.live_losses, list(others.values()), None, True, allow_unused=True
+            )
+            for name, gradient in zip(others, extra, strict=True):
+                if gradient is not None:
+                    known[name] = known[name] - gradient if name in known else -gradient
+        return weighted - weighted.detach() + known_gradients(self.parameters.trainable, known)
 
 
 class GramEngine(GradientEngine):
-    """Watches the forward passes, then lets one backward pass over activations deliver what each call needs."""
+    """Watches the retain batch's forward pass, then lets one backward pass over activations deliver what each call needs.
+
+    Parameters:
+        recomputes (`bool`): Whether activation checkpointing was seen to run parts of the forward pass again.
+    """
 
     name = "gram"
-    supports_per_tensor = False
 
-    def measure(
-        self, model: nn.Module, forget: Mapping, retain: Mapping, slopes: Slopes, merge_retain: bool = False
-    ) -> StepGradients:
-        recorder = Recorder(self.parameters.projected)
+    def __init__(self, parameters: Parameters, per_sample_losses: PerSampleLosses, *, per_tensor: bool = False):
+        super().__init__(parameters, per_sample_losses)
+        self.per_tensor = per_tensor
+        self.recomputes = False
+        self._scratch = Scratch()
+
+    def measure(self, model: nn.Module, forget: Mapping, retain: Mapping, slopes: Slopes) -> StepGradients:
+        forget_losses, forget_gradients = self.forget_gradients(model, forget, slopes)
+        trainable = self.parameters.trainable
+        recorder = Recorder(trainable)
         try:
             with recorder:
-                forget_pass = recorder.begin(forget, merged=True)
-                forget_losses = self.per_sample_losses(model, forget)
-                retain_pass = recorder.begin(retain, merged=merge_retain)
+                recorder.begin(retain)
                 retain_losses = self.per_sample_losses(model, retain)
-            forget_pass.num_samples, forget_pass.rows = len(forget_losses), slice(0, 1)
-            retain_pass.num_samples = len(retain_losses)
-            retain_pass.rows = slice(1, 2 if merge_retain else 1 + len(retain_losses))
-            forget_term = weighted_mean(forget_losses, slopes)
-            retain_term = retain_losses.mean() if merge_retain else retain_losses.sum()
-            grams = _gram_matrices(recorder, self.parameters.projected, forget_term + retain_term)
+                keeps = self._keeps_gradients(model, len(retain_losses))
+                shares = {
+                    name: ParameterShare(
+                        parameter,
+                        forget_gradients.get(name),
+                        len(retain_losses),
+                        projected=name in self.parameters.projected,
+                        keeps=keeps,
+                    )
+                    for name, parameter in trainable.items()
+                }
+                self._collect(recorder, shares, retain_losses, retain_graph=not keeps)
+            self.recomputes = self.recomputes or recorder.recomputes
         finally:
             recorder.close()
-        return GramGradients(forget_losses, retain_losses, forget_term, grams, self.parameters, merge_retain)
+        grams = {name: shares[name].gram(self._scratch) for name in self.parameters.projected}
+        losses = (forget_losses.detach(), retain_losses.detach(), grams)
+        if keeps:
+            return KeptGradients(*losses, self.parameters, shares)
+        return RecomputedGradients(*losses, self.parameters, forget_gradients, retain_losses)
+
+    def _keeps_gradients(self, model: nn.Module, num_samples: int) -> bool:
+        """By rule: what is kept replaces the graph, unless checkpointing keeps that small.
+
+        Then only gradients that together take no more memory than the model are kept, those of an adapter; projecting
+        tensor by tensor needs them in any case.
+        """
+        if not self.recomputes or self.per_tensor:
+            return True
+        trained = sum(parameter.numel() for parameter in self.parameters.trainable.values())
+        return num_samples * trained <= sum(parameter.numel() for parameter in model.parameters())
+
+    def _collect(self, recorder: Recorder, shares: dict[str, ParameterShare], losses: Tensor, retain_graph: bool):
+        for call in recorder.calls:
+            for source in call.sources:
+                for name in source.parameters:
+                    shares[name].expect(call, source)
+
+        def consume(call: Call | SpreadCall, output_gradient: Tensor) -> None:
+            with torch.no_grad():
+                pieces = per_sample_pieces(call, output_gradient)
+            for source, piece in pieces:
+                for name, own_piece in _resolve(source, piece, self.parameters.trainable):
+                    with torch.no_grad():
+                        shares[name].add(own_piece, self._scratch)
+
+        recorder.deliver(losses.sum(), len(losses), consume, retain_graph=retain_graph)
 
 
-def _gram_matrices(recorder: Recorder, parameters: dict[str, nn.Parameter], loss: Tensor) -> dict[str, Tensor]:
-    num_rows = max((call.forward.rows.stop for call in recorder.calls), default=1)
-    shares = {name: _ParameterShare(parameter, num_rows) for name, parameter in parameters.items()}
-    for call in recorder.calls:
-        for source in call.sources:
-            for name in source.parameters:
-                shares[name].expect(call, source.is_parameter)
-
-    def consume(call: Call, output_gradient: Tensor) -> None:
-        with torch.no_grad():
-            pieces = per_sample_pieces(call, output_gradient)
-        for source, piece in pieces:
-            for name, own_piece in _resolve(source, piece, parameters):
-                shares[name].add(call, own_piece)
-
-    recorder.consumer = consume
-    if recorder.calls:
-        ends = _last_reached([call.edge for call in recorder.calls])
-        torch.autograd.grad(loss, ends, retain_graph=True, allow_unused=True)
-    return {name: share.finish() for name, share in shares.items()}
-
-
-def _resolve(source, piece: Piece, parameters: dict[str, nn.Parameter]) -> list[tuple[str, Piece]]:
+def _resolve(source: Source, piece: Piece, parameters: dict[str, nn.Parameter]) -> list[tuple[str, Piece]]:
     """Carries the gradient of a derived tensor on to the parameters it was made from."""
     if source.is_parameter:
         return [(source.parameters[0], piece)]
+    gradients = piece.dense() if isinstance(piece, Outer) else piece.gradients
     with torch.enable_grad():
         gradients = torch.autograd.grad(
-            source.tensor,
+            [source.edge],
             [parameters[name] for name in source.parameters],
-            grad_outputs=piece.gradients.to(source.tensor.dtype),
+            grad_outputs=[gradients.to(source.dtype)],
             is_grads_batched=True,
             retain_graph=True,
         )
     return [(name, Dense(gradient)) for name, gradient in zip(source.parameters, gradients, strict=True)]
-
-
-class _ParameterShare:
-    """Collects the pieces of one parameter and adds up its inner products once all have come.
-
-    Pieces of the same pass belong to the same samples (a tied weight has several) and are summed before the product.
-    """
-
-    def __init__(self, parameter: nn.Parameter, num_rows: int):
-        self._parameter = parameter
-        self._expected: list[Call] = []
-        self._outer_only = True
-        self._pieces: list[tuple[slice, Piece]] = []
-        self._dense: dict[int, tuple[slice, Tensor]] = {}
-        self.gram = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=parameter.device)
-        self._left_to_come = 0
-
-    def expect(self, call: Call, is_parameter: bool) -> None:
-        self._expected.append(call)
-        self._outer_only = self._outer_only and is_parameter and self._parameter.ndim == 2
-        self._left_to_come += 1
-
-    def add(self, call: Call, piece: Piece) -> None:
-        rows = call.forward.rows
-        if isinstance(piece, Outer) and self._pairwise_is_cheaper():
-            self._pieces.append((rows, piece))
-        else:
-            self._add_dense(rows, piece.dense() if isinstance(piece, Outer) else piece.gradients)
-        self._left_to_come -= 1
-        if not self._left_to_come:
-            self._multiply()
-
-    def _add_dense(self, rows: slice, gradients: Tensor) -> None:
-        if rows.start in self._dense:
-            gradients = self._dense[rows.start][1] + gradients
-        self._dense[rows.start] = (rows, gradients)
-
-    def finish(self) -> Tensor:
-        """The inner products; calls the loss does not depend on never delivered anything and add nothing."""
-        self._multiply()
-        return self.gram
-
-    def _pairwise_is_cheaper(self) -> bool:
-        """Counts multiplications and memory traffic of both forms over all calls of this parameter."""
-        if not self._outer_only:
-            return False
-        p, q = self._parameter.shape
-        num_rows = len(self.gram)
-        # an embedding's left factors are one-hot: its gradients are only gathered, and so are its products
-        calls = [(call.shape.numel() // call.shape[-1], call.function is F.embedding) for call in self._expected]
-        gradients = sum(positions * q * (1 if one_hot else p) for positions, one_hot in calls)
-        materialised = gradients + (num_rows**2 + _MEMORY_COST * num_rows * (1 + len(calls))) * p * q
-        pairwise = sum(
-            positions * others * (q + 2 * _MEMORY_COST + (0 if one_hot or other_one_hot else p))
-            for i, (positions, one_hot) in enumerate(calls)
-            for others, other_one_hot in calls[: i + 1]
-        )
-        return pairwise < materialised
-
-    def _multiply(self) -> None:
-        if self._dense:  # factors and whole gradients of one parameter have cross terms: bring them to one form
-            for rows, piece in self._pieces:
-                self._add_dense(rows, piece.dense())
-            self._pieces = []
-        for i, (rows, piece) in enumerate(self._pieces):
-            for other_rows, other in self._pieces[: i + 1]:
-                self._add_block(rows, other_rows, piece.inner(other), symmetric=other is piece)
-        blocks = [(rows, gradients.flatten(1).float()) for rows, gradients in self._dense.values()]
-        for i, (rows, gradients) in enumerate(blocks):
-            for other_rows, other in blocks[: i + 1]:
-                block = inner_products(gradients, other)
-                self._add_block(rows, other_rows, block, symmetric=other is gradients)
-        self._pieces, self._dense = [], {}
-
-    def _add_block(self, rows: slice, other_rows: slice, block: Tensor, symmetric: bool) -> None:
-        self.gram[rows, other_rows] += block
-        if not symmetric:
-            self.gram[other_rows, rows] += block.T
-
-
-def _last_reached(edges: list) -> list:
-    """The edges from which the backward pass reaches no other: asking for these alone runs through all the rest.
-
-    Asking for every edge would keep every output gradient alive until the pass ends.
-    """
-    recorded = {edge.node for edge in edges}
-    reaches: dict = {}
-
-    def visit(root) -> None:
-        stack = [root]
-        while stack:
-            node = stack[-1]
-            if node in reaches:
-                stack.pop()
-                continue
-            children = [child for child, _ in node.next_functions if child is not None]
-            unseen = [child for child in children if child not in reaches]
-            if unseen:
-                stack.extend(unseen)
-                continue
-            reaches[node] = any(child in recorded or reaches[child] for child in children)
-            stack.pop()
-
-    for edge in edges:
-        visit(edge.node)
-    return [edge for edge in edges if not reaches[edge.node]]

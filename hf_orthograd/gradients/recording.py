@@ -2,22 +2,23 @@
 
 A module is not the right unit: Whisper's encoder reads the weight of its position embedding without calling it, a
 Vision Transformer adds bare parameters, T5 shares one position bias among all layers. So calls of torch functions are
-watched. Each one whose arguments hold a projected parameter together with data of the batch is recorded. One that
-holds parameters but no data of the batch (a reshaped bias table, a weight-normalised kernel) makes a *derived* tensor:
-it still is a function of the parameters alone, and the call that brings it together with data is the one recorded.
+watched. Each one whose arguments hold a trained parameter together with data of the batch is recorded. One that holds
+parameters but no data of the batch (a reshaped bias table, a weight-normalised kernel) makes a *derived* tensor: it
+still is a function of the parameters alone, and the call that brings it together with data is the one recorded.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from .attention import multi_head_attention
 from .base import UnsupportedModelError
+from .calls import Call, Hold, Saved, Source, SpreadCall, is_in_place, iterate, replace
 
 
 # these take a tensor argument for its shape or type alone
@@ -37,159 +38,83 @@ _BROADCASTING = frozenset(
 ) | {F.scaled_dot_product_attention}
 
 
-@dataclass(eq=False)
-class Source:
-    """A tensor that is a function of parameters alone, as one call used it.
-
-    Parameters:
-        tensor (`torch.Tensor`): The parameter itself, or the derived tensor with its autograd graph.
-        parameters (`tuple[str, ...]`): Names of the projected parameters it depends on.
-        is_parameter (`bool`): Whether it is the parameter itself.
-    """
-
-    tensor: Tensor
-    parameters: tuple[str, ...]
-    is_parameter: bool
-
-
-@dataclass(eq=False)
-class Call:
-    """One call of a torch function that brings projected parameters and data of the batch together.
-
-    Parameters:
-        function (`Callable`): The torch function or tensor method.
-        args, kwargs: Its arguments with every tensor detached; sources are replaced by their [`Source`].
-        shape (`torch.Size`): Shape of the tensor it returned.
-        edge (`torch.autograd.graph.GradientEdge`): Where the gradient of that tensor arrives, possibly in another
-            shape; the tensor itself is not kept, so that memory is what the ordinary backward pass keeps.
-        forward (`Forward`): The forward pass it belongs to.
-        batched (`frozenset[int]`): Ids of the detached argument tensors that hold data of the batch.
-        versions (`list`): The argument tensors with their version counters at the time of the call.
-        autocast (`torch.dtype`, *optional*): The type that autocast computed the call in.
-    """
-
-    function: Callable
-    args: tuple
-    kwargs: dict[str, Any]
-    shape: torch.Size
-    edge: GradientEdge
-    forward: "Forward"
-    batched: frozenset[int]
-    versions: list[tuple[Tensor, int]] = field(repr=False)
-    autocast: torch.dtype | None = None
-
-    @property
-    def name(self) -> str:
-        return getattr(self.function, "__name__", str(self.function))
-
-    @property
-    def sources(self) -> list[Source]:
-        return [leaf for leaf in iterate((self.args, self.kwargs)) if isinstance(leaf, Source)]
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for source in self.sources for name in source.parameters))
-
-    def check_unchanged(self) -> None:
-        """Raises if the model overwrote an input of the call in place after the call."""
-        for tensor, version in self.versions:
-            if tensor._version != version:
-                raise UnsupportedModelError(
-                    f"An input of `{self.name}`, which uses {', '.join(self.parameters)}, was overwritten in place "
-                    "later in the forward pass. Make that operation out of place, or set `gradient_engine` to 'loop'."
-                )
-
-
-@dataclass(eq=False)
-class SpreadCall:
-    """A source that was spread over the samples before an elementwise call: its gradient comes sample by sample.
-
-    Parameters:
-        source ([`Source`]): The tensor before it was spread.
-        shape (`torch.Size`): Shape after, the first dimension running over the samples.
-        edge (`torch.autograd.graph.GradientEdge`): Where the gradient of the spread tensor arrives.
-        forward (`Forward`): The forward pass it belongs to.
-    """
-
-    source: Source
-    shape: torch.Size
-    edge: GradientEdge
-    forward: "Forward"
-
-    @property
-    def sources(self) -> list[Source]:
-        return [self.source]
-
-
-@dataclass(eq=False)
-class Forward:
-    """One recorded forward pass.
-
-    Parameters:
-        merged (`bool`): Whether the pass makes one row of the Gram matrix, or one for each sample.
-        rows (`slice`): Its rows in the Gram matrix, known after the pass.
-        num_samples (`int`): Samples in the batch, known after the pass.
-    """
-
-    merged: bool
-    rows: slice | None = None
-    num_samples: int = 0
+# functions that torch shows as one call, written as calls that can be followed
+_DECOMPOSITIONS = {F.multi_head_attention_forward: multi_head_attention}
 
 
 class Recorder(TorchFunctionMode):
-    """Records the calls of forward passes run under it.
+    """Records the calls of a forward pass run under it.
+
+    It stays active during the backward pass too: under activation checkpointing parts of the forward pass run again
+    there, and have to keep the same tensors as they did at first.
 
     Args:
-        parameters (`dict[str, torch.nn.Parameter]`): The projected parameters, by name.
+        parameters (`dict[str, torch.nn.Parameter]`): The trained parameters, by name.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter]):
         super().__init__()
-        self._sources = {id(p): Source(p, (name,), True) for name, p in parameters.items()}
-        self._forward: Forward | None = None
+        self._parameters = {id(p): Source((name,), p.shape, p.dtype, tensor=p) for name, p in parameters.items()}
+        self._derived = WeakTensorKeyDictionary()
+        self._batched = WeakTensorKeyDictionary()
+        self._anchor = torch.empty(0, requires_grad=True)
         self._hooks = []
+        self._in_backward = self._paused = False
         self.calls: list[Call | SpreadCall] = []
         self.consumer: Callable[[Call | SpreadCall, Tensor], None] | None = None
+        self.recomputes = False
 
-    def begin(self, inputs: Mapping, merged: bool) -> Forward:
-        """Starts a forward pass over `inputs`; everything computed from their tensors counts as data of the batch."""
-        self._forward = Forward(merged)
+    def begin(self, inputs: Mapping) -> None:
+        """Everything computed from these tensors counts as data of the batch."""
         for leaf in iterate(inputs):
             if isinstance(leaf, Tensor):
-                leaf._orthograd_batched = True
-        return self._forward
+                self._batched[leaf] = True
+
+    def deliver(self, loss: Tensor, num_samples: int, consumer: Callable, *, retain_graph: bool) -> None:
+        """Runs a backward pass over activations; each call goes to `consumer` with the gradient of its output."""
+        for call in self.calls:
+            call.num_samples = num_samples
+        self.consumer, self._in_backward = consumer, True
+        if self.calls:
+            ends = _last_reached([call.edge for call in self.calls])
+            # by edge and not by tensor: a call with tensors would be handed to this mode and run without it
+            start, one = get_gradient_edge(loss), torch.ones_like(loss)
+            torch.autograd.grad(start, ends, one, retain_graph=retain_graph, allow_unused=True)
+        self.consumer, self._in_backward = None, False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        versions = None
-        sources, data = [], []
-        for leaf in iterate((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                (sources if id(leaf) in self._sources else data).append(leaf)
-        if not sources and not data:
+        if self._paused or (self._in_backward and not torch.is_grad_enabled()):
             return func(*args, **kwargs)
-        batched = [tensor for tensor in data if _is_batched(tensor)] if func not in _METADATA_ONLY else []
-        if sources and torch.is_grad_enabled():
-            if batched and self._can_spread(func, args, kwargs, sources, batched[0]):
+        tensors = [leaf for leaf in iterate((args, kwargs)) if isinstance(leaf, Tensor)]
+        sources = [tensor for tensor in tensors if self._source(tensor) is not None]
+        if sources and func in _DECOMPOSITIONS:
+            with self:
+                return _DECOMPOSITIONS[func](*args, **kwargs)
+        data = [tensor for tensor in tensors if self._source(tensor) is None]
+        batched = [tensor for tensor in data if self._is_batched(tensor)] if func not in _METADATA_ONLY else []
+        records = bool(sources) and torch.is_grad_enabled()
+        holder = None
+        if records and batched:
+            if self._can_spread(func, args, kwargs, sources, batched[0]):
                 return self._run_spread(func, args, kwargs, sources, batched[0])
-            versions = [(tensor, tensor._version) for tensor in data]
+            holder = self._hold(func, args, kwargs)
         output = func(*args, **kwargs)
 
         made = args[0] if func is Tensor.__setitem__ else output
         for tensor in iterate(made):
             if not isinstance(tensor, Tensor):
                 continue
-            if id(tensor) in self._sources:
+            if self._source(tensor) is not None:
                 self._refuse_overwritten_source(func, tensor, batched)
-                continue
-            if not tensor.requires_grad:
+            elif not tensor.requires_grad:
                 if batched:
-                    tensor._orthograd_batched = True
-            elif versions is not None and batched:
-                self._record(func, args, kwargs, tensor, batched, versions)
-            elif versions is not None:
-                names = dict.fromkeys(name for s in sources for name in self._sources[id(s)].parameters)
-                self._sources[id(tensor)] = Source(tensor, tuple(names), False)
+                    self._batched[tensor] = True
+            elif holder is not None:
+                self._record(func, tensor, holder, batched)
+            elif records:
+                names = dict.fromkeys(name for s in sources for name in self._source(s).parameters)
+                self._derived[tensor] = Source(tuple(names), tensor.shape, tensor.dtype, get_gradient_edge(tensor))
         return output
 
     def close(self) -> None:
@@ -197,31 +122,52 @@ class Recorder(TorchFunctionMode):
         for hook in self._hooks:
             hook.remove()
         self.consumer = None
-        self.calls, self._hooks, self._sources = [], [], {}
+        self.calls, self._hooks = [], []
+        self._parameters, self._derived = {}, WeakTensorKeyDictionary()
 
-    def _record(self, func, args, kwargs, output, batched, versions) -> None:
-        overwritten = args[0] if func is Tensor.__setitem__ or (args and output is args[0]) else None
-        kept = {}
+    def _source(self, tensor: Tensor) -> Source | None:
+        return self._parameters.get(id(tensor)) or self._derived.get(tensor)
+
+    def _is_batched(self, tensor: Tensor) -> bool:
+        # an activation is data of the batch by definition; what needs no gradient was marked on its way from the inputs
+        return tensor.requires_grad or tensor in self._batched
+
+    def _hold(self, func, args, kwargs):
+        """Keeps the arguments for the backward pass: the node that holds the tensors, and what stands for them."""
+        written = args[0] if is_in_place(func) else None
+        tensors, sources, batched = [], [], set()
 
         def keep(leaf):
             if not isinstance(leaf, Tensor):
                 return leaf
-            if id(leaf) in self._sources:
-                return self._sources[id(leaf)]
-            # overwritten by the call: autograd needs no value of it either, or its own backward would refuse
-            kept[id(leaf)] = leaf.detach() if leaf is not overwritten else torch.zeros_like(leaf.detach())
-            return kept[id(leaf)]
+            source = self._source(leaf)
+            if source is not None:
+                sources.append(source)
+                if source.is_parameter:
+                    return source
+            elif self._is_batched(leaf):
+                batched.add(len(tensors))
+            # what the call overwrites is kept by shape alone: its own backward pass needs no value of it either
+            tensors.append(leaf.detach() if leaf is not written else torch.zeros_like(leaf.detach()))
+            return Saved(len(tensors) - 1, source)
 
         args, kwargs = replace(args, keep), replace(kwargs, keep)
-        batched = frozenset(id(kept[id(tensor)]) for tensor in batched)
-        versions = [(tensor, version) for tensor, version in versions if tensor is not overwritten]
+        # created even where nothing will be recorded: a recomputation must keep the same tensors in the same order
+        node = Hold.apply(self._anchor, *tensors).grad_fn
+        return args, kwargs, sources, node, frozenset(batched)
+
+    def _record(self, func, output, holder, batched) -> None:
+        if self._in_backward:
+            self.recomputes = True
+            return
+        args, kwargs, sources, node, batched = holder
         # F.linear returns a view of its product; if the model then writes into it, as SpecAugment does, autograd rebases
         # the view and its node leaves the graph, while that of the product stays
         product = output._base if output._is_view() and output._base.numel() == output.numel() else output
         device = output.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         edge = get_gradient_edge(product)
-        call = Call(func, args, kwargs, output.shape, edge, self._forward, batched, versions, autocast)
+        call = Call(func, args, kwargs, output.shape, edge, sources, autocast, holder=node, batched_indices=batched)
         self._watch(call, product)
 
     def _can_spread(self, func, args, kwargs, sources: list[Tensor], data: Tensor) -> bool:
@@ -238,10 +184,11 @@ class Recorder(TorchFunctionMode):
             aligned = tensor.reshape((1,) * (data.ndim - tensor.ndim) + tensor.shape)
             aligned = aligned.expand(data.shape[0], *aligned.shape[1:])
             spread[id(tensor)] = aligned.view_as(aligned)  # a node of its own, even where nothing had to be expanded
-            call = SpreadCall(
-                self._sources[id(tensor)], aligned.shape, get_gradient_edge(spread[id(tensor)]), self._forward
-            )
-            self._watch(call, spread[id(tensor)])
+            if self._in_backward:
+                self.recomputes = True
+            else:
+                call = SpreadCall(self._source(tensor), aligned.shape, get_gradient_edge(spread[id(tensor)]))
+                self._watch(call, spread[id(tensor)])
 
         def fill(leaf):
             return spread.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf
@@ -250,48 +197,51 @@ class Recorder(TorchFunctionMode):
 
     def _watch(self, call: "Call | SpreadCall", tensor: Tensor) -> None:
         self.calls.append(call)
-        self._hooks.append(tensor.register_hook(lambda gradient: self._deliver(call, gradient)))
+        self._hooks.append(tensor.register_hook(lambda gradient: self._arrive(call, gradient)))
 
-    def _deliver(self, call: Call | SpreadCall, gradient: Tensor) -> None:
-        if self.consumer is not None:
+    def _arrive(self, call: Call | SpreadCall, gradient: Tensor) -> None:
+        if self.consumer is None:
+            return
+        call.restore()
+        self._paused = True
+        try:
             self.consumer(call, gradient)
+        finally:
+            self._paused = False
+        call.release()
 
     def _refuse_overwritten_source(self, func, tensor: Tensor, batched: list[Tensor]) -> None:
-        if batched and not self._sources[id(tensor)].is_parameter and is_in_place(func):
-            names = ", ".join(self._sources[id(tensor)].parameters)
+        source = self._source(tensor)
+        if batched and not source.is_parameter and is_in_place(func):
             raise UnsupportedModelError(
-                f"`{func.__name__}` writes data of the batch into a tensor made from {names}. Make that operation out "
-                "of place, or set `gradient_engine` to 'loop'."
+                f"`{func.__name__}` writes data of the batch into a tensor made from {', '.join(source.parameters)}. "
+                "Make that operation out of place, or set `gradient_engine` to 'loop'."
             )
 
 
-def is_in_place(func: Callable) -> bool:
-    """Whether a torch function writes into its first argument."""
-    name = getattr(func, "__name__", "")
-    return func is Tensor.__setitem__ or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+def _last_reached(edges: list[GradientEdge]) -> list[GradientEdge]:
+    """The edges from which the backward pass reaches no other: asking for these alone runs through all the rest.
 
+    Asking for every edge would keep every output gradient alive until the pass ends.
+    """
+    recorded = {edge.node for edge in edges}
+    reaches: dict = {}
 
-def iterate(tree: Any) -> Iterator[Any]:
-    """The leaves of nested lists, tuples and mappings."""
-    if isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from iterate(item)
-    elif isinstance(tree, Mapping):
-        for item in tree.values():
-            yield from iterate(item)
-    else:
-        yield tree
+    def visit(root) -> None:
+        stack = [root]
+        while stack:
+            node = stack[-1]
+            if node in reaches:
+                stack.pop()
+                continue
+            children = [child for child, _ in node.next_functions if child is not None]
+            unseen = [child for child in children if child not in reaches]
+            if unseen:
+                stack.extend(unseen)
+                continue
+            reaches[node] = any(child in recorded or reaches[child] for child in children)
+            stack.pop()
 
-
-def replace(tree: Any, mapping: Callable[[Any], Any]) -> Any:
-    """The same nesting of lists, tuples and mappings with each leaf mapped."""
-    if isinstance(tree, (list, tuple)) and not hasattr(tree, "_fields"):
-        return type(tree)(replace(item, mapping) for item in tree)
-    if isinstance(tree, Mapping):
-        return {key: replace(item, mapping) for key, item in tree.items()}
-    return mapping(tree)
-
-
-def _is_batched(tensor: Tensor) -> bool:
-    # an activation is data of the batch by definition; what needs no gradient was marked on its way from the inputs
-    return tensor.requires_grad or getattr(tensor, "_orthograd_batched", False)
+    for edge in edges:
+        visit(edge.node)
+    return [edge for edge in edges if not reaches[edge.node]]

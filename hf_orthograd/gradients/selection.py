@@ -21,11 +21,20 @@ logger = logging.get_logger(__name__)
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
-def make_engine(name: str, parameters: Parameters, losses: PerSampleLosses, chunk_size: int | None) -> GradientEngine:
+def make_engine(
+    name: str,
+    parameters: Parameters,
+    losses: PerSampleLosses,
+    *,
+    per_tensor: bool = False,
+    chunk_size: int | None = None,
+) -> GradientEngine:
     """Builds the engine called "gram", "func" or "loop"."""
     if name == "func":
         return FunctionalEngine(parameters, losses, chunk_size)
-    return {"gram": GramEngine, "loop": LoopEngine}[name](parameters, losses)
+    if name == "gram":
+        return GramEngine(parameters, losses, per_tensor=per_tensor)
+    return LoopEngine(parameters, losses)
 
 
 def choose_engine(
@@ -57,17 +66,11 @@ def choose_engine(
 
     Raises:
         UnsupportedModelError: The requested engine cannot follow the model or finds other inner products.
-        ValueError: The requested engine cannot project tensor by tensor.
     """
     names = ("gram", "func", "loop") if requested == "auto" else (requested,)
     for name in names:
-        engine = make_engine(name, parameters, losses, chunk_size)
+        engine = make_engine(name, parameters, losses, per_tensor=per_tensor, chunk_size=chunk_size)
         try:
-            if per_tensor and not engine.supports_per_tensor:
-                raise UnsupportedModelError(
-                    f"`gradient_engine` is {name!r}, which cannot project tensor by tensor. Set it to 'func' or 'loop', "
-                    "or `projection_scope` to 'global'."
-                )
             check_engine(engine, model, forget, retain, TOLERANCE[dtype])
         except UnsupportedModelError as error:
             if name == names[-1]:
