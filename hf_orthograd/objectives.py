@@ -90,6 +90,7 @@ _FAMILIES: list[tuple[Mapping, Family]] = [
     (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, causal_token_losses),
     (auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, class_losses),
     (auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES, class_losses),
+    (auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES, class_losses),
     (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, class_losses),
 ]
 

@@ -395,3 +395,44 @@ def test_no_graph_outlives_the_measurement(make_model, make_samples):
         assert step.gram.isfinite().all()
     finally:
         gc.enable()
+
+
+class Attention(nn.Module):
+    def __init__(self, batch_first, need_weights):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+        self.probe = nn.Parameter(torch.randn(1, 3, 8))
+        self.batch_first, self.need_weights = batch_first, need_weights
+
+    def forward(self, x, other, padding):
+        first = self._run(x, x, x, None)
+        return first + self._run(first + self.probe.repeat(len(x), 1, 1)[:, :1], other, other, padding)
+
+    def _run(self, query, key, value, padding):
+        if not self.batch_first:
+            query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
+        causal = nn.Transformer.generate_square_subsequent_mask(query.shape[1]) if query is key else None
+        output, _ = self.attention(
+            query, key, value, key_padding_mask=padding, need_weights=self.need_weights, attn_mask=causal
+        )
+        return output if self.batch_first else output.transpose(0, 1)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_multi_head_attention_is_followed_inside(batch_first, need_weights):
+    torch.manual_seed(0)
+    model = Attention(batch_first, need_weights)
+
+    def data(count):
+        padding = torch.arange(6).repeat(count, 1) > 2 + torch.arange(count)[:, None]
+        return {"x": torch.randn(count, 5, 8), "other": torch.randn(count, 6, 8), "padding": padding}
+
+    def losses(model, inputs):
+        return model(**inputs).square().sum(dim=(1, 2))
+
+    forget, retain = data(2), data(3)
+    step = measure(GramEngine, model, losses, forget, retain)
+    reference = measure(LoopEngine, model, losses, forget, retain)
+    for name, gram in reference.grams.items():
+        torch.testing.assert_close(step.grams[name], gram, rtol=1e-4, atol=1e-5 * gram.abs().max().item(), msg=name)

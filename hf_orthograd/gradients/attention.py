@@ -50,9 +50,8 @@ def multi_head_attention(
             f"multi_head_attention_forward is followed only for batched inputs without added or static keys, but was "
             f"called with {', '.join(given) or 'add_zero_attn or unbatched inputs'}. Set `gradient_engine` to 'loop'."
         )
-    projected = _project(
-        query, key, value, in_proj_weight, (q_proj_weight, k_proj_weight, v_proj_weight), in_proj_bias
-    )
+    packed = None if use_separate_proj_weight else in_proj_weight  # given in both cases, possibly empty
+    projected = _project(query, key, value, packed, (q_proj_weight, k_proj_weight, v_proj_weight), in_proj_bias)
     q, k, v = (tensor.unflatten(-1, (num_heads, -1)).transpose(1, 2) for tensor in projected)
     mask = _additive_mask(attn_mask, key_padding_mask, len(q), num_heads, q.dtype)
     dropout_p = dropout_p if training else 0.0
