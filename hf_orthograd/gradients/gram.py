@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from .base import GradientEngine, Parameters, PerSampleLosses, Slopes, StepGradients, known_gradients
 from .calls import Call, Source, SpreadCall
@@ -45,26 +46,38 @@ class RecomputedGradients(StepGradients):
     """Inner products beside the live graph of the retain batch, for a second backward pass of weighted losses.
 
     Under activation checkpointing that graph is small, and keeping gradients or factors would undo the saving.
+
+    Parameters:
+        parameters ([`Parameters`]): What the gradients belong to.
+        forget_gradients (`dict[str, torch.Tensor]`): `g_u` of each trainable parameter that the forget loss uses.
+        live_losses (`torch.Tensor`): The retain losses with their graph, shape (k,).
+        recorder ([`Recorder`]): The one that the graph was made under: what runs again must keep the same tensors.
     """
 
     parameters: Parameters
     forget_gradients: dict[str, Tensor]
     live_losses: Tensor
+    recorder: Recorder
 
     def combine(self, forget_weight: float, retain_weight: float, coefficients: dict[str, Tensor]) -> Tensor:
-        mean = torch.full_like(self.retain_losses, retain_weight / len(self.retain_losses))
-        shared = next(iter(coefficients.values())).to(mean)
-        weighted = (mean + shared) @ self.live_losses
-        known = {name: gradient.mul_(forget_weight) for name, gradient in self.forget_gradients.items()}
-        others = self.parameters.others
-        if others:  # they have no part in the combination
-            extra = torch.autograd.grad(
-                shared @ self.live_losses, list(others.values()), None, True, allow_unused=True
-            )
-            for name, gradient in zip(others, extra, strict=True):
-                if gradient is not None:
-                    known[name] = known[name] - gradient if name in known else -gradient
-        return weighted - weighted.detach() + known_gradients(self.parameters.trainable, known)
+        weights = torch.full_like(self.retain_losses, retain_weight / len(self.retain_losses))
+        found = {}
+        if self.parameters.others:
+            found.update(self._weighted_gradients(weights, self.parameters.others, retain_graph=True))
+        if coefficients:
+            weights = weights + next(iter(coefficients.values())).to(weights)
+        found.update(self._weighted_gradients(weights, self.parameters.projected, retain_graph=False))
+        for name, gradient in self.forget_gradients.items():
+            gradient.mul_(forget_weight)
+            found[name] = gradient if found[name] is None else gradient.add_(found[name])
+        return known_gradients(self.parameters.trainable, found)
+
+    def _weighted_gradients(self, weights: Tensor, parameters: dict[str, nn.Parameter], *, retain_graph: bool):
+        edges = [get_gradient_edge(parameter) for parameter in parameters.values()]
+        weighted = weights @ self.live_losses
+        with self.recorder:
+            gradients = self.recorder.gradients(weighted, edges, retain_graph=retain_graph)
+        return dict(zip(parameters, gradients, strict=True))
 
 
 class GramEngine(GradientEngine):
@@ -109,7 +122,7 @@ class GramEngine(GradientEngine):
         losses = (forget_losses.detach(), retain_losses.detach(), grams)
         if keeps:
             return KeptGradients(*losses, self.parameters, shares)
-        return RecomputedGradients(*losses, self.parameters, forget_gradients, retain_losses)
+        return RecomputedGradients(*losses, self.parameters, forget_gradients, retain_losses, recorder)
 
     def _keeps_gradients(self, model: nn.Module, num_samples: int) -> bool:
         """By rule: what is kept replaces the graph, unless checkpointing keeps that small.

@@ -61,7 +61,7 @@ class Recorder(TorchFunctionMode):
         self._hooks = []
         self._in_backward = self._paused = False
         self.calls: list[Call | SpreadCall] = []
-        self.consumer: Callable[[Call | SpreadCall, Tensor], None] | None = None
+        self._consumer: Callable[[Call | SpreadCall, Tensor], None] | None = None
         self.recomputes = False
 
     def begin(self, inputs: Mapping) -> None:
@@ -74,13 +74,19 @@ class Recorder(TorchFunctionMode):
         """Runs a backward pass over activations; each call goes to `consumer` with the gradient of its output."""
         for call in self.calls:
             call.num_samples = num_samples
-        self.consumer, self._in_backward = consumer, True
-        if self.calls:
-            ends = _last_reached([call.edge for call in self.calls])
-            # by edge and not by tensor: a call with tensors would be handed to this mode and run without it
-            start, one = get_gradient_edge(loss), torch.ones_like(loss)
-            torch.autograd.grad(start, ends, one, retain_graph=retain_graph, allow_unused=True)
-        self.consumer, self._in_backward = None, False
+        self._consumer = consumer
+        try:
+            if self.calls:
+                self.gradients(loss, _last_reached([call.edge for call in self.calls]), retain_graph=retain_graph)
+        finally:
+            self.close()
+
+    def gradients(self, loss: Tensor, edges: list[GradientEdge], *, retain_graph: bool) -> tuple[Tensor | None, ...]:
+        """`torch.autograd.grad` for a forward pass that was recorded; to be called with the recorder active."""
+        self._in_backward = True
+        # by edge and not by tensor: a call with tensors would be handed to this mode and run without it
+        start, one = get_gradient_edge(loss), torch.ones_like(loss)
+        return torch.autograd.grad(start, edges, one, retain_graph=retain_graph, allow_unused=True)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -121,9 +127,8 @@ class Recorder(TorchFunctionMode):
         """Removes the hooks, which would otherwise keep the graph alive through a cycle, and forgets the calls."""
         for hook in self._hooks:
             hook.remove()
-        self.consumer = None
+        self._consumer = None
         self.calls, self._hooks = [], []
-        self._parameters, self._derived = {}, WeakTensorKeyDictionary()
 
     def _source(self, tensor: Tensor) -> Source | None:
         return self._parameters.get(id(tensor)) or self._derived.get(tensor)
@@ -200,12 +205,10 @@ class Recorder(TorchFunctionMode):
         self._hooks.append(tensor.register_hook(lambda gradient: self._arrive(call, gradient)))
 
     def _arrive(self, call: Call | SpreadCall, gradient: Tensor) -> None:
-        if self.consumer is None:
-            return
         call.restore()
         self._paused = True
         try:
-            self.consumer(call, gradient)
+            self._consumer(call, gradient)
         finally:
             self._paused = False
         call.release()
