@@ -64,6 +64,9 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
             said in the log.
         func_chunk_size (`int`, *optional*):
             Samples that the "func" engine vectorises at once; all retain samples of the batch by default.
+        retain_chunk_size (`int`, *optional*):
+            Retain samples that run forward at once under the "gram" engine, for batches of more than memory holds. The
+            projection stays that on all of them; time grows with the square of the number of chunks. All by default.
         freeze_batch_norm (`bool`, *optional*, defaults to `False`):
             Keeps BatchNorm layers in evaluation mode while training. In training mode they couple the samples of a
             batch, and per-sample gradients do not exist.
@@ -115,6 +118,10 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
     func_chunk_size: int | None = field(
         default=None, metadata={"help": "Samples that the 'func' engine vectorises at once; all by default."}
     )
+    retain_chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Retain samples that run forward at once under the 'gram' engine; all by default."},
+    )
     freeze_batch_norm: bool = field(
         default=False, metadata={"help": "Keeps BatchNorm layers in evaluation mode while training."}
     )
@@ -131,10 +138,11 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
             raise ValueError(f"`alpha` must lie in [0, 1], but is {self.alpha}.")
         if not self.npo_beta > 0:
             raise ValueError(f"`npo_beta` must be positive, but is {self.npo_beta}.")
-        for name in ("per_device_forget_batch_size", "func_chunk_size"):
+        for name in ("per_device_forget_batch_size", "func_chunk_size", "retain_chunk_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
         self._check_solver()
+        self._check_chunks()
         super().__post_init__()
 
     def _check_solver(self) -> None:
@@ -145,3 +153,14 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
                 f"`projection_solver`={self.projection_solver!r}, `projection_iterations`={self.projection_iterations}, "
                 f"`projection_rtol`={self.projection_rtol}: {error}"
             ) from error
+
+    def _check_chunks(self) -> None:
+        if self.retain_chunk_size is None or self.projection == "none":
+            return
+        needed = {"projection": ("orthogonal",), "projection_scope": ("global",), "gradient_engine": ("auto", "gram")}
+        for name, values in needed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"`retain_chunk_size` is {self.retain_chunk_size}, which needs `{name}` to be {' or '.join(values)}, "
+                    f"but it is {getattr(self, name)!r}. Leave `retain_chunk_size` out, or change that."
+                )

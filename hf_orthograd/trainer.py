@@ -203,6 +203,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
                     retain,
                     per_tensor=args.projection_scope == "per_tensor",
                     chunk_size=args.func_chunk_size,
+                    retain_chunk_size=args.retain_chunk_size,
                     dtype=torch.bfloat16 if args.bf16 else torch.float32,
                 )
         self._forget_batches = self._start_forget_stream()

@@ -1,15 +1,18 @@
 """From a forget and a retain batch to the inner products of their gradients."""
 
 from .base import GradientEngine, Parameters, StepGradients, UnsupportedModelError
+from .chunked import ChunkedGramEngine
 from .functional import FunctionalEngine
 from .gram import GramEngine
 from .layers import register_rule
 from .loop import LoopEngine, MeanEngine
 from .plain import PlainEngine
-from .selection import choose_engine, preserved_modes, preserved_random_state
+from .randomness import preserved_random_state
+from .selection import choose_engine, preserved_modes
 
 
 __all__ = [
+    "ChunkedGramEngine",
     "FunctionalEngine",
     "GradientEngine",
     "GramEngine",

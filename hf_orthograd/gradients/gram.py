@@ -5,6 +5,7 @@ delivers the gradient of each recorded call's output; the call's share of the in
 the update will need of it is kept in its smaller form while the graph is given free.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from .calls import Call, Source, SpreadCall
 from .layers import per_sample_pieces
 from .pieces import Dense, Outer, Piece
 from .recording import Recorder
-from .shares import ParameterShare, Scratch
+from .shares import ParameterShare, Scratch, Use
 
 
 @dataclass
@@ -114,7 +115,8 @@ class GramEngine(GradientEngine):
                     )
                     for name, parameter in trainable.items()
                 }
-                self._collect(recorder, shares, retain_losses, retain_graph=not keeps)
+                samples = slice(0, len(retain_losses))
+                self._collect(recorder, shares, retain_losses, samples, retain_graph=not keeps)
             self.recomputes = self.recomputes or recorder.recomputes
         finally:
             recorder.close()
@@ -135,11 +137,11 @@ class GramEngine(GradientEngine):
         trained = sum(parameter.numel() for parameter in self.parameters.trainable.values())
         return num_samples * trained <= sum(parameter.numel() for parameter in model.parameters())
 
-    def _collect(self, recorder: Recorder, shares: dict[str, ParameterShare], losses: Tensor, retain_graph: bool):
-        for call in recorder.calls:
-            for source in call.sources:
-                for name in source.parameters:
-                    shares[name].expect(call, source)
+    def _collect(
+        self, recorder: Recorder, shares: dict[str, ParameterShare], losses: Tensor, samples: slice, retain_graph: bool
+    ) -> None:
+        for name, uses in find_uses(recorder.calls).items():
+            shares[name].expect(uses, len(losses))
 
         def consume(call: Call | SpreadCall, output_gradient: Tensor) -> None:
             with torch.no_grad():
@@ -147,9 +149,22 @@ class GramEngine(GradientEngine):
             for source, piece in pieces:
                 for name, own_piece in _resolve(source, piece, self.parameters.trainable):
                     with torch.no_grad():
-                        shares[name].add(own_piece, self._scratch)
+                        shares[name].add(own_piece, samples, self._scratch)
 
         recorder.deliver(losses.sum(), len(losses), consume, retain_graph=retain_graph)
+        with torch.no_grad():
+            for share in shares.values():
+                share.finish(samples)
+
+
+def find_uses(calls: list[Call | SpreadCall]) -> dict[str, list[Use]]:
+    """How recorded calls use each parameter, by its name."""
+    uses = defaultdict(list)
+    for call in calls:
+        for source in call.sources:
+            for name in source.parameters:
+                uses[name].append(Use.of(call, source))
+    return uses
 
 
 def _resolve(source: Source, piece: Piece, parameters: dict[str, nn.Parameter]) -> list[tuple[str, Piece]]:

@@ -16,6 +16,11 @@ class Dense:
     def num_bytes(self) -> int:
         return self.gradients.nbytes
 
+    def add_rows(self, start: int, stop: int, out: Tensor, *, overwrite: bool) -> None:
+        """Adds entries `start` to `stop` along the first dimension of every gradient to `out`, or writes them over it."""
+        own = self.gradients.view(len(out), -1, *out.shape[2:])[:, start:stop]
+        out.copy_(own) if overwrite else out.add_(own)
+
     def add_combination(self, weights: Tensor, total: Tensor) -> None:
         """Adds `sum_i weights_i gradient_i` to `total`, in place."""
         rows = self.gradients.flatten(1)

@@ -1,18 +1,18 @@
 """Which engine a run uses: found by trying it on a few samples, and said in the log."""
 
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import nn
 from transformers.utils import logging
 
 from .base import GradientEngine, Parameters, PerSampleLosses, UnsupportedModelError
+from .chunked import ChunkedGramEngine
 from .functional import FunctionalEngine
 from .gram import GramEngine
 from .loop import LoopEngine
+from .randomness import preserved_random_state
 
 
 logger = logging.get_logger(__name__)
@@ -28,10 +28,13 @@ def make_engine(
     *,
     per_tensor: bool = False,
     chunk_size: int | None = None,
+    retain_chunk_size: int | None = None,
 ) -> GradientEngine:
     """Builds the engine called "gram", "func" or "loop"."""
     if name == "func":
         return FunctionalEngine(parameters, losses, chunk_size)
+    if name == "gram" and retain_chunk_size is not None:
+        return ChunkedGramEngine(parameters, losses, retain_chunk_size)
     if name == "gram":
         return GramEngine(parameters, losses, per_tensor=per_tensor)
     return LoopEngine(parameters, losses)
@@ -47,6 +50,7 @@ def choose_engine(
     *,
     per_tensor: bool = False,
     chunk_size: int | None = None,
+    retain_chunk_size: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> GradientEngine:
     """Picks an engine and checks it on a few samples against one backward pass per sample.
@@ -59,6 +63,7 @@ def choose_engine(
         forget, retain (`Mapping`): Inputs of a few samples each, with labels.
         per_tensor (`bool`): Whether tensors will be projected one by one.
         chunk_size (`int`, *optional*): Of the "func" engine.
+        retain_chunk_size (`int`, *optional*): Of the "gram" engine.
         dtype (`torch.dtype`): Precision of the forward pass.
 
     Returns:
@@ -67,9 +72,20 @@ def choose_engine(
     Raises:
         UnsupportedModelError: The requested engine cannot follow the model or finds other inner products.
     """
-    names = ("gram", "func", "loop") if requested == "auto" else (requested,)
+    if requested == "auto":
+        # the others would hold every retain gradient, which chunks were asked for to avoid
+        names = ("gram", "func", "loop") if retain_chunk_size is None else ("gram",)
+    else:
+        names = (requested,)
     for name in names:
-        engine = make_engine(name, parameters, losses, per_tensor=per_tensor, chunk_size=chunk_size)
+        engine = make_engine(
+            name,
+            parameters,
+            losses,
+            per_tensor=per_tensor,
+            chunk_size=chunk_size,
+            retain_chunk_size=retain_chunk_size,
+        )
         try:
             check_engine(engine, model, forget, retain, TOLERANCE[dtype])
         except UnsupportedModelError as error:
@@ -113,16 +129,6 @@ def check_engine(engine: GradientEngine, model: nn.Module, forget: Mapping, reta
             f"The gradient engine {engine.name!r} finds other inner products than one backward pass per sample for "
             f"{listed}. Set `gradient_engine` to 'loop'."
         )
-
-
-@contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Leaves torch's, numpy's and Python's random numbers where they were."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)
 
 
 @contextmanager

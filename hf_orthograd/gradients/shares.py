@@ -13,14 +13,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import inner_products
-from .calls import Call, Source
+from .calls import Call, Source, SpreadCall
 from .pieces import Dense, Outer, Piece
 
 
+# the rules for these functions give factors; of an embedding the left ones are one-hot
+FACTORED = frozenset({F.linear, torch.addmm, F.embedding})
+ONE_HOT = frozenset({F.embedding})
 # what writing or reading one number of a large tensor costs, in multiplications: memory is slower than arithmetic
 _MEMORY_COST = 8
 # gradients that are not kept are formed in blocks of so many bytes, in the same memory again and again
 BLOCK_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Use:
+    """How one call uses a parameter.
+
+    Parameters:
+        positions (`int`): Rows of the matrix that the call's output is, over all samples.
+        factors (`bool`): Whether the rules give factors of the gradient and not the gradient itself.
+        one_hot (`bool`): Whether the left factors are one-hot: gradients are only gathered, and so are products.
+    """
+
+    positions: int
+    factors: bool
+    one_hot: bool
+
+    @classmethod
+    def of(cls, call: Call | SpreadCall, source: Source) -> "Use":
+        factors = source.is_parameter and isinstance(call, Call) and call.function in FACTORED
+        return cls(
+            call.positions if factors else 0, factors and len(source.shape) == 2, factors and call.function in ONE_HOT
+        )
 
 
 @dataclass(frozen=True)
@@ -31,55 +56,48 @@ class Cost:
         pairwise (`bool`): Whether inner products come from pairs of positions, without any gradient being formed.
         keeps_gradients (`bool`): Whether the gradients are kept for the update, or their factors.
         kept_bytes (`int`): Memory of what is kept.
-        multiplications (`int`): For the inner products and the update together.
+        extra (`int`): Multiplications beside those of forming each gradient once, which any backward pass does.
     """
 
     pairwise: bool
     keeps_gradients: bool
     kept_bytes: int
-    multiplications: int
+    extra: int
 
 
-def count_cost(shape: torch.Size, calls: list[tuple[Call, Source]], num_samples: int) -> Cost:
+def count_cost(shape: torch.Size, uses: list[Use], num_samples: int) -> Cost:
     """Chooses between forms by counting multiplications and bytes.
 
     Args:
         shape (`torch.Size`): Of the parameter.
-        calls (`list[tuple[Call, Source]]`): Those that use it, and as what.
+        uses (`list[Use]`): By the calls of one forward pass.
         num_samples (`int`): Number k of retain samples.
     """
     numbers = shape.numel()
-    formed = (num_samples**2 + _MEMORY_COST * num_samples * (1 + len(calls))) * numbers
+    multiplied = (num_samples**2 + _MEMORY_COST * num_samples * (1 + len(uses))) * numbers
     dense_bytes = 4 * num_samples * numbers
-    if len(shape) != 2 or not all(has_factors(call, source) for call, source in calls):
-        return Cost(False, True, dense_bytes, formed + num_samples * numbers)
+    if not uses or not all(use.factors for use in uses):
+        return Cost(False, True, dense_bytes, multiplied + num_samples * numbers)
     p, q = shape
-    # an embedding's left factors are one-hot: its gradients are only gathered, and so are its products
-    factors = [(call.positions, call.function is F.embedding) for call, _ in calls]
-    products = sum(positions * q * (1 if one_hot else p) for positions, one_hot in factors)
-    pairwise = products + sum(
-        positions * others * (q + 2 * _MEMORY_COST + (0 if one_hot or other_one_hot else p))
-        for i, (positions, one_hot) in enumerate(factors)
-        for others, other_one_hot in factors[: i + 1]
+    formed = sum(use.positions * q * (1 if use.one_hot else p) for use in uses)
+    pairs = sum(
+        use.positions * other.positions * (q + 2 * _MEMORY_COST + (0 if use.one_hot or other.one_hot else p))
+        for i, use in enumerate(uses)
+        for other in uses[: i + 1]
     )
-    formed += products
-    factor_bytes = 4 * sum(positions * (q + (2 if one_hot else p)) for positions, one_hot in factors)
-    if pairwise < formed:
-        return Cost(True, False, factor_bytes, pairwise + products)
-    keeps_gradients = dense_bytes <= factor_bytes
-    update = num_samples * numbers if keeps_gradients else products
-    return Cost(False, keeps_gradients, min(dense_bytes, factor_bytes), formed + update)
-
-
-def has_factors(call: Call, source: Source) -> bool:
-    """Whether the rules give factors of this source's gradient and not the gradient itself."""
-    return source.is_parameter and len(source.shape) == 2 and call.function in (F.linear, torch.addmm, F.embedding)
+    factor_bytes = 4 * sum(use.positions * (q + (2 if use.one_hot else p)) for use in uses)
+    # by pairs, the products with the forget gradient cost as much as forming the gradients would
+    if pairs < multiplied:
+        return Cost(True, False, factor_bytes, pairs + formed)
+    if dense_bytes <= factor_bytes:
+        return Cost(False, True, dense_bytes, multiplied + num_samples * numbers)
+    return Cost(False, False, factor_bytes, multiplied + formed)
 
 
 class ParameterShare:
     """Collects the pieces of one parameter and adds up its inner products once all have come.
 
-    A tied weight has several pieces, which belong to the same samples and are summed before the product.
+    A tied weight has several pieces for the same samples, which are summed before the product.
 
     Args:
         parameter (`torch.nn.Parameter`): The parameter.
@@ -95,34 +113,48 @@ class ParameterShare:
         forget_gradient: Tensor | None,
         num_samples: int,
         *,
-        projected: bool,
-        keeps: bool,
+        projected: bool = True,
+        keeps: bool = True,
     ):
         self._shape, self._device = parameter.shape, parameter.device
         self._forget_gradient, self._num_samples = forget_gradient, num_samples
         self._projected, self._keeps = projected, keeps
-        self._calls: list[tuple[Call, Source]] = []
-        self._arrived = 0
+        self._uses: list[Use] = []
         self._cost: Cost | None = None
-        self._pieces: list[Piece] = []
+        self._arrived = 0
+        self._new: list[Piece] = []
+        self._pieces: list[tuple[slice, Piece]] = []
         self._gram: Tensor | None = None
 
-    def expect(self, call: Call, source: Source) -> None:
-        self._calls.append((call, source))
+    def expect(self, uses: list[Use], num_samples: int) -> None:
+        """Says which pieces the next `num_samples` samples will bring."""
+        self._uses, self._arrived = uses, 0
+        self._cost = count_cost(self._shape, uses, num_samples)
 
-    def add(self, piece: Piece, scratch: "Scratch") -> None:
-        if self._cost is None:
-            self._cost = count_cost(self._shape, self._calls, self._num_samples)
-        self._pieces.append(piece)
+    def add(self, piece: Piece, samples: slice, scratch: "Scratch") -> None:
+        """Takes a piece of the samples numbered `samples`; with the last of all samples' pieces products are taken."""
+        self._new.append(piece)
         self._arrived += 1
-        if self._arrived == len(self._calls):
+        if self._arrived < len(self._uses):
+            return
+        self._take_in(samples)
+        if samples.stop == self._num_samples:
             self._settle(scratch)
 
+    def finish(self, samples: slice) -> None:
+        """After a backward pass: calls that the loss does not depend on never delivered anything."""
+        if self._new:
+            self._take_in(samples)
+
     def gram(self, scratch: "Scratch") -> Tensor:
-        """Shape (1 + k, 1 + k), float64. Calls that the loss does not depend on never delivered anything."""
+        """Shape (1 + k, 1 + k), float64."""
         if self._gram is None:
             self._settle(scratch)
         return self._gram
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(piece.num_bytes for _, piece in self._pieces)
 
     def gradient(self, forget_weight: float, weights: Tensor) -> Tensor | None:
         """`forget_weight * g_u + sum_i weights_i g_i`, in the memory of `g_u`; `None` if neither loss uses it."""
@@ -131,46 +163,22 @@ class ParameterShare:
             total = total.contiguous().mul_(forget_weight)
         elif self._pieces:
             total = torch.zeros(self._shape, device=self._device)
-        for piece in self._pieces:
-            piece.add_combination(weights, total)
+        for samples, piece in self._pieces:
+            piece.add_combination(weights[samples], total)
         self._pieces = []
         return total
 
-    def _settle(self, scratch: "Scratch") -> None:
-        size = 1 + self._num_samples
-        self._gram = torch.zeros(size, size, dtype=torch.float64, device=self._device)
-        if self._pieces:
-            self._reduce_pieces(scratch)
-        if self._projected and self._forget_gradient is not None:
-            flat = self._forget_gradient.reshape(1, -1).float()
-            self._gram[0, 0] = inner_products(flat, flat)[0, 0]
-        if not self._keeps:
-            self._pieces = []
+    def _take_in(self, samples: slice) -> None:
+        """Brings what has come of these samples into the form in which it will be kept."""
+        pieces, self._new = self._new, []
+        all_outer = all(isinstance(piece, Outer) for piece in pieces)
+        if pieces and (not all_outer or (self._keeps and self._cost.keeps_gradients)):
+            pieces = [Dense(self._sum_dense(pieces))]
+        self._pieces += [(samples, piece) for piece in pieces]
 
-    def _reduce_pieces(self, scratch: "Scratch") -> None:
-        all_outer = all(isinstance(piece, Outer) for piece in self._pieces)
-        if not all_outer or (self._keeps and self._cost.keeps_gradients):
-            self._pieces = [Dense(self._sum_dense())]
-        if not self._projected:
-            return
-        forget = None if self._forget_gradient is None else self._forget_gradient.float()
-        if isinstance(self._pieces[0], Dense):
-            self._add_products(self._pieces[0].gradients, forget)
-        elif self._cost.pairwise:
-            self._add_pairwise(forget)
-        else:
-            p, q = self._shape
-            step = max(1, BLOCK_BYTES // (4 * self._num_samples * q))
-            for start in range(0, p, step):
-                stop = min(start + step, p)
-                rows = scratch.view(self._device, self._num_samples, stop - start, q)
-                for i, piece in enumerate(self._pieces):
-                    piece.add_rows(start, stop, rows, overwrite=i == 0)
-                self._add_products(rows, None if forget is None else forget[start:stop])
-
-    def _sum_dense(self) -> Tensor:
+    def _sum_dense(self, pieces: list[Piece]) -> Tensor:
         total = None
-        for piece in self._pieces:
+        for piece in pieces:
             if total is None:
                 total = piece.dense() if isinstance(piece, Outer) else piece.gradients.float()
             elif isinstance(piece, Outer):
@@ -179,23 +187,63 @@ class ParameterShare:
                 total = total + piece.gradients
         return total
 
+    def _settle(self, scratch: "Scratch") -> None:
+        size = 1 + self._num_samples
+        self._gram = torch.zeros(size, size, dtype=torch.float64, device=self._device)
+        if self._projected:
+            if self._pieces:
+                self._multiply(scratch)
+            if self._forget_gradient is not None:
+                flat = self._forget_gradient.reshape(1, -1).float()
+                self._gram[0, 0] = inner_products(flat, flat)[0, 0]
+        if not self._keeps:
+            self._pieces = []
+
+    def _multiply(self, scratch: "Scratch") -> None:
+        forget = None if self._forget_gradient is None else self._forget_gradient.float()
+        if len(self._pieces) == 1 and isinstance(self._pieces[0][1], Dense):
+            self._add_products(self._pieces[0][1].gradients, forget)
+        elif self._cost.pairwise and all(isinstance(piece, Outer) for _, piece in self._pieces):
+            self._add_pairwise(forget)
+        else:
+            # gradients that stay factors, or come from several forward passes, are formed in blocks along the first
+            # dimension, all samples together
+            length = self._shape[0] if self._shape else 1
+            step = max(1, BLOCK_BYTES // (4 * self._num_samples * max(1, self._shape.numel() // length)))
+            for start in range(0, length, step):
+                stop = min(start + step, length)
+                rows = scratch.view(self._device, self._num_samples, stop - start, *self._shape[1:])
+                self._form(rows, start, stop)
+                self._add_products(rows, None if forget is None else forget.view(length, *self._shape[1:])[start:stop])
+
+    def _form(self, rows: Tensor, start: int, stop: int) -> None:
+        at_once = self._pieces[0][0] == slice(0, self._num_samples)
+        if not at_once:
+            rows.zero_()
+        for i, (samples, piece) in enumerate(self._pieces):
+            piece.add_rows(start, stop, rows[samples], overwrite=at_once and i == 0)
+
     def _add_products(self, gradients: Tensor, forget: Tensor | None) -> None:
         rows = gradients.flatten(1).float()
         self._gram[1:, 1:] += inner_products(rows, rows)
         if forget is not None:
-            self._add_forget_row(inner_products(rows, forget.reshape(1, -1))[:, 0])
+            self._add_forget_row(slice(0, self._num_samples), inner_products(rows, forget.reshape(1, -1))[:, 0])
 
     def _add_pairwise(self, forget: Tensor | None) -> None:
-        for i, piece in enumerate(self._pieces):
-            for other in self._pieces[: i + 1]:
+        for i, (samples, piece) in enumerate(self._pieces):
+            rows = slice(1 + samples.start, 1 + samples.stop)
+            for other_samples, other in self._pieces[: i + 1]:
+                columns = slice(1 + other_samples.start, 1 + other_samples.stop)
                 block = piece.inner(other).double()
-                self._gram[1:, 1:] += block if piece is other else block + block.T
+                self._gram[rows, columns] += block
+                if other is not piece:
+                    self._gram[columns, rows] += block.T
             if forget is not None:
-                self._add_forget_row(piece.inner_with_matrix(forget).double())
+                self._add_forget_row(samples, piece.inner_with_matrix(forget).double())
 
-    def _add_forget_row(self, products: Tensor) -> None:
-        self._gram[0, 1:] += products
-        self._gram[1:, 0] += products
+    def _add_forget_row(self, samples: slice, products: Tensor) -> None:
+        self._gram[0, 1 + samples.start : 1 + samples.stop] += products
+        self._gram[1 + samples.start : 1 + samples.stop, 0] += products
 
 
 class Scratch:

@@ -1,0 +1,87 @@
+"""Retain batches in chunks: the same Gram matrix and update, dropout included, from the memory of one chunk."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+from hf_orthograd.gradients import ChunkedGramEngine, LoopEngine, Parameters
+from hf_orthograd.gradients.chunked import RepeatedGradients
+from hf_orthograd.gradients.gram import KeptGradients
+from hf_orthograd.gradients.randomness import RandomState
+from hf_orthograd.objectives import PerSampleLoss
+
+
+def batch(samples):
+    return default_collate(samples.examples)
+
+
+def split_parameters(model):
+    everything = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    others = {name: p for name, p in everything.items() if "norm" in name}
+    return Parameters({name: p for name, p in everything.items() if name not in others}, others)
+
+
+def combined(step, parameters, num_samples):
+    coefficients = dict.fromkeys(parameters.projected, torch.linspace(-1, 1, num_samples))
+    loss = step.combine(-0.4, 0.6, coefficients)
+    return torch.autograd.grad(loss, list(parameters.trainable.values()), materialize_grads=True)
+
+
+@pytest.mark.parametrize("kind", ["whisper", "wav2vec2", "vit", "llama"])
+def test_chunks_give_the_gram_matrix_and_update_of_the_whole(kind, make_model, make_samples):
+    forget, retain = batch(make_samples(kind, 3, seed=2)), batch(make_samples(kind, 7, seed=1))
+    model = make_model(kind).eval()
+    parameters, losses = split_parameters(model), PerSampleLoss(model)
+    forwards = []
+
+    def counted(model, inputs):
+        forwards.append(len(inputs["labels"]))
+        return losses(model, inputs)
+
+    step = ChunkedGramEngine(parameters, counted, 2).measure(model, forget, retain, torch.ones_like)
+    expected = LoopEngine(parameters, losses).measure(model, forget, retain, torch.ones_like)
+    assert isinstance(step, RepeatedGradients)
+    assert max(forwards[1:]) == 2  # after the forget batch never more than a chunk
+    assert forwards.count(1) >= 2  # the last chunk, once for each group
+    norms = expected.gram.diagonal().sqrt()
+    assert ((step.gram - expected.gram).abs() / torch.outer(norms, norms)).max() <= 1e-5
+    torch.testing.assert_close(step.retain_losses, expected.retain_losses)
+    gradients, expected = combined(step, parameters, 7), combined(expected, parameters, 7)
+    scale = max(gradient.abs().max().item() for gradient in expected)
+    for name, one, other in zip(parameters.trainable, gradients, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2", "llama"])
+def test_every_pass_over_a_chunk_drops_out_the_same(kind, make_model, make_samples):
+    """w^T K w is the squared norm of the update only if all groups and the update saw the same dropout masks."""
+    forget, retain = batch(make_samples(kind, 3, seed=2)), batch(make_samples(kind, 6, seed=1))
+    model = make_model(kind, dropout=0.2).train()
+    parameters = Parameters(split_parameters(model).trainable, {})
+    torch.manual_seed(5)
+    np.random.seed(5)
+    step = ChunkedGramEngine(parameters, PerSampleLoss(model), 2).measure(model, forget, retain, torch.ones_like)
+    after = RandomState.now()
+    assert isinstance(step, RepeatedGradients)
+    squared = sum(gradient.double().square().sum() for gradient in combined(step, parameters, 6))
+    weights = torch.cat((torch.tensor([-0.4]), torch.linspace(-1, 1, 6) + 0.1)).double()
+    torch.testing.assert_close(squared, weights @ step.gram @ weights, rtol=1e-4, atol=0)
+    assert torch.equal(RandomState.now().cpu, after.cpu)
+
+
+def test_small_gradients_take_one_pass(make_model, make_samples):
+    model = make_model("llama").eval()
+    parameters = Parameters({n: p for n, p in model.named_parameters() if n.endswith("norm.weight")}, {})
+    forget, retain = batch(make_samples("llama", 3, seed=2)), batch(make_samples("llama", 6, seed=1))
+    forwards, losses = [], PerSampleLoss(model)
+
+    def counted(model, inputs):
+        forwards.append(len(inputs["labels"]))
+        return losses(model, inputs)
+
+    step = ChunkedGramEngine(parameters, counted, 3).measure(model, forget, retain, torch.ones_like)
+    expected = LoopEngine(parameters, losses).measure(model, forget, retain, torch.ones_like)
+    torch.testing.assert_close(step.gram, expected.gram, rtol=1e-4, atol=1e-8)
+    assert isinstance(step, KeptGradients)
+    assert forwards == [3, 3, 3, 3]  # the forget batch, a look at how parameters are used, two chunks
