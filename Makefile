@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := hf_orthograd examples benchmarks tests setup.py
 
-.PHONY: demo test quality style
+.PHONY: demo test bench quality style
 
 # torch comes first: with it in place no other package pulls in a build with CUDA
 $(BIN)/.installed: setup.py constraints.txt
@@ -18,6 +18,11 @@ demo: $(BIN)/.installed  # the main job on the embedded default
 
 test: $(BIN)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+bench: $(BIN)/.installed  # hours on a small machine; skips what is measured already
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[bench]"
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/step_cost.py --methods graddiff two_pass gram func loop torchjd opacus \
+		--memory_methods graddiff two_pass gram func torchjd
 
 quality: $(BIN)/.installed  # check only
 	$(BIN)/ruff check $(SOURCES)

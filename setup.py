@@ -18,6 +18,7 @@ REQUIRED = [
     "scipy>=1.13",
     "soundfile>=0.13",
 ]
+BENCH = ["matplotlib>=3.9", "opacus>=1.6", "torchjd>=0.18"]
 DEMO = ["espeakng-loader>=0.2.4", "matplotlib>=3.9"]
 QUALITY = ["ruff==0.17.6"]
 TESTS = ["pytest>=8.0", "pytest-cov>=6.0", "pytest-xdist>=3.6"]
@@ -32,7 +33,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["hf_orthograd", "hf_orthograd.*"]),
     install_requires=REQUIRED,
-    extras_require={"demo": DEMO, "dev": DEMO + QUALITY + TESTS},
+    extras_require={"bench": BENCH, "demo": DEMO, "dev": DEMO + QUALITY + TESTS},
     classifiers=[
         "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",

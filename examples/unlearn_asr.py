@@ -56,6 +56,7 @@ class ScriptArguments:
     max_audio_seconds: int | None = field(default=None, metadata={"help": "Whisper: window shorter than 30 s."})
     use_lora: bool = field(default=False, metadata={"help": "Unlearn by a LoRA adapter on the attention projections."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    dry_run: bool = field(default=False, metadata={"help": "Print what a step will take, and stop."})
     compare_projections: list[str] = field(
         default_factory=list, metadata={"help": "Repeat the run with these `projection`s, for the table alone."}
     )
@@ -163,27 +164,29 @@ class Recogniser:
         trainer.train()
         trainer.save_model()
 
-    def unlearn(self, model, args: OrthoGradConfig) -> tuple[OrthoGradTrainer, dict]:
-        """Returns the trainer and a row of the results: rates per set, losses per step, time."""
+    def unlearner(self, model, args: OrthoGradConfig) -> OrthoGradTrainer:
         args = replace(args, save_strategy="no", **self.evaluation)
-        trainer = OrthoGradTrainer(
-            model, args, train_dataset=self.sets["retain"], forget_dataset=self.sets["forget"], **self.shared
-        )
+        sets = {"train_dataset": self.sets["retain"], "forget_dataset": self.sets["forget"]}
+        return OrthoGradTrainer(model, args, **sets, **self.shared)
+
+    def unlearn(self, trainer: OrthoGradTrainer) -> dict:
+        """Returns a row of the results: rates per set, losses per step, time."""
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
         history = [entry for entry in trainer.state.log_history if "forget_loss" in entry]
-        return trainer, {**self.rates_of(trainer), "seconds": seconds, "history": history}
+        return self.rates_of(trainer) | {"seconds": seconds, "history": history}
 
     def rates_of(self, trainer: OrthoGradTrainer) -> dict[str, dict[str, float]]:
         metrics = trainer.evaluate()
         return {name: {rate: 100 * metrics[f"eval_{name}_{rate}"] for rate in ("wer", "cer")} for name in SETS}
 
 
-def with_lora(model, rank: int):
-    """Wraps the attention projections of encoder and decoder in a LoRA adapter."""
-    targets = r".*\.(q_proj|k_proj|v_proj|out_proj)"
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+def make_student(model, arguments: ScriptArguments):
+    """A copy to unlearn, its attention projections wrapped in a LoRA adapter if that was asked for."""
+    student, rank, targets = copy.deepcopy(model), arguments.lora_rank, r".*\.(q_proj|k_proj|v_proj|out_proj)"
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+    return get_peft_model(student, config) if arguments.use_lora else student
 
 
 def to_markdown(rows: dict[str, dict]) -> str:
@@ -223,21 +226,23 @@ def main() -> None:
     transformers.set_seed(args.seed)
     model, processor, corpus = load(arguments)
     columns = {"audio_column": arguments.audio_column, "text_column": arguments.text_column}
-    sets = split(corpus, arguments)
-    sets = DatasetDict({name: prepare_speech_dataset(rows, processor, **columns) for name, rows in sets.items()})
-    recogniser = Recogniser(model, processor, sets)
+    sets = {
+        name: prepare_speech_dataset(rows, processor, **columns) for name, rows in split(corpus, arguments).items()
+    }
+    recogniser = Recogniser(model, processor, DatasetDict(sets))
+    if arguments.dry_run:
+        print(recogniser.unlearner(make_student(model, arguments), args).estimate())
+        return
     if arguments.finetune_epochs > 0:
         recogniser.finetune(model, args, arguments)
 
     probe = OrthoGradTrainer(model, replace(args, **recogniser.evaluation), **recogniser.shared)
     rows = {"before": recogniser.rates_of(probe)}
     for projection in (*arguments.compare_projections, args.projection):
-        student = copy.deepcopy(model)
-        if arguments.use_lora:
-            student = with_lora(student, arguments.lora_rank)
+        student = make_student(model, arguments)
         transformers.set_seed(args.seed)
-        trainer, row = recogniser.unlearn(student, replace(args, projection=projection))
-        rows[f'projection="{projection}"'] = row
+        trainer = recogniser.unlearner(student, replace(args, projection=projection))
+        rows[f'projection="{projection}"'] = recogniser.unlearn(trainer)
 
     if trainer.is_world_process_zero():
         report(rows, arguments, args)

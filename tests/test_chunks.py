@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
+from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
 from hf_orthograd.gradients import ChunkedGramEngine, LoopEngine, Parameters
 from hf_orthograd.gradients.chunked import RepeatedGradients
 from hf_orthograd.gradients.gram import KeptGradients
@@ -85,3 +86,36 @@ def test_small_gradients_take_one_pass(make_model, make_samples):
     torch.testing.assert_close(step.gram, expected.gram, rtol=1e-4, atol=1e-8)
     assert isinstance(step, KeptGradients)
     assert forwards == [3, 3, 3, 3]  # the forget batch, a look at how parameters are used, two chunks
+
+
+def test_training_in_chunks_is_training(tmp_path, make_model, make_samples):
+    """Two steps with dropout: the same parameters up to the rounding of float32."""
+    retain, forget = make_samples("llama", 12, seed=1), make_samples("llama", 3, seed=2)
+    changes = []
+    for chunk_size in (None, 6, 2):
+        model = make_model("llama")
+        before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        args = OrthoGradConfig(
+            str(tmp_path), retain_chunk_size=chunk_size, per_device_train_batch_size=6, max_steps=2, optim="sgd",
+            per_device_forget_batch_size=3, learning_rate=0.1, lr_scheduler_type="constant", report_to="none",
+            save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        OrthoGradTrainer(model, args, train_dataset=retain, forget_dataset=forget).train()
+        changes.append(torch.cat([p.detach().flatten() for p in model.parameters()]) - before)
+    assert changes[0].norm() > 1e-3
+    for change in changes[1:]:
+        torch.testing.assert_close(change, changes[0], rtol=1e-3, atol=1e-5 * changes[0].abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"projection": "mean"}, "`projection` to be orthogonal, but it is 'mean'"),
+        ({"projection_scope": "per_tensor"}, "`projection_scope` to be global"),
+        ({"gradient_engine": "func"}, "`gradient_engine` to be auto or gram, but it is 'func'"),
+    ],
+)
+def test_chunks_refuse_what_needs_every_gradient(settings, named, tmp_path):
+    with pytest.raises(ValueError, match="`retain_chunk_size` is 4.*") as raised:
+        OrthoGradConfig(str(tmp_path), retain_chunk_size=4, **settings)
+    assert named in str(raised.value)

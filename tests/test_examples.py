@@ -84,6 +84,14 @@ def test_demo_from_corpus_to_saved_model(tmp_path):
     assert model.generate(features).shape[0] == 1
 
 
+def test_dry_run_prints_the_estimate_and_makes_nothing(tmp_path):
+    printed = run_example("--dry_run", "--output_dir", str(tmp_path / "out"), "--use_lora")
+    assert "engine 'gram'" in printed
+    assert "8 forget and 28 retain samples" in printed
+    assert "x GradDiff" in printed
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
 @pytest.fixture
 def ctc_folder(tmp_path):
     """A small Wav2Vec2 with its processor, and a corpus folder as one would download it."""

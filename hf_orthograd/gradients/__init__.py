@@ -6,6 +6,7 @@ from .functional import FunctionalEngine
 from .gram import GramEngine
 from .layers import register_rule
 from .loop import LoopEngine, MeanEngine
+from .pieces import Dense, Outer
 from .plain import PlainEngine
 from .randomness import preserved_random_state
 from .selection import choose_engine, preserved_modes
@@ -13,11 +14,13 @@ from .selection import choose_engine, preserved_modes
 
 __all__ = [
     "ChunkedGramEngine",
+    "Dense",
     "FunctionalEngine",
     "GradientEngine",
     "GramEngine",
     "LoopEngine",
     "MeanEngine",
+    "Outer",
     "Parameters",
     "PlainEngine",
     "StepGradients",

@@ -38,6 +38,8 @@ class FunctionalEngine(MaterializingEngine):
         trainable = {name: parameter.detach() for name, parameter in self.parameters.trainable.items()}
         try:
             rows, losses = vectorised(trainable, tensors)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise UnsupportedModelError(
                 f"torch.func cannot vectorise {type(model).__name__} over samples ({str(error).splitlines()[0]}). "

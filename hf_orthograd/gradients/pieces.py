@@ -12,10 +12,6 @@ class Dense:
 
     gradients: Tensor
 
-    @property
-    def num_bytes(self) -> int:
-        return self.gradients.nbytes
-
     def add_rows(self, start: int, stop: int, out: Tensor, *, overwrite: bool) -> None:
         """Adds entries `start` to `stop` along the first dimension of every gradient to `out`, or writes them over it."""
         own = self.gradients.view(len(out), -1, *out.shape[2:])[:, start:stop]
@@ -44,10 +40,6 @@ class Outer:
     @property
     def is_one_hot(self) -> bool:
         return not self.left.is_floating_point()
-
-    @property
-    def num_bytes(self) -> int:
-        return self.left.nbytes + self.right.nbytes
 
     def add_rows(self, start: int, stop: int, out: Tensor, *, overwrite: bool) -> None:
         """Adds rows `start` to `stop` of every gradient to `out`, (n, stop - start, q), or writes them over it."""

@@ -153,8 +153,9 @@ class ParameterShare:
         return self._gram
 
     @property
-    def kept_bytes(self) -> int:
-        return sum(piece.num_bytes for _, piece in self._pieces)
+    def keeps_gradients(self) -> bool:
+        """Whether gradients are kept and not their factors."""
+        return all(isinstance(piece, Dense) for _, piece in self._pieces)
 
     def gradient(self, forget_weight: float, weights: Tensor) -> Tensor | None:
         """`forget_weight * g_u + sum_i weights_i g_i`, in the memory of `g_u`; `None` if neither loss uses it."""

@@ -1,0 +1,294 @@
+"""Time and peak memory of one step as ratios to GradDiff, the same losses and batches without a projection.
+
+    python benchmarks/step_cost.py                       # CPU: four models, full parameters and LoRA
+    python benchmarks/step_cost.py --device cuda --bf16 --models whisper-large-v3 vit-l-16 --samples 8 32
+    python benchmarks/step_cost.py --errors              # also each Gram matrix against float64
+    python benchmarks/step_cost.py --report              # table and plot from what was measured so far
+
+Methods of one model take turns within one process, and the median of their times is kept. Each peak of memory is that of
+a fresh process that makes a single step: resident memory on a CPU, beyond what it held before the step, and
+`max_memory_allocated` on a GPU. Measurements are appended to a file of JSON lines; those already there are skipped.
+
+Methods: GradDiff; OrthoGrad by the engines gram, func and loop; TorchJD's autogram, whose Gram matrix is that of all
+m + k losses, followed by a weighted backward pass; Opacus' ghost clipping, which finds norms alone. A method that cannot
+run a model says why.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+from cost_cases import CASES, METHODS, gram_errors, make_setup
+
+
+RESULTS = Path(__file__).parent / "results"
+_BASELINE = "graddiff"
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "peft", "torchjd", "opacus"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    names = [
+        line.split(":")[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")
+    ]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text() if Path(path).exists() else ""
+
+
+def _memory(field: str) -> int:
+    """Bytes of resident memory, now ("VmRSS") or at the peak ("VmHWM")."""
+    return next(
+        int(line.split()[1]) * 1024 for line in _read("/proc/self/status").splitlines() if line.startswith(field)
+    )
+
+
+def run_step(step, setup, arguments: argparse.Namespace) -> float:
+    """Seconds of one step from the batches to `p.grad`."""
+    gc.collect()
+    with torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.bf16):
+        if arguments.device == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            step()
+            end.record()
+            torch.cuda.synchronize()
+            seconds = start.elapsed_time(end) / 1000
+        else:
+            begin = time.perf_counter()
+            step()
+            seconds = time.perf_counter() - begin
+    setup.model.zero_grad(set_to_none=True)
+    return seconds
+
+
+def time_methods(name: str, lora: bool, samples: int, methods: list[str], arguments) -> dict:
+    """Median seconds of each method, or the reason why it cannot run."""
+    setup = make_setup(name, lora, samples, arguments.device)
+    small = make_setup(name, lora, 1, arguments.device)
+    steps, times, failures = {}, {method: [] for method in methods}, {}
+    for round_number in range(arguments.repeats):
+        for method in methods:
+            ours = method in (_BASELINE, "gram")
+            if method in failures or (round_number and not ours):
+                continue
+            try:
+                if method not in steps:  # libraries load and kernels are chosen at their first use
+                    run_step(METHODS[method](small), small, arguments)
+                    steps[method] = METHODS[method](setup)
+                seconds = run_step(steps[method], setup, arguments)
+            except Exception as error:  # what stops a peer is its result; ours must not be stopped
+                if ours:
+                    raise
+                failures[method] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+                continue
+            times[method].append(seconds)
+            print(f"{name} {'lora' if lora else 'full'} k={samples} {method}: {seconds:.2f} s", flush=True)
+    return {
+        method: {"seconds": statistics.median(values), "times": values} if values else {"failure": failures[method]}
+        for method, values in times.items()
+    }
+
+
+def peak_of_method(name: str, lora: bool, samples: int, method: str, arguments) -> dict:
+    """Bytes at the peak of a single step; run in a process of its own."""
+    setup = make_setup(name, lora, samples, arguments.device)
+    small = make_setup(name, lora, 1, arguments.device)
+    try:
+        run_step(METHODS[method](small), small, arguments)  # libraries load at their first use
+        del small
+        gc.collect()
+        if arguments.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        model_bytes = sum(parameter.nbytes for parameter in setup.model.parameters())
+        before = _memory("VmRSS") - model_bytes if arguments.device == "cpu" else 0
+        run_step(METHODS[method](setup), setup, arguments)
+        peak = torch.cuda.max_memory_allocated() if arguments.device == "cuda" else _memory("VmHWM") - before
+    except Exception as error:  # as above: why it cannot run is the result
+        return {"failure": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
+    return {"bytes": peak}
+
+
+def error_of_method(name: str, method: str, arguments) -> dict:
+    """Of the Gram matrix of four retain samples."""
+    try:
+        return {"error": gram_errors(make_setup(name, False, 4, arguments.device), [method])[method]}
+    except Exception as error:  # as above
+        return {"failure": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
+
+
+def in_fresh_process(task: list[str], arguments: argparse.Namespace) -> dict:
+    command = [sys.executable, __file__, "--device", arguments.device, "--repeats", str(arguments.repeats)]
+    command += ["--bf16"] if arguments.bf16 else []
+    # freed tensors go back to the system, or the peak would be that of the allocator's history
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    if task[0] == "memory":
+        environment["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
+    done = subprocess.run([*command, "--task", *task], env=environment, stdout=subprocess.PIPE, text=True)
+    print("".join(line for line in done.stdout.splitlines(keepends=True) if not line.startswith("{")), end="")
+    if done.returncode:
+        return {"failure": f"the process ended with {done.returncode} (-9: out of memory)"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(arguments: argparse.Namespace, path: Path) -> None:
+    """Runs what is not in the file yet, the main comparison first."""
+    known = {(entry["kind"], *entry["case"]) for entry in read(path)}
+    cases = [
+        (name, lora, samples)
+        for samples in arguments.samples
+        for lora in ({"full": [False], "lora": [True], "both": [False, True]}[arguments.train])
+        for name in arguments.models
+        if not (arguments.device == "cpu" and name.startswith("whisper") and samples > 8)
+    ]
+    for name, lora, samples in cases:
+        tasks = [("time", list(arguments.methods))] + [("memory", [method]) for method in arguments.memory_methods]
+        if arguments.errors and not lora and samples == min(arguments.samples):
+            tasks += [("error", [method]) for method in ("gram", "torchjd")]
+        for kind, methods in tasks:
+            case = (name, lora, samples, *methods)
+            if (kind, *case) in known:
+                continue
+            result = in_fresh_process([kind, name, str(int(lora)), str(samples), *methods], arguments)
+            entry = {"kind": kind, "case": case, "result": result, "date": str(date.today())}
+            entry |= {"machine": machine(arguments.device), "versions": versions(), "bf16": arguments.bf16}
+            with path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+            print(kind, case, json.dumps(result), flush=True)
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in _read(str(path)).splitlines()]
+
+
+def collect(entries: list[dict]) -> dict[tuple, dict[str, dict]]:
+    """For each (model, lora, samples) and method: seconds, bytes, failure."""
+    table: dict[tuple, dict[str, dict]] = {}
+    for entry in entries:
+        name, lora, samples, *methods = entry["case"]
+        row = table.setdefault((name, bool(lora), samples), {})
+        results = entry["result"] if entry["kind"] == "time" else {methods[0]: entry["result"]}
+        if "failure" in results and entry["kind"] == "time":
+            results = dict.fromkeys(methods, results)
+        for method, result in results.items():
+            row.setdefault(method, {}).update(result)
+    return table
+
+
+def to_markdown(entries: list[dict]) -> str:
+    last = entries[-1]
+    found = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
+    lines = [
+        "# Cost of a step, as ratios to GradDiff",
+        "",
+        f"{last['date']}, {last['machine']}, {'bf16 autocast' if last['bf16'] else 'float32'}, {found}. Medians of "
+        "interleaved steps, peaks of fresh processes; k retain and as many forget samples, random weights of true sizes, "
+        f"LoRA of rank 16 on queries and values. Made by `benchmarks/step_cost.py`.",
+        "",
+        "| model | trained | k | method | time | x GradDiff | peak memory | x GradDiff | error of K |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (name, lora, samples), row in collect(entries).items():
+        base = row[_BASELINE]
+        for method, result in row.items():
+            cells = []
+            for key, unit, scale in (("seconds", "s", 1), ("bytes", "GiB", 1 << 30)):
+                if key in result and key in base:
+                    cells += [f"{result[key] / scale:.3g} {unit}", f"{result[key] / base[key]:.2f}"]
+                else:
+                    cells += [result.get("failure", ""), ""] if key == "seconds" else ["", ""]
+            cells.append(f"{result['error']:.0e}" if "error" in result else "")
+            model = f"{name} ({CASES[name].reads})"
+            lines.append(f"| {model} | {'LoRA' if lora else 'all'} | {samples} | {method} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(entries: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    table = collect(entries)
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 0.5 + 0.42 * len(table)), sharey=True)
+    methods = [method for method in METHODS if method != _BASELINE]
+    labels = [f"{name}, {'LoRA' if lora else 'all'}, k={samples}" for name, lora, samples in table]
+    for axis, key, title in ((axes[0], "seconds", "time"), (axes[1], "bytes", "peak memory")):
+        for i, method in enumerate(methods):
+            points = [
+                (row[method][key] / row[_BASELINE][key], y)
+                for y, row in enumerate(table.values())
+                if key in row.get(method, {}) and key in row[_BASELINE]
+            ]
+            if points:
+                axis.plot(*zip(*points, strict=True), "os^DvP"[i], label=method)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set(xscale="log", xlabel=f"{title} of a step / that of GradDiff", yticks=range(len(labels)))
+        axis.grid(alpha=0.3)
+    axes[0].set_yticklabels(labels)
+    axes[0].invert_yaxis()
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cpu_models = ["whisper-tiny", "vit-b-16", "wav2vec2-base", "llama-124m"]
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--models", nargs="+", default=cpu_models, choices=list(CASES))
+    parser.add_argument("--samples", type=int, nargs="+", default=[8, 32], help="k = m; Whisper on a CPU stops at 8")
+    parser.add_argument("--train", default="both", choices=["full", "lora", "both"])
+    parser.add_argument("--methods", nargs="+", default=["graddiff", "gram"], choices=list(METHODS), help="timed")
+    parser.add_argument("--memory_methods", nargs="*", default=["graddiff", "gram"], choices=list(METHODS))
+    parser.add_argument("--repeats", type=int, default=3, help="counted rounds; other methods take part in one")
+    parser.add_argument("--errors", action="store_true", help="Gram matrices of four samples against float64")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--task", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.task:
+        kind, name, lora, samples, *methods = arguments.task
+        if kind == "time":
+            result = time_methods(name, lora == "1", int(samples), methods, arguments)
+        elif kind == "error":
+            result = error_of_method(name, methods[0], arguments)
+        else:
+            result = peak_of_method(name, lora == "1", int(samples), methods[0], arguments)
+        print(json.dumps(result))
+        return
+    RESULTS.mkdir(exist_ok=True)
+    stem = RESULTS / f"step_cost_{arguments.device}"
+    if not arguments.report:
+        measure(arguments, stem.with_suffix(".jsonl"))
+    entries = read(stem.with_suffix(".jsonl"))
+    stem.with_suffix(".md").write_text(to_markdown(entries))
+    plot(entries, stem.with_suffix(".png"))
+    print(to_markdown(entries))
+
+
+if __name__ == "__main__":
+    main()

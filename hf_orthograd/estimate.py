@@ -1,0 +1,269 @@
+"""What a step will take, counted on two samples before any step is made."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from .gradients import Parameters
+from .gradients.base import PerSampleLosses
+from .gradients.calls import Call, SpreadCall
+from .gradients.gram import find_uses
+from .gradients.layers import RULES
+from .gradients.recording import Recorder
+from .gradients.shares import BLOCK_BYTES, Cost, Use, count_cost
+
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class RuleCount:
+    """Parameters that are treated alike.
+
+    Parameters:
+        function (`str`): The torch function that uses them.
+        rule (`str`): Where their per-sample gradients come from: "own rule", "autograd" or "vmap".
+        form (`str`): How inner products are taken and what is kept for the update.
+        parameters (`int`): Numbers in them.
+        tensors (`int`): How many tensors they are.
+    """
+
+    function: str
+    rule: str
+    form: str
+    parameters: int
+    tensors: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What [`OrthoGradTrainer.estimate`] returns; `print` shows it as a table.
+
+    Parameters:
+        engine (`str`): The gradient engine that will be used.
+        projected, unprojected, frozen (`int`): Numbers in the parameters under the projection, trained without it, and
+            not trained.
+        forget_samples, retain_samples (`int`): Per step and device.
+        rules (`list[RuleCount]`): What the "gram" engine does with the parameters under projection.
+        plain_memory (`int`): Bytes at the peak of a step of GradDiff, `projection="none"`: parameters, gradients,
+            optimizer state and activations of both batches, without what the process holds already.
+        memory (`int`): The same for a step of this run.
+        relative_time (`float`): Time of a step over that of GradDiff, by counted multiplications.
+    """
+
+    engine: str
+    projected: int
+    unprojected: int
+    frozen: int
+    forget_samples: int
+    retain_samples: int
+    rules: list[RuleCount]
+    plain_memory: int
+    memory: int
+    relative_time: float
+
+    def __str__(self) -> str:
+        lines = [
+            f"parameters     {self.projected:,} under projection, {self.unprojected:,} trained without, "
+            f"{self.frozen:,} frozen",
+            f"a step         {self.forget_samples} forget and {self.retain_samples} retain samples, "
+            f"engine {self.engine!r}",
+            f"memory         {self.memory / _GIB:.2f} GiB at the peak; GradDiff {self.plain_memory / _GIB:.2f} GiB",
+            f"time           {self.relative_time:.2f} x GradDiff",
+        ]
+        if self.rules:
+            lines += [
+                "",
+                f"{'used by':<30}{'gradients from':<16}{'tensors':>8}{'parameters':>14}  inner products, update",
+            ]
+        for rule in self.rules:
+            lines.append(f"{rule.function:<30}{rule.rule:<16}{rule.tensors:>8}{rule.parameters:>14,}  {rule.form}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """What one forward and backward pass over a few samples showed, per sample."""
+
+    multiplications: float
+    activation_bytes: float
+    largest_bytes: float
+    uses: dict[str, list[Use]]
+    functions: dict[str, tuple[str, str]]
+
+
+def estimate_step(
+    model: nn.Module,
+    per_sample_losses: PerSampleLosses,
+    parameters: Parameters,
+    forget: Mapping,
+    retain: Mapping,
+    *,
+    engine: str,
+    num_forget: int,
+    num_retain: int,
+    chunk_size: int | None,
+    optimizer_bytes: int,
+) -> Estimate:
+    """Counts a step from a few samples of each batch, padded as the batch is.
+
+    Args:
+        model (`torch.nn.Module`): In training mode.
+        per_sample_losses (`Callable`): Losses of a batch.
+        parameters ([`Parameters`]): What is trained and what is projected.
+        forget, retain (`Mapping`): Inputs of a few samples each.
+        engine (`str`): "gram", "func", "loop", "mean" or "none".
+        num_forget, num_retain (`int`): Samples in a step, m and k.
+        chunk_size (`int`, *optional*): Retain samples that run forward at once.
+        optimizer_bytes (`int`): State of the optimizer for each trained number.
+    """
+    on_forget = _sample(model, per_sample_losses, parameters, forget)
+    on_retain = _sample(model, per_sample_losses, parameters, retain) if num_retain else on_forget
+    trained = sum(parameter.numel() for parameter in parameters.trainable.values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    resident = sum(parameter.nbytes for parameter in model.parameters()) + optimizer_bytes * trained
+    gradients = sum(parameter.nbytes for parameter in parameters.trainable.values())
+    forget_graph = num_forget * on_forget.activation_bytes
+    plain_work = num_forget * on_forget.multiplications + num_retain * on_retain.multiplications
+    working = 2 * max(num_forget, num_retain) * on_retain.largest_bytes
+    plain = resident + gradients + forget_graph + num_retain * on_retain.activation_bytes + working
+    chunk = min(chunk_size or num_retain, num_retain)
+    graph = chunk * on_retain.activation_bytes
+    costs = {}
+    if engine == "none":
+        memory, work = plain, plain_work
+    elif engine == "gram":
+        costs = {
+            name: count_cost(parameters.trainable[name].shape, _scaled(uses, num_retain), num_retain)
+            for name, uses in on_retain.uses.items()
+        }
+        kept, extra = sum(cost.kept_bytes for cost in costs.values()), 2 * sum(cost.extra for cost in costs.values())
+        passes = max(1, round(num_retain / chunk)) if kept > resident else 1
+        memory = resident + gradients + max(forget_graph, graph, kept / passes) + min(BLOCK_BYTES, kept) + working
+        # further groups of a chunked batch take forward passes, shorter backward passes, and one round for the update
+        again = 0 if passes == 1 else (passes - 1) * 0.5 + 1
+        work = plain_work + extra + again * num_retain * on_retain.multiplications
+    else:
+        rows = {"func": num_retain, "loop": num_retain, "mean": 1}[engine]
+        memory = (
+            resident + (2 + rows) * gradients + max(forget_graph, num_retain * on_retain.activation_bytes) + working
+        )
+        backwards = num_retain if engine == "loop" else 1
+        work = plain_work + (backwards - 1) * num_retain * on_retain.multiplications * 2 / 3
+        work += 2 * (rows**2 + 2 * rows) * trained
+    return Estimate(
+        engine=engine,
+        projected=sum(parameter.numel() for parameter in parameters.projected.values()),
+        unprojected=sum(parameter.numel() for parameter in parameters.others.values()),
+        frozen=total - trained,
+        forget_samples=num_forget,
+        retain_samples=num_retain,
+        rules=_count_rules(parameters, on_retain, costs),
+        plain_memory=round(plain),
+        memory=round(memory),
+        relative_time=work / plain_work,
+    )
+
+
+def _scaled(uses: list[Use], num_samples: int) -> list[Use]:
+    return [Use(round(use.positions * num_samples), use.factors, use.one_hot) for use in uses]
+
+
+def _sample(model: nn.Module, losses: PerSampleLosses, parameters: Parameters, inputs: Mapping) -> _Sampled:
+    storages: dict[int, int] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()
+
+    trainable = list(parameters.trainable.values())
+    before = [parameter.grad for parameter in trainable]
+    for parameter in trainable:
+        parameter.grad = None
+    recorder = Recorder(parameters.trainable)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            with saved_tensors_hooks(pack, lambda tensor: tensor), recorder:
+                recorder.begin(inputs)
+                found = losses(model, inputs)
+            count = len(found)
+            recorder_calls = list(recorder.calls)
+            recorder.close()
+            # not by autograd.grad, which the counter's own hooks on inputs do not allow
+            found.sum().backward(inputs=trainable)
+    finally:
+        recorder.close()
+        for parameter, gradient in zip(trainable, before, strict=True):
+            parameter.grad = gradient
+    uses = {
+        name: [Use(use.positions / count, use.factors, use.one_hot) for use in own_uses]
+        for name, own_uses in find_uses(recorder_calls).items()
+    }
+    return _Sampled(
+        multiplications=counter.get_total_flops() / count,
+        activation_bytes=sum(storages.values()) / count,
+        largest_bytes=max(storages.values(), default=0) / count,
+        uses=uses,
+        functions=_functions(recorder_calls),
+    )
+
+
+def _functions(calls: list[Call | SpreadCall]) -> dict[str, tuple[str, str]]:
+    """The function that uses each parameter and where its gradients come from; several are joined by a plus."""
+    found: dict[str, dict[tuple[str, str], None]] = {}
+    for call in calls:
+        for source in call.sources:
+            if isinstance(call, SpreadCall):
+                entry = ("elementwise or attention mask", "autograd")
+            else:
+                entry = (call.name, "own rule" if call.function in RULES else "vmap")
+            for name in source.parameters:
+                found.setdefault(name, {})[entry] = None
+    return {
+        name: tuple(" + ".join(dict.fromkeys(part)) for part in zip(*entries, strict=True))
+        for name, entries in found.items()
+    }
+
+
+def _count_rules(parameters: Parameters, sampled: _Sampled, costs: dict[str, Cost]) -> list[RuleCount]:
+    counts, tensors = Counter(), Counter()
+    for name, parameter in parameters.projected.items():
+        if not costs:
+            continue
+        function, rule = sampled.functions.get(name, ("nothing", "-"))
+        key = (function, rule, _form(costs.get(name)))
+        counts[key] += parameter.numel()
+        tensors[key] += 1
+    return [RuleCount(*key, count, tensors[key]) for key, count in counts.most_common()]
+
+
+def _form(cost: Cost | None) -> str:
+    if cost is None:
+        return "no gradient"
+    if cost.pairwise:
+        return "by pairs of positions, factors kept"
+    return "formed, kept" if cost.keeps_gradients else "formed in blocks, factors kept"
+
+
+def optimizer_state_bytes(optim: str) -> int:
+    """Bytes of optimizer state for each trained number, for the optimizers of torch; 0 for others."""
+    if "8bit" in optim and "adam" in optim:
+        return 2
+    return 8 if optim.startswith("adam") else 0
+
+
+def first_samples(inputs: Mapping, count: int) -> dict:
+    """The first samples of a batch, padded as the batch is."""
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.ndim]
+    size = len(tensors[0])
+    return {
+        name: value[:count] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
+        for name, value in inputs.items()
+    }
