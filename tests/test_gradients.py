@@ -117,6 +117,22 @@ def test_gram_under_dropout_uses_the_forward_that_the_step_uses(kind, make_model
 
 
 @pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("engine_class", [GramEngine, LoopEngine])
+def test_autocast_does_not_reach_the_inner_products(kind, engine_class, make_model, make_samples):
+    """The Gram matrix and the update agree to float32, though layers run in bfloat16 and all is under autocast."""
+    forget, retain = batch(make_samples(kind, 3, seed=2)), batch(make_samples(kind, 4, seed=1))
+    model = make_model(kind).eval()
+    weights = torch.linspace(-1, 1, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        step = measure(engine_class, model, PerSampleLoss(model), forget, retain)
+        combination = step.combine(0.7, 0.0, dict.fromkeys(step.grams, weights))
+    gradients = torch.autograd.grad(combination, list(trainable(model).projected.values()), materialize_grads=True)
+    squared = sum(gradient.double().square().sum() for gradient in gradients)
+    weights = torch.cat((torch.tensor([0.7]), weights)).double()
+    torch.testing.assert_close(squared, weights @ step.gram @ weights, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("engine_class", [GramEngine, FunctionalEngine, MeanEngine, PlainEngine])
 def test_combination_is_that_of_the_loop(kind, engine_class, make_model, make_samples):
     if engine_class is FunctionalEngine and kind in ("wav2vec2", "llama"):

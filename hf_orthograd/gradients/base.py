@@ -1,7 +1,8 @@
 """What every gradient engine offers the trainer, whichever way it comes by the inner products."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,13 @@ Slopes = Callable[[Tensor], Tensor]
 
 
 _COLUMNS = 1 << 16
+
+
+@contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """Products in the precision of their factors: autocast would take inner products of float32 in half precision."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 class UnsupportedModelError(ValueError):
@@ -144,6 +152,7 @@ def inner_products(rows: Tensor, others: Tensor) -> Tensor:
     by 4e-5.
     """
     total = torch.zeros(len(rows), len(others), dtype=torch.float64, device=rows.device)
-    for block, other_block in zip(rows.split(_COLUMNS, dim=1), others.split(_COLUMNS, dim=1), strict=True):
-        total += block @ other_block.T
+    with exact_arithmetic(rows.device):
+        for block, other_block in zip(rows.split(_COLUMNS, dim=1), others.split(_COLUMNS, dim=1), strict=True):
+            total += block @ other_block.T
     return total

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from .base import GradientEngine, Parameters, PerSampleLosses, Slopes, StepGradients, known_gradients
+from .base import GradientEngine, Parameters, PerSampleLosses, Slopes, StepGradients, exact_arithmetic, known_gradients
 from .calls import Call, Source, SpreadCall
 from .layers import per_sample_pieces
 from .pieces import Dense, Outer, Piece
@@ -38,7 +38,8 @@ class KeptGradients(StepGradients):
         gradients = {}
         for name, share in self.shares.items():
             weights = mean + coefficients[name].to(mean) if name in coefficients else mean
-            gradients[name] = share.gradient(forget_weight, weights)
+            with exact_arithmetic(weights.device):
+                gradients[name] = share.gradient(forget_weight, weights)
         return known_gradients(self.parameters.trainable, gradients)
 
 
@@ -144,15 +145,15 @@ class GramEngine(GradientEngine):
             shares[name].expect(uses, len(losses))
 
         def consume(call: Call | SpreadCall, output_gradient: Tensor) -> None:
-            with torch.no_grad():
+            with exact_arithmetic(output_gradient.device):
                 pieces = per_sample_pieces(call, output_gradient)
             for source, piece in pieces:
                 for name, own_piece in _resolve(source, piece, self.parameters.trainable):
-                    with torch.no_grad():
+                    with exact_arithmetic(output_gradient.device):
                         shares[name].add(own_piece, samples, self._scratch)
 
         recorder.deliver(losses.sum(), len(losses), consume, retain_graph=retain_graph)
-        with torch.no_grad():
+        with exact_arithmetic(losses.device):
             for share in shares.values():
                 share.finish(samples)
 

@@ -149,9 +149,9 @@ def convolution_rule(call: Call, output_gradient: Tensor) -> Pieces | None:
     pieces = []
     if isinstance(weight, Source):
         geometry = {name: arguments[name] for name in ("stride", "padding", "dilation", "groups")}
-        features = features.to(output_gradient.dtype)
+        features, output_gradient = features.float(), output_gradient.float()
         windows = features.shape[0] // call.num_samples
-        rows = output_gradient.new_empty(call.num_samples, *weight.shape)
+        rows = features.new_empty(call.num_samples, *weight.shape)
         for sample, own in enumerate(features.split(windows)):
             gradient = output_gradient[sample * windows : (sample + 1) * windows]
             rows[sample] = _CONVOLUTION_WEIGHT[call.function](own, weight.shape, gradient, **geometry)

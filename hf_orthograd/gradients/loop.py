@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .base import GradientEngine, Parameters, Slopes, StepGradients, inner_products, known_gradients
+from .base import GradientEngine, Parameters, Slopes, StepGradients, exact_arithmetic, inner_products, known_gradients
 
 
 @dataclass
@@ -29,7 +29,8 @@ class MaterializedGradients(StepGradients):
             weights = torch.full((len(rows),), retain_weight / len(rows), dtype=rows.dtype, device=rows.device)
             if name in coefficients:
                 weights = weights + coefficients[name].to(rows)
-            gradients[name] = torch.tensordot(weights, rows, dims=1)
+            with exact_arithmetic(rows.device):
+                gradients[name] = torch.tensordot(weights, rows, dims=1)
             if name in self.forget_gradients:
                 gradients[name] += forget_weight * self.forget_gradients[name]
         return known_gradients(self.parameters.trainable, gradients)

@@ -161,7 +161,7 @@ class ParameterShare:
         """`forget_weight * g_u + sum_i weights_i g_i`, in the memory of `g_u`; `None` if neither loss uses it."""
         total, self._forget_gradient = self._forget_gradient, None
         if total is not None:
-            total = total.contiguous().mul_(forget_weight)
+            total = total.float().contiguous().mul_(forget_weight)
         elif self._pieces:
             total = torch.zeros(self._shape, device=self._device)
         for samples, piece in self._pieces:
