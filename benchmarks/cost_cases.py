@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from hf_orthograd.gradients import (
+    ForgetBatch,
     FunctionalEngine,
     GramEngine,
     LoopEngine,
@@ -137,7 +138,7 @@ def _engine_step(engine_class) -> Callable[[Setup], Callable[[], None]]:
         engine = engine_class(setup.parameters, setup.losses)
 
         def step() -> None:
-            gradients = engine.measure(setup.model, setup.forget, setup.retain, torch.ones_like)
+            gradients = engine.measure(setup.model, [ForgetBatch(setup.forget)], [setup.retain])
             coefficients = {}
             if gradients.grams:
                 solved, _ = solve_projections(gradients.grams, per_tensor=False)
@@ -224,7 +225,7 @@ def gram_errors(setup: Setup, methods: list[str]) -> dict[str, float]:
 
     def retain_block(engine_class) -> Tensor:
         engine = engine_class(setup.parameters, setup.losses)
-        return engine.measure(setup.model, setup.forget, setup.retain, torch.ones_like).gram[1:, 1:]
+        return engine.measure(setup.model, [ForgetBatch(setup.forget)], [setup.retain]).gram[1:, 1:]
 
     found = {}
     if "gram" in methods:

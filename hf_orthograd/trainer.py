@@ -2,24 +2,24 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from itertools import islice
 
 import torch
-from datasets import Dataset
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, TrainingArguments
 
 from . import validation
 from .config import OrthoGradConfig
-from .data import SAMPLE_INDEX, CyclingBatchSampler, IndexedCollator, IndexedDataset
+from .data import SAMPLE_INDEX
+from .distributed import Exchange
 from .estimate import Estimate, estimate_step, first_samples, optimizer_state_bytes
 from .gradients import (
+    ForgetBatch,
     GradientEngine,
     MeanEngine,
     PlainEngine,
@@ -31,13 +31,14 @@ from .gradients import (
 from .objectives import Ascent, NegativePreference, PerSampleLoss
 from .projection import Projection, solve_projections
 from .reference import ReferenceLosses
+from .streams import PairedStreams
 
 
-class PairedBatch(dict):
-    """The two batches of an unlearning step: "forget" and, unless the update needs none, "retain"."""
+class PairedBatches(dict):
+    """The batches of an unlearning step, in two lists: "forget" and "retain", empty if the update needs none."""
 
 
-class OrthoGradTrainer(Seq2SeqTrainer):
+class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
     """Trainer that makes a model forget `forget_dataset` while it keeps learning from `train_dataset`.
 
     Each step ascends the forget gradient after projecting it onto the orthogonal complement of the gradients of the
@@ -102,9 +103,10 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._engine: GradientEngine | None = None
         self._forget_batches: Iterator | None = None
+        self._window = _empty_window()
         self._publishing = False
         if forget_dataset is not None:
-            validation.check_launch(self.args, self.accelerator.num_processes)
+            validation.check_launch(self.args)
             validation.find_parameters(self.model, self.args)
             if self.args.forget_loss == "npo":
                 self.add_callback(ReferenceLosses())
@@ -114,6 +116,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
     def train(self, *args, **kwargs):
         """As [`~transformers.Trainer.train`]; bad input is found before the first step."""
         self._engine = self._forget_batches = None
+        self._window = _empty_window()
         return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
@@ -121,28 +124,34 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         if self._engine is None:
             self._prepare_unlearning(model)
-        if self._has_retain:
-            pair = PairedBatch(forget=next(self._forget_batches), retain={**inputs})
-        else:
-            pair = PairedBatch(forget={**inputs})
+        window = self._window
+        window["forget"].append(next(self._forget_batches) if self._has_retain else {**inputs})
+        window["retain"] += [{**inputs}] if self._has_retain else []
+        if self.args.projection != "none" and not self.accelerator.sync_gradients:
+            # one projection against the retain samples of all micro-batches, when the last has come
+            return torch.zeros((), device=self.args.device)
+        self._window = _empty_window()
         # a mean over samples, not over tokens: the number of tokens would be that of the retain batch alone
-        return super().training_step(model, pair, None)
+        return super().training_step(model, window, None)
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
-        if isinstance(inputs, PairedBatch):
-            return self._unlearning_loss(model, inputs["forget"], inputs.get("retain"))
+        if isinstance(inputs, PairedBatches):
+            loss = self._unlearning_loss(model, inputs["forget"], inputs["retain"])
+            # Trainer divides by the number of micro-batches, which is right where each adds its own part
+            return loss if self.args.projection == "none" else loss * self.current_gradient_accumulation_steps
         if self._per_sample_loss_func is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         losses, outputs = PerSampleLoss(model, self._per_sample_loss_func).with_outputs(model, inputs)
         return (losses.mean(), outputs) if return_outputs else losses.mean()
 
-    def _unlearning_loss(self, model: nn.Module, forget: dict, retain: dict | None) -> Tensor:
+    def _unlearning_loss(self, model: nn.Module, forget: list[dict], retain: list[dict]) -> Tensor:
         """A scalar whose gradient is `alpha * mean_i g_i - (1 - alpha) * g_perp`, and whose value is GradDiff's loss."""
         self._freeze_batch_norm(model)
-        forget_rows = forget.pop(SAMPLE_INDEX)
-        retain_rows = None if retain is None else retain.pop(SAMPLE_INDEX, None)
-        objective = self._forget_objective(model, forget_rows)
-        step = self._engine.measure(model, forget, retain, objective.slopes)
+        forget_rows = [batch.pop(SAMPLE_INDEX) for batch in forget]
+        retain_rows = [batch.pop(SAMPLE_INDEX, None) for batch in retain]
+        objectives = [self._forget_objective(model, rows) for rows in forget_rows]
+        batches = [ForgetBatch(*pair) for pair in zip(forget, (one.slopes for one in objectives), strict=True)]
+        step = self._engine.measure(model, batches, retain)
         self._check_finite(step, forget_rows, retain_rows)
 
         alpha, projection, coefficients = self.args.alpha, None, {}
@@ -153,7 +162,9 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         self._collect_metrics(step, projection)
         # the value is for the log; the gradient is that of the combination
         retain_loss = step.retain_losses.mean() if len(step.retain_losses) else 0.0
-        return loss + alpha * retain_loss - (1 - alpha) * objective.value(step.forget_losses)
+        losses = step.forget_losses.split([len(rows) for rows in forget_rows])
+        ascended = [one.value(own) * len(own) for one, own in zip(objectives, losses, strict=True)]
+        return loss + alpha * retain_loss - (1 - alpha) * sum(ascended) / len(step.forget_losses)
 
     def _solve(self, step: StepGradients) -> tuple[dict[str, Tensor], Projection]:
         args = self.args
@@ -215,7 +226,17 @@ class OrthoGradTrainer(Seq2SeqTrainer):
     def _prepare_unlearning(self, model: nn.Module) -> None:
         """Chooses the engine and starts the forget stream."""
         self._engine = self._choose_engine(model)
+        self._engine.exchange = Exchange(self.accelerator.num_processes, self.accelerator.process_index)
+        self._check_agreement(self._engine.name)
         self._forget_batches = self._start_forget_stream()
+
+    def _check_agreement(self, engine: str) -> None:
+        engines = gather_object([engine])
+        if len(set(engines)) > 1:
+            raise ValueError(
+                f"The processes would use different gradient engines ({', '.join(engines)}): the first samples of one did "
+                "not pass the check that others passed. Set `gradient_engine` to 'loop'."
+            )
 
     def _choose_engine(self, model: nn.Module) -> GradientEngine:
         """Checks the model and a few samples, and finds the engine that follows it."""
@@ -263,14 +284,15 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         validation.check_labels(batch.get("labels"), what=what, shifted=shifted, sample_indices=rows)
         return dict(batch)
 
-    def _check_finite(self, step: StepGradients, forget_rows: Tensor, retain_rows: Tensor | None) -> None:
+    def _check_finite(self, step: StepGradients, forget_rows: list[Tensor], retain_rows: list[Tensor | None]) -> None:
         for what, losses, rows in (
             ("forget_dataset", step.forget_losses, forget_rows),
             ("train_dataset", step.retain_losses, retain_rows),
         ):
-            bad = ~torch.isfinite(losses.detach())
+            bad = ~torch.isfinite(losses)
             if bad.any():
-                listed = "unknown" if rows is None else ", ".join(str(row) for row in rows[bad].tolist())
+                known = rows and all(row is not None for row in rows)
+                listed = ", ".join(str(row) for row in torch.cat(rows)[bad].tolist()) if known else "unknown"
                 raise FloatingPointError(
                     f"The loss at step {self.state.global_step + 1} is not finite for rows {listed} of `{what}`. No "
                     f"update was made; checkpoints saved so far in {self.args.output_dir!r} are intact. Lower the "
@@ -283,9 +305,9 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             )
 
     def _collect_metrics(self, step: StepGradients, projection: Projection | None) -> None:
-        self._metrics["forget_loss"].append(step.forget_losses.detach().mean().item())
-        if len(step.retain_losses):
-            self._metrics["retain_loss"].append(step.retain_losses.detach().mean().item())
+        for name, losses in (("forget_loss", step.forget_losses), ("retain_loss", step.retain_losses)):
+            if len(losses):
+                self._metrics[name].append(self.accelerator.reduce(losses.mean(), "mean").item())
         if projection is not None:
             self._metrics["kept_signal"].append(projection.kept_signal)
             self._metrics["projection_rank"].append(projection.rank)
@@ -297,80 +319,6 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             logs = {**logs, **{name: sum(values) / len(values) for name, values in self._metrics.items()}}
             self._metrics.clear()
         super().log(logs, *args, **kwargs)
-
-    # ---- Two streams of batches, whose samples can be named ----
-
-    def get_train_dataloader(self) -> DataLoader:
-        """The retain stream, as in Trainer; with a forget set, its batches carry row numbers."""
-        if self.forget_dataset is None or not hasattr(self.train_dataset, "__len__"):
-            return super().get_train_dataloader()
-        dataset, collator = self._indexed(self.train_dataset, "Training")
-        with self._replaced("data_collator", collator):
-            return self._get_dataloader(
-                dataset=dataset,
-                description="Training",
-                batch_size=self._train_batch_size,
-                sampler_fn=lambda _: self._get_train_sampler(self.train_dataset),
-                is_training=True,
-            )
-
-    def _start_forget_stream(self) -> Iterator[Mapping] | None:
-        if not self._has_retain:
-            return None
-        dataset, collator = self._indexed(self.forget_dataset, "Forget")
-        args = self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        sampler = CyclingBatchSampler(
-            len(dataset),
-            args.per_device_forget_batch_size,
-            seed,
-            start=self._micro_batches_done(),
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-        )
-        return iter(self._loader(dataset, collator, batch_sampler=sampler))
-
-    def _reference_batches(self) -> Iterator[Mapping]:
-        dataset, collator = self._indexed(self.forget_dataset, "Forget")
-        for batch in self._loader(dataset, collator, batch_size=self.args.per_device_eval_batch_size):
-            yield self._prepare_inputs(batch)
-
-    def _loader(self, dataset, collator: Callable, **sampling) -> DataLoader:
-        # a generator of its own: drawing from the global one would shift the dropout of the training steps
-        return DataLoader(
-            dataset,
-            collate_fn=collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
-            generator=torch.Generator().manual_seed(self.args.seed),
-            **sampling,
-        )
-
-    def _micro_batches_done(self) -> int:
-        """Training steps, counted in micro-batches, that came before `state.global_step`."""
-        if self.state.global_step == 0:
-            return 0
-        steps = len(self.callback_handler.train_dataloader)
-        accumulation = self.args.gradient_accumulation_steps
-        epochs, updates = divmod(self.state.global_step, -(-steps // accumulation))
-        return epochs * steps + updates * accumulation
-
-    def _indexed(self, dataset, description: str) -> tuple[IndexedDataset, IndexedCollator]:
-        """The data set and collator that Trainer would use, with row numbers added."""
-        if isinstance(dataset, Dataset):
-            dataset, collator = self._remove_unused_columns(dataset, description), self.data_collator
-        else:
-            collator = self._get_collator_with_removed_columns(self.data_collator, description)
-        return IndexedDataset(dataset), IndexedCollator(collator)
-
-    @contextmanager
-    def _replaced(self, attribute: str, value) -> Iterator[None]:
-        original = getattr(self, attribute)
-        setattr(self, attribute, value)
-        try:
-            yield
-        finally:
-            setattr(self, attribute, original)
 
     # ---- What is saved ----
 
@@ -388,6 +336,10 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         """As in Trainer, with the model that `save_model()` writes."""
         with self._replaced("_publishing", True):
             return super().push_to_hub(*args, **kwargs)
+
+
+def _empty_window() -> PairedBatches:
+    return PairedBatches(forget=[], retain=[])
 
 
 def as_config(args: TrainingArguments | None) -> OrthoGradConfig:

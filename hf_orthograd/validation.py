@@ -19,17 +19,13 @@ from .objectives import PerSampleLoss, check_per_sample, find_unlabelled_rows
 logger = logging.get_logger(__name__)
 
 
-def check_launch(args: OrthoGradConfig, num_processes: int) -> None:
+def check_launch(args: OrthoGradConfig) -> None:
     """Refuses launches under which the update would not be the one the configuration names."""
-    projected = args.projection != "none"
     refusals = {
         "`deepspeed`": bool(args.deepspeed),
         "`fsdp`": bool(args.fsdp),
         "`fp16` (use `bf16`, or float32)": args.fp16,
         "torch.nn.DataParallel (set CUDA_VISIBLE_DEVICES to one device)": args.n_gpu > 1,
-        "more than one process": num_processes > 1 and projected,
-        "`gradient_accumulation_steps` > 1 (raise the per-device batch sizes)": projected
-        and args.gradient_accumulation_steps > 1,
         "`label_smoothing_factor`": args.label_smoothing_factor != 0,
     }
     for what, refused in refusals.items():

@@ -70,7 +70,7 @@ def _masked(labels, count):
     return labels
 
 
-def _example(kind, number, generator):
+def make_example(kind, number, generator):
     def tokens(low, high, length):
         return torch.randint(low, high, (length,), generator=generator)
 
@@ -108,7 +108,7 @@ def make_model():
 def make_samples():
     def make(kind, count, seed=0):
         generator = torch.Generator().manual_seed(seed)
-        return Samples([_example(kind, number, generator) for number in range(count)])
+        return Samples([make_example(kind, number, generator) for number in range(count)])
 
     return make
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from hf_orthograd.gradients import GramEngine, LoopEngine, Parameters
+from hf_orthograd.gradients import ForgetBatch, GramEngine, LoopEngine, Parameters
 from hf_orthograd.objectives import PerSampleLoss
 
 
@@ -112,10 +112,10 @@ def test_gram_is_that_of_the_float64_loop(name, attention):
     forget, retain = make_batch(kind, 3, seed=1), make_batch(kind, 4, seed=2)
     parameters = Parameters({name: p for name, p in model.named_parameters() if p.requires_grad}, {})
     losses = PerSampleLoss(model)
-    found = GramEngine(parameters, losses).measure(model, forget, retain, torch.ones_like).gram
+    found = GramEngine(parameters, losses).measure(model, [ForgetBatch(forget)], [retain]).gram
 
     model.double()
     forget, retain = ({k: v.double() if v.is_floating_point() else v for k, v in b.items()} for b in (forget, retain))
-    expected = LoopEngine(parameters, losses).measure(model, forget, retain, torch.ones_like).gram
+    expected = LoopEngine(parameters, losses).measure(model, [ForgetBatch(forget)], [retain]).gram
     norms = expected.diagonal().sqrt()
     assert ((found - expected).abs() / torch.outer(norms, norms)).max() <= 1e-5

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import default_collate
 
-from hf_orthograd.gradients import GramEngine, LoopEngine, Parameters
+from hf_orthograd.gradients import ForgetBatch, GramEngine, LoopEngine, Parameters
 from hf_orthograd.gradients.gram import KeptGradients, RecomputedGradients
 from hf_orthograd.objectives import PerSampleLoss
 
@@ -37,7 +37,7 @@ def assert_same_step(engine, reference, model, batches):
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = checkpointing
         torch.manual_seed(3)
-        step = one.measure(model, forget, retain, torch.ones_like)
+        step = one.measure(model, [ForgetBatch(forget)], [retain])
         names = list(engine.parameters.projected)
         coefficients = dict.fromkeys(names, torch.tensor([0.3, -1.0, 0.5, 2.0]))
         loss = step.combine(-0.4, 0.6, coefficients)
@@ -97,6 +97,6 @@ def test_activations_do_not_outlive_the_forward_pass(make_model, make_samples):
     base = model
     forget, retain = batches("llama", make_samples)
     engine = GramEngine(Parameters(trainable(model), {}), losses)
-    engine.measure(model.train(), forget, retain, torch.ones_like)
-    engine.measure(checkpointed(model), forget, retain, torch.ones_like)
+    engine.measure(model.train(), [ForgetBatch(forget)], [retain])
+    engine.measure(checkpointed(model), [ForgetBatch(forget)], [retain])
     assert alive == {False: [True, True], True: [False, False]}

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import default_collate
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
-from hf_orthograd.gradients import ChunkedGramEngine, LoopEngine, Parameters
+from hf_orthograd.gradients import ForgetBatch, GramEngine, LoopEngine, Parameters
 from hf_orthograd.gradients.chunked import RepeatedGradients
 from hf_orthograd.gradients.gram import KeptGradients
 from hf_orthograd.gradients.randomness import RandomState
@@ -40,8 +40,8 @@ def test_chunks_give_the_gram_matrix_and_update_of_the_whole(kind, make_model, m
         forwards.append(len(inputs["labels"]))
         return losses(model, inputs)
 
-    step = ChunkedGramEngine(parameters, counted, 2).measure(model, forget, retain, torch.ones_like)
-    expected = LoopEngine(parameters, losses).measure(model, forget, retain, torch.ones_like)
+    step = GramEngine(parameters, counted, chunk_size=2).measure(model, [ForgetBatch(forget)], [retain])
+    expected = LoopEngine(parameters, losses).measure(model, [ForgetBatch(forget)], [retain])
     assert isinstance(step, RepeatedGradients)
     assert max(forwards[1:]) == 2  # after the forget batch never more than a chunk
     assert forwards.count(1) >= 2  # the last chunk, once for each group
@@ -62,7 +62,7 @@ def test_every_pass_over_a_chunk_drops_out_the_same(kind, make_model, make_sampl
     parameters = Parameters(split_parameters(model).trainable, {})
     torch.manual_seed(5)
     np.random.seed(5)
-    step = ChunkedGramEngine(parameters, PerSampleLoss(model), 2).measure(model, forget, retain, torch.ones_like)
+    step = GramEngine(parameters, PerSampleLoss(model), chunk_size=2).measure(model, [ForgetBatch(forget)], [retain])
     after = RandomState.now()
     assert isinstance(step, RepeatedGradients)
     squared = sum(gradient.double().square().sum() for gradient in combined(step, parameters, 6))
@@ -81,8 +81,8 @@ def test_small_gradients_take_one_pass(make_model, make_samples):
         forwards.append(len(inputs["labels"]))
         return losses(model, inputs)
 
-    step = ChunkedGramEngine(parameters, counted, 3).measure(model, forget, retain, torch.ones_like)
-    expected = LoopEngine(parameters, losses).measure(model, forget, retain, torch.ones_like)
+    step = GramEngine(parameters, counted, chunk_size=3).measure(model, [ForgetBatch(forget)], [retain])
+    expected = LoopEngine(parameters, losses).measure(model, [ForgetBatch(forget)], [retain])
     torch.testing.assert_close(step.gram, expected.gram, rtol=1e-4, atol=1e-8)
     assert isinstance(step, KeptGradients)
     assert forwards == [3, 3, 3, 3]  # the forget batch, a look at how parameters are used, two chunks

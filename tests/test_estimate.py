@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
-from hf_orthograd.gradients import GramEngine
+from hf_orthograd.gradients import ForgetBatch, GramEngine
 
 
 def make_trainer(tmp_path, model, kind, make_samples, **settings):
@@ -28,7 +28,7 @@ def test_estimate_counts_what_the_step_keeps(kind, tmp_path, make_model, make_sa
     forget, retain = (
         trainer._first_batch(d, "d", n) for d, n in ((trainer.forget_dataset, 4), (trainer.train_dataset, 6))
     )
-    step = engine.measure(trainer.model, forget, retain, torch.ones_like)
+    step = engine.measure(trainer.model, [ForgetBatch(forget)], [retain])
     factors = sum(not share.keeps_gradients for share in step.shares.values())
     assert sum(rule.tensors for rule in estimate.rules if "factors kept" in rule.form) == factors
 

@@ -5,6 +5,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from hf_orthograd.gradients import (
+    ForgetBatch,
     FunctionalEngine,
     GramEngine,
     LoopEngine,
@@ -39,7 +40,7 @@ def measure(engine_class, model, losses, forget, retain, parameters=None, **sett
     torch.manual_seed(5)
     np.random.seed(5)
     engine = engine_class(parameters or trainable(model), losses)
-    return engine.measure(model, forget, retain, slopes, **settings)
+    return engine.measure(model, [ForgetBatch(forget, slopes)], [retain])
 
 
 def relative_error(gram, reference):
@@ -344,7 +345,7 @@ def test_func_in_chunks_is_the_same(make_model, make_samples):
     losses = PerSampleLoss(model)
     whole = measure(FunctionalEngine, model, losses, data, data)
     engine = FunctionalEngine(trainable(model), losses, chunk_size=2)
-    assert relative_error(engine.measure(model, data, data, slopes).gram, whole.gram) <= 1e-6
+    assert relative_error(engine.measure(model, [ForgetBatch(data, slopes)], [data]).gram, whole.gram) <= 1e-6
 
 
 def test_a_rule_can_be_registered_for_an_own_function():

@@ -7,7 +7,7 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
-from hf_orthograd.gradients import GramEngine, LoopEngine, Parameters
+from hf_orthograd.gradients import ForgetBatch, GramEngine, LoopEngine, Parameters
 from hf_orthograd.objectives import PerSampleLoss
 from hf_orthograd.speech import SpeechCollator, prepare_speech_dataset, shorten_whisper
 
@@ -32,7 +32,7 @@ def test_inner_products_on_whisper_tiny():
     forget, retain = collator([rows[0], rows[1]]), collator([rows[2], rows[3], rows[4]])
     parameters = Parameters({name: p for name, p in model.named_parameters() if p.requires_grad}, {})
     steps = [
-        engine(parameters, PerSampleLoss(model)).measure(model, forget, retain, torch.ones_like)
+        engine(parameters, PerSampleLoss(model)).measure(model, [ForgetBatch(forget)], [retain])
         for engine in (GramEngine, LoopEngine)
     ]
     norms = steps[1].gram.diagonal().sqrt()

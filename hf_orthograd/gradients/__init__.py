@@ -1,7 +1,6 @@
 """From a forget and a retain batch to the inner products of their gradients."""
 
-from .base import GradientEngine, Parameters, StepGradients, UnsupportedModelError
-from .chunked import ChunkedGramEngine
+from .base import ForgetBatch, GradientEngine, Parameters, StepGradients, UnsupportedModelError
 from .functional import FunctionalEngine
 from .gram import GramEngine
 from .layers import register_rule
@@ -13,8 +12,8 @@ from .selection import choose_engine, preserved_modes
 
 
 __all__ = [
-    "ChunkedGramEngine",
     "Dense",
+    "ForgetBatch",
     "FunctionalEngine",
     "GradientEngine",
     "GramEngine",

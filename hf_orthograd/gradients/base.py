@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..distributed import Exchange, Placement
+
 
 # maps (model, inputs) to the losses of the batch's samples, shape (B,)
 PerSampleLosses = Callable[[nn.Module, Mapping], Tensor]
@@ -54,15 +56,17 @@ class StepGradients(ABC):
     the slopes held constant. Rows 1 to k are the retain samples' gradients, or one row, their mean.
 
     Parameters:
-        forget_losses (`torch.Tensor`): Shape (m,), detached.
-        retain_losses (`torch.Tensor`): Shape (k,), detached.
-        grams (`dict[str, torch.Tensor]`): For each projected parameter, its share of the Gram matrix,
-            shape (1 + k, 1 + k), float64. Their sum is the Gram matrix of the whole gradients.
+        forget_losses (`torch.Tensor`): Of this process' forget samples, detached.
+        retain_losses (`torch.Tensor`): Of this process' retain samples, detached.
+        grams (`dict[str, torch.Tensor]`): For each projected parameter, its share of the Gram matrix over the retain
+            samples of all processes, shape (1 + k, 1 + k), float64. Their sum is that of the whole gradients.
+        placement ([`Placement`]): The rows of this process among those of all.
     """
 
     forget_losses: Tensor
     retain_losses: Tensor
     grams: dict[str, Tensor]
+    placement: Placement
 
     @property
     def gram(self) -> Tensor:
@@ -73,7 +77,8 @@ class StepGradients(ABC):
     def combine(self, forget_weight: float, retain_weight: float, coefficients: dict[str, Tensor]) -> Tensor:
         """A scalar of value zero whose gradient is `forget_weight * g_u + retain_weight * mean_i g_i + sum_i c_i g_i`.
 
-        To be called once: it may use up what was kept.
+        With several processes it is the mean over them that has this gradient, as their gradients are averaged. To be
+        called once: it may use up what was kept.
 
         Args:
             forget_weight (`float`): Of the forget gradient.
@@ -82,42 +87,82 @@ class StepGradients(ABC):
                 parameters the last term is missing.
         """
 
+    def own_weights(self, retain_weight: float, coefficients: Tensor | None) -> Tensor:
+        """Weights of this process' rows: in the mean over processes each row comes from one of them alone."""
+        own = self.retain_losses.new_full((self.placement.own,), retain_weight / self.placement.total)
+        if coefficients is not None:
+            own = own + coefficients[self.placement.span].to(own)
+        return own * self.placement.exchange.num_processes
+
+
+@dataclass
+class ForgetBatch:
+    """Some of a step's forget samples.
+
+    Parameters:
+        inputs (`Mapping`): Their inputs, with labels.
+        slopes (`Callable`): Slopes of the forget objective at their losses.
+    """
+
+    inputs: Mapping
+    slopes: Slopes = torch.ones_like
+
 
 class GradientEngine(ABC):
-    """A way from two batches to the inner products of their gradients."""
+    """A way from forget and retain batches to the inner products of their gradients.
+
+    Parameters:
+        exchange ([`Exchange`]): The processes whose samples make up a step.
+    """
 
     name: str
 
     def __init__(self, parameters: Parameters, per_sample_losses: PerSampleLosses):
         self.parameters = parameters
         self.per_sample_losses = per_sample_losses
+        self.exchange = Exchange()
 
     @abstractmethod
-    def measure(self, model: nn.Module, forget: Mapping, retain: Mapping, slopes: Slopes) -> StepGradients:
+    def measure(self, model: nn.Module, forget: list[ForgetBatch], retain: list[Mapping]) -> StepGradients:
         """Runs the forward passes and finds the inner products.
 
         Args:
             model (`torch.nn.Module`): The model as the training step received it, wrapped or not.
-            forget (`Mapping`): Inputs of m forget samples, with labels.
-            retain (`Mapping`): Inputs of k retain samples, with labels.
-            slopes (`Callable`): Slopes of the forget objective at the forget losses.
+            forget (`list[ForgetBatch]`): All forget samples of the step in this process, batch by batch.
+            retain (`list[Mapping]`): Inputs of all its retain samples, batch by batch, with labels.
 
         Raises:
             UnsupportedModelError: The model does something this engine cannot follow.
         """
 
-    def forget_gradients(self, model: nn.Module, forget: Mapping, slopes: Slopes) -> tuple[Tensor, dict[str, Tensor]]:
-        """The forget losses, (m,), and `g_u` by parameter name where the loss uses it; the graph is given free."""
-        losses = self.per_sample_losses(model, forget)
+    def forget_gradients(self, model: nn.Module, forget: list[ForgetBatch]) -> tuple[Tensor, dict[str, Tensor]]:
+        """This process' forget losses, and `g_u` of all processes by name of each parameter that the losses use."""
         trainable = self.parameters.trainable
-        found = torch.autograd.grad(weighted_mean(losses, slopes), list(trainable.values()), allow_unused=True)
-        pairs = zip(trainable, found, strict=True)
-        return losses.detach(), {name: gradient for name, gradient in pairs if gradient is not None}
+        total = self.exchange.place(sum(count_samples(batch.inputs) for batch in forget), first_device(model)).total
+        losses, found = [], {}
+        for batch in forget:
+            own = self.per_sample_losses(model, batch.inputs)
+            weighted = (batch.slopes(own.detach()) * own).sum() / total
+            gradients = torch.autograd.grad(weighted, list(trainable.values()), allow_unused=True)
+            for name, gradient in zip(trainable, gradients, strict=True):
+                if gradient is not None:
+                    found[name] = gradient if name not in found else found[name].add_(gradient)
+            losses.append(own.detach())
+        if not self.exchange.is_alone:  # all processes have to name the same parameters
+            found = {
+                name: self.exchange.sum(found[name] if name in found else torch.zeros_like(parameter))
+                for name, parameter in trainable.items()
+            }
+        return torch.cat(losses), found
 
 
-def weighted_mean(losses: Tensor, slopes: Slopes) -> Tensor:
-    """The scalar whose gradient is the forget gradient: slopes are constants of the step."""
-    return (slopes(losses.detach()) * losses).mean()
+def count_samples(inputs: Mapping) -> int:
+    """Length of the first dimension of a batch's tensors."""
+    return next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
+
+
+def first_device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 class _KnownGradients(torch.autograd.Function):
@@ -156,3 +201,31 @@ def inner_products(rows: Tensor, others: Tensor) -> Tensor:
         for block, other_block in zip(rows.split(_COLUMNS, dim=1), others.split(_COLUMNS, dim=1), strict=True):
             total += block @ other_block.T
     return total
+
+
+def assemble_grams(
+    products: dict[str, Tensor], forget_gradients: dict[str, Tensor], placement: Placement
+) -> dict[str, Tensor]:
+    """From what each process found to Gram matrices of `g_u` and the retain samples of all processes.
+
+    Args:
+        products (`dict[str, torch.Tensor]`): Of this process' samples with `g_u` and with the samples of all, shape
+            (own, 1 + k) for each parameter.
+        forget_gradients (`dict[str, torch.Tensor]`): `g_u`, by parameter, where the forget loss uses it.
+        placement ([`Placement`]): The samples of all processes.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Shape (1 + k, 1 + k) for each parameter, float64, the same in every process.
+    """
+    device = next(iter(products.values())).device
+    own = torch.stack([product.to(device) for product in products.values()], dim=1)
+    grams = {}
+    for name, rows in zip(products, placement.gather_rows(own).unbind(dim=1), strict=True):
+        gram = torch.zeros(1 + placement.total, 1 + placement.total, dtype=torch.float64, device=device)
+        gram[1:] = rows
+        gram[0, 1:] = rows[:, 0]
+        if name in forget_gradients:
+            flat = forget_gradients[name].reshape(1, -1).float()
+            gram[0, 0] = inner_products(flat, flat)[0, 0].to(device)
+        grams[name] = gram
+    return grams

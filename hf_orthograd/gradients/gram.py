@@ -13,12 +13,24 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from .base import GradientEngine, Parameters, PerSampleLosses, Slopes, StepGradients, exact_arithmetic, known_gradients
+from ..distributed import Placement
+from .base import (
+    ForgetBatch,
+    GradientEngine,
+    Parameters,
+    PerSampleLosses,
+    StepGradients,
+    assemble_grams,
+    exact_arithmetic,
+    known_gradients,
+)
 from .calls import Call, Source, SpreadCall
+from .chunked import Chunk, RepeatedGradients, split_samples
 from .layers import per_sample_pieces
 from .pieces import Dense, Outer, Piece
+from .randomness import RandomState
 from .recording import Recorder
-from .shares import ParameterShare, Scratch, Use
+from .shares import ParameterShare, Scratch, Use, count_cost
 
 
 @dataclass
@@ -34,10 +46,9 @@ class KeptGradients(StepGradients):
     shares: dict[str, ParameterShare]
 
     def combine(self, forget_weight: float, retain_weight: float, coefficients: dict[str, Tensor]) -> Tensor:
-        mean = torch.full_like(self.retain_losses, retain_weight / len(self.retain_losses))
         gradients = {}
         for name, share in self.shares.items():
-            weights = mean + coefficients[name].to(mean) if name in coefficients else mean
+            weights = self.own_weights(retain_weight, coefficients.get(name))
             with exact_arithmetic(weights.device):
                 gradients[name] = share.gradient(forget_weight, weights)
         return known_gradients(self.parameters.trainable, gradients)
@@ -62,12 +73,11 @@ class RecomputedGradients(StepGradients):
     recorder: Recorder
 
     def combine(self, forget_weight: float, retain_weight: float, coefficients: dict[str, Tensor]) -> Tensor:
-        weights = torch.full_like(self.retain_losses, retain_weight / len(self.retain_losses))
-        found = {}
-        if self.parameters.others:
-            found.update(self._weighted_gradients(weights, self.parameters.others, retain_graph=True))
-        if coefficients:
-            weights = weights + next(iter(coefficients.values())).to(weights)
+        found, others = {}, self.parameters.others
+        if others:
+            mean = self.own_weights(retain_weight, None)
+            found.update(self._weighted_gradients(mean, others, retain_graph=True))
+        weights = self.own_weights(retain_weight, next(iter(coefficients.values()), None))
         found.update(self._weighted_gradients(weights, self.parameters.projected, retain_graph=False))
         for name, gradient in self.forget_gradients.items():
             gradient.mul_(forget_weight)
@@ -85,47 +95,56 @@ class RecomputedGradients(StepGradients):
 class GramEngine(GradientEngine):
     """Watches the retain batch's forward pass, then lets one backward pass over activations deliver what each call needs.
 
+    Args:
+        parameters ([`Parameters`]): What to differentiate by.
+        per_sample_losses (`Callable`): The losses of a batch.
+        per_tensor (`bool`): Whether each parameter will have coefficients of its own.
+        chunk_size (`int`, *optional*): Most samples that run forward at once.
+
     Parameters:
         recomputes (`bool`): Whether activation checkpointing was seen to run parts of the forward pass again.
     """
 
     name = "gram"
 
-    def __init__(self, parameters: Parameters, per_sample_losses: PerSampleLosses, *, per_tensor: bool = False):
+    def __init__(
+        self,
+        parameters: Parameters,
+        per_sample_losses: PerSampleLosses,
+        *,
+        per_tensor: bool = False,
+        chunk_size: int | None = None,
+    ):
         super().__init__(parameters, per_sample_losses)
-        self.per_tensor = per_tensor
+        self.per_tensor, self.chunk_size = per_tensor, chunk_size
         self.recomputes = False
         self._scratch = Scratch()
 
-    def measure(self, model: nn.Module, forget: Mapping, retain: Mapping, slopes: Slopes) -> StepGradients:
-        forget_losses, forget_gradients = self.forget_gradients(model, forget, slopes)
-        trainable = self.parameters.trainable
-        recorder = Recorder(trainable)
-        try:
-            with recorder:
-                recorder.begin(retain)
-                retain_losses = self.per_sample_losses(model, retain)
-                keeps = self._keeps_gradients(model, len(retain_losses))
-                shares = {
-                    name: ParameterShare(
-                        parameter,
-                        forget_gradients.get(name),
-                        len(retain_losses),
-                        projected=name in self.parameters.projected,
-                        keeps=keeps,
-                    )
-                    for name, parameter in trainable.items()
-                }
-                samples = slice(0, len(retain_losses))
-                self._collect(recorder, shares, retain_losses, samples, retain_graph=not keeps)
-            self.recomputes = self.recomputes or recorder.recomputes
-        finally:
-            recorder.close()
-        grams = {name: shares[name].gram(self._scratch) for name in self.parameters.projected}
-        losses = (forget_losses.detach(), retain_losses.detach(), grams)
+    def measure(self, model: nn.Module, forget: list[ForgetBatch], retain: list[Mapping]) -> StepGradients:
+        forget_losses, forget_gradients = self.forget_gradients(model, forget)
+        chunks = split_samples(retain, self.chunk_size)
+        placement = self.exchange.place(chunks[-1].samples.stop, forget_losses.device)
+        if len(chunks) == 1 and not self._keeps_gradients(model, max(placement.counts)):
+            groups, keeps = [list(self.parameters.trainable)], False
+        else:
+            groups = self.exchange.agree(self._group(model, chunks))
+            keeps = len(groups) == 1
+        products = {}
+        for group in groups:
+            shares = self._make_shares(group, forget_gradients, placement, keeps=keeps)
+            losses, recorder = self._sweep(model, chunks, shares, retain_graph=not keeps and len(groups) == 1)
+            products.update(self._products(shares))
+            if group is groups[0]:
+                retain_losses, end = losses, RandomState.now() if len(groups) > 1 else None
+        if end is not None:
+            end.restore()
+        grams = assemble_grams(products, forget_gradients, placement)
+        common = (forget_losses, retain_losses.detach(), grams, placement, self.parameters)
         if keeps:
-            return KeptGradients(*losses, self.parameters, shares)
-        return RecomputedGradients(*losses, self.parameters, forget_gradients, retain_losses, recorder)
+            return KeptGradients(*common, shares)
+        if len(groups) == 1:
+            return RecomputedGradients(*common, forget_gradients, retain_losses, recorder)
+        return RepeatedGradients(*common, self.per_sample_losses, model, forget_gradients, chunks)
 
     def _keeps_gradients(self, model: nn.Module, num_samples: int) -> bool:
         """By rule: what is kept replaces the graph, unless checkpointing keeps that small.
@@ -137,6 +156,71 @@ class GramEngine(GradientEngine):
             return True
         trained = sum(parameter.numel() for parameter in self.parameters.trainable.values())
         return num_samples * trained <= sum(parameter.numel() for parameter in model.parameters())
+
+    def _group(self, model: nn.Module, chunks: list[Chunk]) -> list[list[str]]:
+        """Parameters in the order of their use, cut where a group would keep too much.
+
+        That is more than the parameters of one chunk together would, or, as with an adapter, more than the model takes.
+        """
+        trainable, first = self.parameters.trainable, chunks[0]
+        if len(chunks) == 1 or self.per_tensor:
+            return [list(trainable)]
+        recorder = Recorder(trainable)
+        try:
+            with recorder:
+                recorder.begin(first.inputs)
+                size = len(first.losses(model, self.per_sample_losses))
+            uses = find_uses(recorder.calls)
+        finally:
+            recorder.close()
+        kept = {name: count_cost(trainable[name].shape, uses[name], size).kept_bytes for name in uses}
+        budget = max(sum(kept.values()), sum(parameter.nbytes for parameter in model.parameters()))
+        groups, used = [[]], 0
+        for name in [*uses, *(name for name in trainable if name not in uses)]:
+            bytes_of_all = kept.get(name, 0) * chunks[-1].samples.stop / size
+            if groups[-1] and used + bytes_of_all > budget:
+                groups.append([])
+                used = 0
+            groups[-1].append(name)
+            used += bytes_of_all
+        return groups
+
+    def _make_shares(
+        self, group: list[str], forget_gradients: dict[str, Tensor], placement: Placement, *, keeps: bool
+    ) -> dict[str, ParameterShare]:
+        trainable, projected = self.parameters.trainable, self.parameters.projected
+        return {
+            name: ParameterShare(
+                trainable[name], forget_gradients.get(name), placement, projected=name in projected, keeps=keeps
+            )
+            for name in group
+        }
+
+    def _sweep(
+        self, model: nn.Module, chunks: list[Chunk], shares: dict[str, ParameterShare], *, retain_graph: bool
+    ) -> tuple[Tensor, Recorder]:
+        """Takes every chunk forward and backward for one group; returns all losses and the last recorder."""
+        losses = []
+        for chunk in chunks:
+            recorder = Recorder({name: self.parameters.trainable[name] for name in shares})
+            try:
+                with recorder:
+                    recorder.begin(chunk.inputs)
+                    own = chunk.losses(model, self.per_sample_losses)
+                    self._collect(recorder, shares, own, chunk.samples, retain_graph=retain_graph)
+            finally:
+                recorder.close()
+            self.recomputes = self.recomputes or recorder.recomputes
+            losses.append(own if retain_graph else own.detach())
+        return (losses[0] if len(losses) == 1 else torch.cat(losses)), recorder
+
+    def _products(self, shares: dict[str, ParameterShare]) -> dict[str, Tensor]:
+        projected = [name for name in shares if name in self.parameters.projected]
+        with exact_arithmetic(self._device_of(shares)):
+            return {name: shares[name].products(self._scratch) for name in projected}
+
+    def _device_of(self, shares: dict[str, ParameterShare]) -> torch.device:
+        return self.parameters.trainable[next(iter(shares))].device
 
     def _collect(
         self, recorder: Recorder, shares: dict[str, ParameterShare], losses: Tensor, samples: slice, retain_graph: bool

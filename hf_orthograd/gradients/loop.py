@@ -6,7 +6,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .base import GradientEngine, Parameters, Slopes, StepGradients, exact_arithmetic, inner_products, known_gradients
+from ..distributed import Exchange
+from .base import (
+    ForgetBatch,
+    GradientEngine,
+    Parameters,
+    StepGradients,
+    assemble_grams,
+    count_samples,
+    exact_arithmetic,
+    first_device,
+    inner_products,
+    known_gradients,
+)
 
 
 @dataclass
@@ -26,9 +38,7 @@ class MaterializedGradients(StepGradients):
     def combine(self, forget_weight: float, retain_weight: float, coefficients: dict[str, Tensor]) -> Tensor:
         gradients = {}
         for name, rows in self.rows.items():
-            weights = torch.full((len(rows),), retain_weight / len(rows), dtype=rows.dtype, device=rows.device)
-            if name in coefficients:
-                weights = weights + coefficients[name].to(rows)
+            weights = self.own_weights(retain_weight, coefficients.get(name)).to(rows.dtype)
             with exact_arithmetic(rows.device):
                 gradients[name] = torch.tensordot(weights, rows, dims=1)
             if name in self.forget_gradients:
@@ -43,12 +53,25 @@ class MaterializingEngine(GradientEngine):
         """Returns the retain losses (k,), and for each trainable parameter rows of shape (k, *parameter.shape)."""
         raise NotImplementedError
 
-    def measure(self, model: nn.Module, forget: Mapping, retain: Mapping, slopes: Slopes) -> StepGradients:
-        forget_losses, forget_gradients = self.forget_gradients(model, forget, slopes)
-        retain_losses, rows = self.retain_rows(model, retain)
-        grams = {name: _gram(forget_gradients.get(name), rows[name]) for name in self.parameters.projected}
+    def measure(self, model: nn.Module, forget: list[ForgetBatch], retain: list[Mapping]) -> StepGradients:
+        forget_losses, forget_gradients = self.forget_gradients(model, forget)
+        found = [self.retain_rows(model, inputs) for inputs in retain]
+        retain_losses = torch.cat([losses for losses, _ in found]).detach()
+        rows = {name: torch.cat([own[name] for _, own in found]) for name in self.parameters.trainable}
+        placement = self.exchange.place(len(retain_losses), retain_losses.device)
+        return self._results(forget_losses, retain_losses, forget_gradients, rows, placement)
+
+    def _results(self, forget_losses, retain_losses, forget_gradients, rows, placement) -> MaterializedGradients:
+        products = {}
+        for name in self.parameters.projected:
+            flat = rows[name].flatten(1)
+            forget = forget_gradients.get(name)
+            first = flat.new_zeros(1, flat.shape[1]) if forget is None else forget.reshape(1, -1)
+            everyone = placement.gather_rows(flat)
+            products[name] = torch.cat((inner_products(flat, first), inner_products(flat, everyone)), dim=1)
+        grams = assemble_grams(products, forget_gradients, placement)
         return MaterializedGradients(
-            forget_losses, retain_losses.detach(), grams, forget_gradients, rows, self.parameters
+            forget_losses, retain_losses, grams, placement, forget_gradients, rows, self.parameters
         )
 
 
@@ -63,13 +86,23 @@ class LoopEngine(MaterializingEngine):
 
 
 class MeanEngine(MaterializingEngine):
-    """One ordinary backward pass for the mean of the retain samples, which makes one row."""
+    """One ordinary backward pass for the mean of each retain batch; the mean of all samples makes one row."""
 
     name = "mean"
 
-    def retain_rows(self, model: nn.Module, retain: Mapping) -> tuple[Tensor, dict[str, Tensor]]:
-        losses = self.per_sample_losses(model, retain)
-        return losses, _stacked_gradients([losses.mean()], self.parameters.trainable)
+    def measure(self, model: nn.Module, forget: list[ForgetBatch], retain: list[Mapping]) -> StepGradients:
+        forget_losses, forget_gradients = self.forget_gradients(model, forget)
+        trainable, losses, rows = self.parameters.trainable, [], {}
+        total = self.exchange.place(sum(map(count_samples, retain)), first_device(model)).total
+        for inputs in retain:
+            own = self.per_sample_losses(model, inputs)
+            for name, row in _stacked_gradients([own.sum() / total], trainable).items():
+                rows[name] = row if name not in rows else rows[name] + row
+            losses.append(own.detach())
+        rows = {name: self.exchange.sum(row) for name, row in rows.items()}
+        # every process has the one row of all
+        placement = Exchange().place(1, first_device(model))
+        return self._results(forget_losses, torch.cat(losses), forget_gradients, rows, placement)
 
 
 def _stacked_gradients(losses: list[Tensor], parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -83,9 +116,3 @@ def _stacked_gradients(losses: list[Tensor], parameters: dict[str, nn.Parameter]
         for name, gradient in zip(parameters, gradients, strict=True):
             rows[name][i] = gradient
     return rows
-
-
-def _gram(forget: Tensor | None, rows: Tensor) -> Tensor:
-    first = torch.zeros_like(rows[:1]) if forget is None else forget[None]
-    blocks = (first.flatten(1), rows.flatten(1))
-    return torch.cat([torch.cat([inner_products(a, b) for b in blocks], dim=1) for a in blocks])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .base import GradientEngine, Slopes, StepGradients, weighted_mean
+from .base import ForgetBatch, GradientEngine, StepGradients
 
 
 @dataclass
@@ -30,9 +30,12 @@ class PlainEngine(GradientEngine):
 
     name = "none"
 
-    def measure(self, model: nn.Module, forget: Mapping, retain: Mapping | None, slopes: Slopes) -> StepGradients:
-        forget_losses = self.per_sample_losses(model, forget)
-        forget_term = weighted_mean(forget_losses, slopes)
-        retain_losses = forget_losses.new_zeros(0) if retain is None else self.per_sample_losses(model, retain)
-        retain_term = retain_losses.mean() if len(retain_losses) else retain_losses.sum()
-        return PlainGradients(forget_losses.detach(), retain_losses.detach(), {}, forget_term, retain_term)
+    def measure(self, model: nn.Module, forget: list[ForgetBatch], retain: list[Mapping]) -> StepGradients:
+        """Takes one batch of each kind at most: without inner products, batches and processes simply add up."""
+        (batch,) = forget
+        forget_losses = self.per_sample_losses(model, batch.inputs)
+        forget_term = (batch.slopes(forget_losses.detach()) * forget_losses).mean()
+        retain_losses = self.per_sample_losses(model, retain[0]) if retain else forget_losses.new_zeros(0)
+        retain_term = retain_losses.mean() if retain else retain_losses.sum()
+        placement = self.exchange.place(len(retain_losses), retain_losses.device)
+        return PlainGradients(forget_losses.detach(), retain_losses.detach(), {}, placement, forget_term, retain_term)

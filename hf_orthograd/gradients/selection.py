@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .base import GradientEngine, Parameters, PerSampleLosses, UnsupportedModelError
-from .chunked import ChunkedGramEngine
+from .base import ForgetBatch, GradientEngine, Parameters, PerSampleLosses, UnsupportedModelError
 from .functional import FunctionalEngine
 from .gram import GramEngine
 from .loop import LoopEngine
@@ -33,10 +32,8 @@ def make_engine(
     """Builds the engine called "gram", "func" or "loop"."""
     if name == "func":
         return FunctionalEngine(parameters, losses, chunk_size)
-    if name == "gram" and retain_chunk_size is not None:
-        return ChunkedGramEngine(parameters, losses, retain_chunk_size)
     if name == "gram":
-        return GramEngine(parameters, losses, per_tensor=per_tensor)
+        return GramEngine(parameters, losses, per_tensor=per_tensor, chunk_size=retain_chunk_size)
     return LoopEngine(parameters, losses)
 
 
@@ -114,9 +111,9 @@ def check_engine(engine: GradientEngine, model: nn.Module, forget: Mapping, reta
         ):  # it draws its own random numbers for each sample: only without any can the two agree
             model.eval()
         with preserved_random_state():
-            grams = engine.measure(model, forget, retain, torch.ones_like).grams
+            grams = engine.measure(model, [ForgetBatch(forget)], [retain]).grams
         with preserved_random_state():
-            expected = reference.measure(model, forget, retain, torch.ones_like).grams
+            expected = reference.measure(model, [ForgetBatch(forget)], [retain]).grams
     scale = max(gram.abs().max().item() for gram in expected.values())
     wrong = [
         name

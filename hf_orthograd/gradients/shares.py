@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..distributed import Placement
 from .base import inner_products
 from .calls import Call, Source, SpreadCall
 from .pieces import Dense, Outer, Piece
@@ -95,14 +96,14 @@ def count_cost(shape: torch.Size, uses: list[Use], num_samples: int) -> Cost:
 
 
 class ParameterShare:
-    """Collects the pieces of one parameter and adds up its inner products once all have come.
+    """Collects the pieces of one parameter and takes its inner products once all have come.
 
     A tied weight has several pieces for the same samples, which are summed before the product.
 
     Args:
         parameter (`torch.nn.Parameter`): The parameter.
         forget_gradient (`torch.Tensor`, *optional*): Its `g_u`, or `None` if the forget loss does not use it.
-        num_samples (`int`): Number k of retain samples.
+        placement ([`Placement`]): The k retain samples of this process among those of all.
         projected (`bool`): Whether inner products are wanted.
         keeps (`bool`): Whether anything is kept for the update.
     """
@@ -111,20 +112,21 @@ class ParameterShare:
         self,
         parameter: nn.Parameter,
         forget_gradient: Tensor | None,
-        num_samples: int,
+        placement: Placement,
         *,
         projected: bool = True,
         keeps: bool = True,
     ):
         self._shape, self._device = parameter.shape, parameter.device
-        self._forget_gradient, self._num_samples = forget_gradient, num_samples
+        self._forget_gradient, self._placement = forget_gradient, placement
+        self._num_samples = placement.own
         self._projected, self._keeps = projected, keeps
         self._uses: list[Use] = []
         self._cost: Cost | None = None
         self._arrived = 0
         self._new: list[Piece] = []
         self._pieces: list[tuple[slice, Piece]] = []
-        self._gram: Tensor | None = None
+        self._products: Tensor | None = None
 
     def expect(self, uses: list[Use], num_samples: int) -> None:
         """Says which pieces the next `num_samples` samples will bring."""
@@ -138,7 +140,8 @@ class ParameterShare:
         if self._arrived < len(self._uses):
             return
         self._take_in(samples)
-        if samples.stop == self._num_samples:
+        # with other processes products wait for the end: all must come to them in the same order
+        if samples.stop == self._num_samples and self._placement.exchange.is_alone:
             self._settle(scratch)
 
     def finish(self, samples: slice) -> None:
@@ -146,11 +149,11 @@ class ParameterShare:
         if self._new:
             self._take_in(samples)
 
-    def gram(self, scratch: "Scratch") -> Tensor:
-        """Shape (1 + k, 1 + k), float64."""
-        if self._gram is None:
+    def products(self, scratch: "Scratch") -> Tensor:
+        """Of this process' gradients with `g_u` and with the gradients of all samples, (k, 1 + total), float64."""
+        if self._products is None:
             self._settle(scratch)
-        return self._gram
+        return self._products
 
     @property
     def keeps_gradients(self) -> bool:
@@ -189,28 +192,26 @@ class ParameterShare:
         return total
 
     def _settle(self, scratch: "Scratch") -> None:
-        size = 1 + self._num_samples
-        self._gram = torch.zeros(size, size, dtype=torch.float64, device=self._device)
-        if self._projected:
-            if self._pieces:
-                self._multiply(scratch)
-            if self._forget_gradient is not None:
-                flat = self._forget_gradient.reshape(1, -1).float()
-                self._gram[0, 0] = inner_products(flat, flat)[0, 0]
+        placement = self._placement
+        self._products = torch.zeros(placement.own, 1 + placement.total, dtype=torch.float64, device=self._device)
+        if self._projected and (self._pieces or not placement.exchange.is_alone):
+            self._multiply(scratch)
         if not self._keeps:
             self._pieces = []
 
     def _multiply(self, scratch: "Scratch") -> None:
         forget = None if self._forget_gradient is None else self._forget_gradient.float()
-        if len(self._pieces) == 1 and isinstance(self._pieces[0][1], Dense):
+        alone = self._placement.exchange.is_alone
+        if alone and len(self._pieces) == 1 and isinstance(self._pieces[0][1], Dense):
             self._add_products(self._pieces[0][1].gradients, forget)
-        elif self._cost.pairwise and all(isinstance(piece, Outer) for _, piece in self._pieces):
+        elif alone and self._cost.pairwise and all(isinstance(piece, Outer) for _, piece in self._pieces):
             self._add_pairwise(forget)
         else:
-            # gradients that stay factors, or come from several forward passes, are formed in blocks along the first
-            # dimension, all samples together
+            # gradients that stay factors, come from several forward passes, or travel, are formed in blocks along the
+            # first dimension, all samples together
             length = self._shape[0] if self._shape else 1
-            step = max(1, BLOCK_BYTES // (4 * self._num_samples * max(1, self._shape.numel() // length)))
+            block_bytes = 4 * self._placement.total * max(1, self._shape.numel() // length)
+            step = max(1, BLOCK_BYTES // block_bytes)
             for start in range(0, length, step):
                 stop = min(start + step, length)
                 rows = scratch.view(self._device, self._num_samples, stop - start, *self._shape[1:])
@@ -218,7 +219,7 @@ class ParameterShare:
                 self._add_products(rows, None if forget is None else forget.view(length, *self._shape[1:])[start:stop])
 
     def _form(self, rows: Tensor, start: int, stop: int) -> None:
-        at_once = self._pieces[0][0] == slice(0, self._num_samples)
+        at_once = bool(self._pieces) and self._pieces[0][0] == slice(0, self._num_samples)
         if not at_once:
             rows.zero_()
         for i, (samples, piece) in enumerate(self._pieces):
@@ -226,25 +227,19 @@ class ParameterShare:
 
     def _add_products(self, gradients: Tensor, forget: Tensor | None) -> None:
         rows = gradients.flatten(1).float()
-        self._gram[1:, 1:] += inner_products(rows, rows)
+        self._products[:, 1:] += inner_products(rows, self._placement.gather_rows(rows))
         if forget is not None:
-            self._add_forget_row(slice(0, self._num_samples), inner_products(rows, forget.reshape(1, -1))[:, 0])
+            self._products[:, :1] += inner_products(rows, forget.reshape(1, -1))
 
     def _add_pairwise(self, forget: Tensor | None) -> None:
         for i, (samples, piece) in enumerate(self._pieces):
-            rows = slice(1 + samples.start, 1 + samples.stop)
             for other_samples, other in self._pieces[: i + 1]:
-                columns = slice(1 + other_samples.start, 1 + other_samples.stop)
                 block = piece.inner(other).double()
-                self._gram[rows, columns] += block
+                self._products[samples, 1 + other_samples.start : 1 + other_samples.stop] += block
                 if other is not piece:
-                    self._gram[columns, rows] += block.T
+                    self._products[other_samples, 1 + samples.start : 1 + samples.stop] += block.T
             if forget is not None:
-                self._add_forget_row(samples, piece.inner_with_matrix(forget).double())
-
-    def _add_forget_row(self, samples: slice, products: Tensor) -> None:
-        self._gram[0, 1 + samples.start : 1 + samples.stop] += products
-        self._gram[1 + samples.start : 1 + samples.stop, 0] += products
+                self._products[samples, 0] += piece.inner_with_matrix(forget).double()
 
 
 class Scratch:

@@ -1,0 +1,90 @@
+"""One result whatever the launch: processes, accumulation, or neither."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launched import train
+
+
+TESTS = Path(__file__).parent
+KINDS = ["whisper", "vit", "llama"]
+
+
+def settings(per_device, accumulation=1, **others):
+    return {
+        "per_device_train_batch_size": per_device,
+        "per_device_forget_batch_size": per_device,
+        "gradient_accumulation_steps": accumulation,
+        **others,
+    }
+
+
+def launch(folder, processes, runs):
+    """Runs `launched.py` in several processes; returns what each run saved."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, str(TESTS / "launched.py"), str(folder), json.dumps(runs)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {name: torch.load(folder / f"{name}.pt") for name, *_ in runs}
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory):
+    """All runs by (kind, lora, launch): processes are started once."""
+    folder = tmp_path_factory.mktemp("launches")
+    found = {}
+    cases = [(kind, lora) for kind in KINDS for lora in (False, True)]
+    for kind, lora in cases:
+        for name, own in (("1x8", settings(8)), ("1x4x2", settings(4, 2)), ("1x2x4", settings(2, 4))):
+            trainer = train(folder, kind, lora, own)
+            trained = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+            found[kind, lora, name] = {"parameters": trained, "logs": trainer.state.log_history}
+    for processes, shapes in ((2, {"2x4": settings(4), "2x2x2": settings(2, 2)}), (4, {"4x2": settings(2)})):
+        own = [case for case in cases if processes == 2 or case == ("llama", False)]
+        runs = [(f"{kind}-{lora}-{name}", kind, lora, shape) for kind, lora in own for name, shape in shapes.items()]
+        for name, result in launch(folder, processes, runs).items():
+            kind, lora, shape = name.split("-")
+            found[kind, lora == "True", shape] = result
+    return found
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", ["1x4x2", "1x2x4", "2x4", "2x2x2"])
+def test_every_launch_gives_the_same_model(kind, lora, shape, launches):
+    assert_equal(launches[kind, lora, shape], launches[kind, lora, "1x8"])
+
+
+def test_four_processes_give_the_same_model(launches):
+    assert_equal(launches["llama", False, "4x2"], launches["llama", False, "1x8"])
+
+
+def assert_equal(found, expected):
+    one, other = found["parameters"], expected["parameters"]
+    assert set(one) == set(other)
+    for name, parameter in other.items():
+        # the gradient of a key's bias is zero but for rounding: so is the bias after training
+        assert (one[name] - parameter).norm() <= 1e-5 * parameter.norm() + 1e-8, name
+    ranks = [entry["projection_rank"] for entry in expected["logs"] if "projection_rank" in entry]
+    assert max(ranks) > 4  # more directions than one micro-batch or process has samples
+    assert [entry["projection_rank"] for entry in found["logs"] if "projection_rank" in entry] == ranks
+
+
+def test_a_projection_per_micro_batch_would_not_pass(launches, tmp_path):
+    """The comparison can fail: with half the retain samples the model is another one."""
+    trainer = train(tmp_path, "llama", False, {**settings(8), "per_device_train_batch_size": 4})
+    trained = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    expected = launches["llama", False, "1x8"]["parameters"]
+    assert any((trained[name] - p).norm() > 1e-4 * p.norm() for name, p in expected.items())
