@@ -13,7 +13,7 @@ CHOICES = {
     "projection": ("orthogonal", "mean", "none"),
     "projection_scope": ("global", "per_tensor"),
     "projection_parameters": ("trainable", "lora"),
-    "projection_target": ("gradient",),
+    "projection_target": ("gradient", "update"),
     "projection_solver": SOLVERS,
     "gradient_engine": ("auto", "gram", "func", "loop"),
 }
@@ -48,8 +48,10 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
             Which parameters the projection runs over: "trainable", all that are trained, or "lora", only those of the
             LoRA adapter, so that a classifier head, say, takes the unprojected update.
         projection_target (`str`, *optional*, defaults to `"gradient"`):
-            What is made orthogonal: "gradient", the gradient handed to the optimizer. Momentum, Adam's scaling, weight
-            decay and clipping act on it afterwards.
+            What is guaranteed: "gradient", that the gradient handed to the optimizer is orthogonal; momentum, Adam's
+            scaling, weight decay and clipping bend it afterwards. "update" also corrects the step that the optimizer
+            then makes, by the smallest change after which, to first order, no retain sample of the step is worse (for
+            alpha = 0: neither worse nor better). It takes one more copy of the parameters.
         projection_solver (`str`, *optional*, defaults to `"exact"`):
             How the projection is solved: "exact", by eigenvalues in float64, "cg", by conjugate gradients, or
             "kaczmarz", by sweeps over the retain samples.
@@ -101,7 +103,9 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
     projection_parameters: str = field(
         default="trainable", metadata={"help": "Which parameters the projection runs over: 'trainable' or 'lora'."}
     )
-    projection_target: str = field(default="gradient", metadata={"help": "What is made orthogonal: 'gradient'."})
+    projection_target: str = field(
+        default="gradient", metadata={"help": "What is guaranteed: an orthogonal 'gradient', or a harmless 'update'."}
+    )
     projection_solver: str = field(
         default="exact", metadata={"help": "How the projection is solved: 'exact', 'cg' or 'kaczmarz'."}
     )
@@ -143,6 +147,11 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
                 raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
         self._check_solver()
         self._check_chunks()
+        if self.projection_target == "update" and (self.projection, self.projection_scope) != ("orthogonal", "global"):
+            raise ValueError(
+                f"`projection_target` is 'update', which needs projection='orthogonal' and projection_scope='global', but "
+                f"they are {self.projection!r} and {self.projection_scope!r}."
+            )
         super().__post_init__()
 
     def _check_solver(self) -> None:
@@ -157,7 +166,12 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
     def _check_chunks(self) -> None:
         if self.retain_chunk_size is None or self.projection == "none":
             return
-        needed = {"projection": ("orthogonal",), "projection_scope": ("global",), "gradient_engine": ("auto", "gram")}
+        needed = {
+            "projection": ("orthogonal",),
+            "projection_scope": ("global",),
+            "projection_target": ("gradient",),
+            "gradient_engine": ("auto", "gram"),
+        }
         for name, values in needed.items():
             if getattr(self, name) not in values:
                 raise ValueError(

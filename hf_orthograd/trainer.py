@@ -32,6 +32,7 @@ from .objectives import Ascent, NegativePreference, PerSampleLoss
 from .projection import Projection, solve_projections
 from .reference import ReferenceLosses
 from .streams import PairedStreams
+from .update import UpdateCorrection
 
 
 class PairedBatches(dict):
@@ -104,6 +105,7 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
         self._engine: GradientEngine | None = None
         self._forget_batches: Iterator | None = None
         self._window = _empty_window()
+        self._correction: UpdateCorrection | None = None
         self._publishing = False
         if forget_dataset is not None:
             validation.check_launch(self.args)
@@ -159,6 +161,8 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
             solved, projection = self._solve(step)
             coefficients = {name: (1 - alpha) * values for name, values in solved.items()}
         loss = step.combine(-(1 - alpha), alpha, coefficients)
+        if self._correction is not None:
+            self._correction.gradients = step
         self._collect_metrics(step, projection)
         # the value is for the log; the gradient is that of the combination
         retain_loss = step.retain_losses.mean() if len(step.retain_losses) else 0.0
@@ -228,6 +232,14 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
         self._engine = self._choose_engine(model)
         self._engine.exchange = Exchange(self.accelerator.num_processes, self.accelerator.process_index)
         self._check_agreement(self._engine.name)
+        if self._correction is not None:
+            self.remove_callback(self._correction)
+            self._correction = None
+        if self.args.projection_target == "update":
+            self._correction = UpdateCorrection(
+                self._engine.parameters, equality=self.args.alpha == 0, metrics=self._metrics
+            )
+            self.add_callback(self._correction)
         self._forget_batches = self._start_forget_stream()
 
     def _check_agreement(self, engine: str) -> None:
@@ -265,7 +277,7 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
                 plain_model,
                 forget,
                 retain,
-                per_tensor=args.projection_scope == "per_tensor",
+                keeps=args.projection_scope == "per_tensor" or args.projection_target == "update",
                 chunk_size=args.func_chunk_size,
                 retain_chunk_size=args.retain_chunk_size,
                 dtype=torch.bfloat16 if args.bf16 else torch.float32,

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from conftest import MODELS, Samples, make_example
 from peft import LoraConfig, get_peft_model
 
@@ -52,6 +53,9 @@ def main() -> None:
             trained = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
             logs = [entry for entry in trainer.state.log_history if "kept_signal" in entry]
             torch.save({"parameters": trained, "logs": logs}, folder / f"{name}.pt")
+    # gloo's threads must not outlive the interpreter
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def test_full_parameters(kind, keeps, make_model, make_samples):
     others = {name: p for name, p in everything.items() if "norm" in name}
     parameters = Parameters({name: p for name, p in everything.items() if name not in others}, others)
     losses = PerSampleLoss(model)
-    engine = GramEngine(parameters, losses, per_tensor=keeps)
+    engine = GramEngine(parameters, losses, keeps=keeps)
     engine.recomputes = not keeps
     step = assert_same_step(engine, LoopEngine(parameters, losses), model, batches(kind, make_samples))
     assert isinstance(step, KeptGradients if keeps else RecomputedGradients)

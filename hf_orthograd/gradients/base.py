@@ -87,6 +87,14 @@ class StepGradients(ABC):
                 parameters the last term is missing.
         """
 
+    def along(self, step: dict[str, Tensor]) -> Tensor:
+        """Inner products of all retain gradients with a change of the projected parameters, (k,), float64."""
+        raise NotImplementedError(f"{type(self).__name__} keeps no retain gradients.")
+
+    def combination(self, name: str, coefficients: Tensor) -> Tensor:
+        """`sum_i c_i g_i` of one parameter over the retain samples of all processes."""
+        raise NotImplementedError(f"{type(self).__name__} keeps no retain gradients.")
+
     def own_weights(self, retain_weight: float, coefficients: Tensor | None) -> Tensor:
         """Weights of this process' rows: in the mean over processes each row comes from one of them alone."""
         own = self.retain_losses.new_full((self.placement.own,), retain_weight / self.placement.total)

@@ -40,18 +40,28 @@ class KeptGradients(StepGradients):
     Parameters:
         parameters ([`Parameters`]): What the gradients belong to.
         shares (`dict[str, ParameterShare]`): What is kept for each trainable parameter.
+        keep (`bool`): Whether it outlives [`combine`].
     """
 
     parameters: Parameters
     shares: dict[str, ParameterShare]
+    keep: bool
 
     def combine(self, forget_weight: float, retain_weight: float, coefficients: dict[str, Tensor]) -> Tensor:
         gradients = {}
         for name, share in self.shares.items():
             weights = self.own_weights(retain_weight, coefficients.get(name))
             with exact_arithmetic(weights.device):
-                gradients[name] = share.gradient(forget_weight, weights)
+                gradients[name] = share.gradient(forget_weight, weights, keep=self.keep)
         return known_gradients(self.parameters.trainable, gradients)
+
+    def along(self, step: dict[str, Tensor]) -> Tensor:
+        own = sum(self.shares[name].inner(change).cpu() for name, change in step.items())
+        return self.placement.gather_rows(own.to(self.retain_losses.device))
+
+    def combination(self, name: str, coefficients: Tensor) -> Tensor:
+        weights = coefficients[self.placement.span].to(self.retain_losses)
+        return self.placement.exchange.sum(self.shares[name].combination(weights))
 
 
 @dataclass
@@ -98,7 +108,8 @@ class GramEngine(GradientEngine):
     Args:
         parameters ([`Parameters`]): What to differentiate by.
         per_sample_losses (`Callable`): The losses of a batch.
-        per_tensor (`bool`): Whether each parameter will have coefficients of its own.
+        keeps (`bool`): Whether retain gradients (or factors) are kept in any case: a projection tensor by tensor, or of the
+            optimizer's step, needs them.
         chunk_size (`int`, *optional*): Most samples that run forward at once.
 
     Parameters:
@@ -112,11 +123,11 @@ class GramEngine(GradientEngine):
         parameters: Parameters,
         per_sample_losses: PerSampleLosses,
         *,
-        per_tensor: bool = False,
+        keeps: bool = False,
         chunk_size: int | None = None,
     ):
         super().__init__(parameters, per_sample_losses)
-        self.per_tensor, self.chunk_size = per_tensor, chunk_size
+        self.keeps, self.chunk_size = keeps, chunk_size
         self.recomputes = False
         self._scratch = Scratch()
 
@@ -141,7 +152,7 @@ class GramEngine(GradientEngine):
         grams = assemble_grams(products, forget_gradients, placement)
         common = (forget_losses, retain_losses.detach(), grams, placement, self.parameters)
         if keeps:
-            return KeptGradients(*common, shares)
+            return KeptGradients(*common, shares, self.keeps)
         if len(groups) == 1:
             return RecomputedGradients(*common, forget_gradients, retain_losses, recorder)
         return RepeatedGradients(*common, self.per_sample_losses, model, forget_gradients, chunks)
@@ -149,10 +160,10 @@ class GramEngine(GradientEngine):
     def _keeps_gradients(self, model: nn.Module, num_samples: int) -> bool:
         """By rule: what is kept replaces the graph, unless checkpointing keeps that small.
 
-        Then only gradients that together take no more memory than the model are kept, those of an adapter; projecting
-        tensor by tensor needs them in any case.
+        Then only gradients that together take no more memory than the model are kept, those of an adapter, unless
+        they are needed in any case.
         """
-        if not self.recomputes or self.per_tensor:
+        if not self.recomputes or self.keeps:
             return True
         trained = sum(parameter.numel() for parameter in self.parameters.trainable.values())
         return num_samples * trained <= sum(parameter.numel() for parameter in model.parameters())
@@ -163,7 +174,7 @@ class GramEngine(GradientEngine):
         That is more than the parameters of one chunk together would, or, as with an adapter, more than the model takes.
         """
         trainable, first = self.parameters.trainable, chunks[0]
-        if len(chunks) == 1 or self.per_tensor:
+        if len(chunks) == 1 or self.keeps:
             return [list(trainable)]
         recorder = Recorder(trainable)
         try:

@@ -45,6 +45,17 @@ class MaterializedGradients(StepGradients):
                 gradients[name] += forget_weight * self.forget_gradients[name]
         return known_gradients(self.parameters.trainable, gradients)
 
+    def along(self, step: dict[str, Tensor]) -> Tensor:
+        own = sum(
+            inner_products(self.rows[name].flatten(1), change.reshape(1, -1).to(self.rows[name])).cpu()
+            for name, change in step.items()
+        )
+        return self.placement.gather_rows(own[:, 0].to(self.retain_losses.device))
+
+    def combination(self, name: str, coefficients: Tensor) -> Tensor:
+        weights = coefficients[self.placement.span].to(self.rows[name])
+        return self.placement.exchange.sum(torch.tensordot(weights, self.rows[name], dims=1))
+
 
 class MaterializingEngine(GradientEngine):
     """Shared by the engines that differ only in how the retain rows are made."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .base import inner_products
+
 
 @dataclass
 class Dense:
@@ -16,6 +18,10 @@ class Dense:
         """Adds entries `start` to `stop` along the first dimension of every gradient to `out`, or writes them over it."""
         own = self.gradients.view(len(out), -1, *out.shape[2:])[:, start:stop]
         out.copy_(own) if overwrite else out.add_(own)
+
+    def inner_with(self, tensor: Tensor) -> Tensor:
+        """Inner products with one tensor of the parameter's shape, shape (n,)."""
+        return inner_products(self.gradients.flatten(1).float(), tensor.reshape(1, -1))[:, 0]
 
     def add_combination(self, weights: Tensor, total: Tensor) -> None:
         """Adds `sum_i weights_i gradient_i` to `total`, in place."""
@@ -71,7 +77,7 @@ class Outer:
             rows.append(products.view(-1, m, other_steps).sum(dim=(0, 2)))
         return torch.stack(rows)
 
-    def inner_with_matrix(self, matrix: Tensor) -> Tensor:
+    def inner_with(self, matrix: Tensor) -> Tensor:
         """Inner products with one matrix of shape (p, q), shape (n,): `sum_t left_t^T matrix right_t`."""
         right = self.right.float()
         if self.is_one_hot:

@@ -25,7 +25,7 @@ def make_engine(
     parameters: Parameters,
     losses: PerSampleLosses,
     *,
-    per_tensor: bool = False,
+    keeps: bool = False,
     chunk_size: int | None = None,
     retain_chunk_size: int | None = None,
 ) -> GradientEngine:
@@ -33,7 +33,7 @@ def make_engine(
     if name == "func":
         return FunctionalEngine(parameters, losses, chunk_size)
     if name == "gram":
-        return GramEngine(parameters, losses, per_tensor=per_tensor, chunk_size=retain_chunk_size)
+        return GramEngine(parameters, losses, keeps=keeps, chunk_size=retain_chunk_size)
     return LoopEngine(parameters, losses)
 
 
@@ -45,7 +45,7 @@ def choose_engine(
     forget: Mapping,
     retain: Mapping,
     *,
-    per_tensor: bool = False,
+    keeps: bool = False,
     chunk_size: int | None = None,
     retain_chunk_size: int | None = None,
     dtype: torch.dtype = torch.float32,
@@ -58,7 +58,7 @@ def choose_engine(
         losses (`Callable`): Per-sample losses of a batch.
         model (`torch.nn.Module`): The model in training mode.
         forget, retain (`Mapping`): Inputs of a few samples each, with labels.
-        per_tensor (`bool`): Whether tensors will be projected one by one.
+        keeps (`bool`): Whether the step's retain gradients will be needed after the inner products.
         chunk_size (`int`, *optional*): Of the "func" engine.
         retain_chunk_size (`int`, *optional*): Of the "gram" engine.
         dtype (`torch.dtype`): Precision of the forward pass.
@@ -79,7 +79,7 @@ def choose_engine(
             name,
             parameters,
             losses,
-            per_tensor=per_tensor,
+            keeps=keeps,
             chunk_size=chunk_size,
             retain_chunk_size=retain_chunk_size,
         )

@@ -160,8 +160,11 @@ class ParameterShare:
         """Whether gradients are kept and not their factors."""
         return all(isinstance(piece, Dense) for _, piece in self._pieces)
 
-    def gradient(self, forget_weight: float, weights: Tensor) -> Tensor | None:
-        """`forget_weight * g_u + sum_i weights_i g_i`, in the memory of `g_u`; `None` if neither loss uses it."""
+    def gradient(self, forget_weight: float, weights: Tensor, *, keep: bool) -> Tensor | None:
+        """`forget_weight * g_u + sum_i weights_i g_i`, in the memory of `g_u`; `None` if neither loss uses it.
+
+        The retain gradients or their factors are let go of, unless `keep`.
+        """
         total, self._forget_gradient = self._forget_gradient, None
         if total is not None:
             total = total.float().contiguous().mul_(forget_weight)
@@ -169,7 +172,22 @@ class ParameterShare:
             total = torch.zeros(self._shape, device=self._device)
         for samples, piece in self._pieces:
             piece.add_combination(weights[samples], total)
-        self._pieces = []
+        if not keep:
+            self._pieces = []
+        return total
+
+    def inner(self, matrix: Tensor) -> Tensor:
+        """Inner products of this process' gradients with a tensor of the parameter's shape, (k,), float64."""
+        found = torch.zeros(self._num_samples, dtype=torch.float64, device=self._device)
+        for samples, piece in self._pieces:
+            found[samples] += piece.inner_with(matrix.float())
+        return found
+
+    def combination(self, weights: Tensor) -> Tensor:
+        """`sum_i weights_i g_i` over this process' samples, float32."""
+        total = torch.zeros(self._shape, device=self._device)
+        for samples, piece in self._pieces:
+            piece.add_combination(weights[samples], total)
         return total
 
     def _take_in(self, samples: slice) -> None:
@@ -239,7 +257,7 @@ class ParameterShare:
                 if other is not piece:
                     self._products[other_samples, 1 + samples.start : 1 + samples.stop] += block.T
             if forget is not None:
-                self._products[samples, 0] += piece.inner_with_matrix(forget).double()
+                self._products[samples, 0] += piece.inner_with(forget).double()
 
 
 class Scratch:

@@ -1,0 +1,91 @@
+"""The optimizer's step, corrected: what is projected is the change that parameters really make.
+
+Momentum, Adam's scaling, weight decay and clipping act on a projected gradient afterwards and bend it back towards the
+retain gradients. Here the step that was made is replaced by the nearest one under which, to first order, no retain
+sample of the step becomes worse.
+"""
+
+import torch
+from scipy.optimize import nnls
+from torch import Tensor
+from transformers import TrainerCallback
+
+from .gradients import Parameters, StepGradients
+
+
+def solve_correction(gram: Tensor, products: Tensor, *, equality: bool) -> tuple[Tensor, Tensor]:
+    """Solves for the smallest correction of a step that keeps it from making any retain sample worse.
+
+    Of all steps with `<g_i, step> <= 0` for every retain sample (to first order, no loss rises), or `= 0`, the nearest to
+    a given step is `step - sum_i c_i g_i`. The inequalities are the dual of a least-squares problem with c >= 0.
+
+    Args:
+        gram (`torch.Tensor`): Shape (k, k). Inner products of the retain gradients.
+        products (`torch.Tensor`): Shape (k,). Inner products of the retain gradients with the step.
+        equality (`bool`): Whether no retain loss may fall either.
+
+    Returns:
+        The coefficients c, shape (k,), and the inner products that are left, `products - gram @ c`, float64.
+    """
+    gram, products = gram.detach().to("cpu", torch.float64), products.detach().to("cpu", torch.float64)
+    norms = gram.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(norms > 0, 1 / norms, 0)
+    system, target = gram * scale * scale[:, None], products * scale
+    eigenvalues, eigenvectors = torch.linalg.eigh(system)
+    cut = len(gram) * torch.finfo(torch.float32).eps * eigenvalues[-1].clamp_min(0)
+    basis, roots = eigenvectors[:, eigenvalues > cut], eigenvalues[eigenvalues > cut].sqrt()
+    aim = (basis.T @ target) / roots
+    if equality:
+        solution = basis @ (aim / roots)
+    else:
+        solution = torch.from_numpy(nnls((basis * roots).T.numpy(), aim.numpy())[0])
+    coefficients = solution * scale
+    return coefficients, products - gram @ coefficients
+
+
+class UpdateCorrection(TrainerCallback):
+    """Corrects each step of the optimizer by the retain gradients of that step.
+
+    Works with any optimizer of torch: it looks at parameters before and after. Takes the memory of one more copy of the
+    projected parameters, and of the retain gradients or their factors until the step is made.
+
+    Args:
+        parameters ([`Parameters`]): Those under the projection are corrected.
+        equality (`bool`): Whether no retain loss may fall either: for alpha = 0, where the update is to leave the retain
+            samples alone.
+        metrics (`dict[str, list[float]]`): Gets for each step "update_kept", the norm of the corrected step over that of
+            the optimizer's, and "update_residual", the largest cosine of the corrected step with a retain gradient by
+            which a retain loss would still rise.
+
+    Parameters:
+        gradients ([`StepGradients`], *optional*): Of the step that comes next; set by the trainer.
+    """
+
+    def __init__(self, parameters: Parameters, *, equality: bool, metrics: dict[str, list[float]]):
+        self._parameters = parameters.projected
+        self._equality, self._metrics = equality, metrics
+        self._before: dict[str, Tensor] = {}
+        self.gradients: StepGradients | None = None
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._before = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        gradients, self.gradients = self.gradients, None
+        step = {name: parameter - self._before[name] for name, parameter in self._parameters.items()}
+        gram = gradients.gram[1:, 1:].cpu()
+        squared = sum(change.double().square().sum().item() for change in step.values())
+        if squared == 0:  # a step skipped for its overflow, or a learning rate of zero
+            return
+        coefficients, left = solve_correction(gram, gradients.along(step), equality=self._equality)
+        corrected = 0.0
+        for name, parameter in self._parameters.items():
+            change = step[name] - gradients.combination(name, coefficients).to(step[name])
+            parameter.copy_(self._before[name] + change)
+            corrected += change.double().square().sum().item()
+        self._before = {}
+        norms = gram.diagonal().clamp_min(0).sqrt() * corrected**0.5
+        rises = (left.abs() if self._equality else left.clamp_min(0)) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        self._metrics["update_kept"].append((corrected / squared) ** 0.5)
+        self._metrics["update_residual"].append(rises.max().item())
