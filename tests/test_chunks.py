@@ -71,6 +71,20 @@ def test_every_pass_over_a_chunk_drops_out_the_same(kind, make_model, make_sampl
     assert torch.equal(RandomState.now().cpu, after.cpu)
 
 
+@pytest.mark.parametrize("kind", ["whisper", "wav2vec2", "vit", "llama"])
+def test_any_grouping_gives_the_same(kind, monkeypatch, make_model, make_samples):
+    """One parameter at a time: a kernel's two factors, a weight and its bias, fall into different groups."""
+    monkeypatch.setattr(GramEngine, "_group", lambda self, model, chunks: [[n] for n in self.parameters.trainable])
+    forget, retain = batch(make_samples(kind, 2, seed=2)), batch(make_samples(kind, 4, seed=1))
+    model = make_model(kind).eval()
+    parameters, losses = Parameters(split_parameters(model).trainable, {}), PerSampleLoss(model)
+    found = GramEngine(parameters, losses, chunk_size=2).measure(model, [ForgetBatch(forget)], [retain]).grams
+    expected = LoopEngine(parameters, losses).measure(model, [ForgetBatch(forget)], [retain]).grams
+    scale = max(gram.abs().max().item() for gram in expected.values())
+    for name, gram in expected.items():
+        torch.testing.assert_close(found[name], gram, rtol=1e-4, atol=1e-8 * scale, msg=name)
+
+
 def test_small_gradients_take_one_pass(make_model, make_samples):
     model = make_model("llama").eval()
     parameters = Parameters({n: p for n, p in model.named_parameters() if n.endswith("norm.weight")}, {})

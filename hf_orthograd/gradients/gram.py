@@ -213,7 +213,7 @@ class GramEngine(GradientEngine):
         """Takes every chunk forward and backward for one group; returns all losses and the last recorder."""
         losses = []
         for chunk in chunks:
-            recorder = Recorder({name: self.parameters.trainable[name] for name in shares})
+            recorder = Recorder(self.parameters.trainable, wanted=shares)
             try:
                 with recorder:
                     recorder.begin(chunk.inputs)
@@ -237,13 +237,15 @@ class GramEngine(GradientEngine):
         self, recorder: Recorder, shares: dict[str, ParameterShare], losses: Tensor, samples: slice, retain_graph: bool
     ) -> None:
         for name, uses in find_uses(recorder.calls).items():
-            shares[name].expect(uses, len(losses))
+            if name in shares:
+                shares[name].expect(uses, len(losses))
+        wanted = {name: self.parameters.trainable[name] for name in shares}
 
         def consume(call: Call | SpreadCall, output_gradient: Tensor) -> None:
             with exact_arithmetic(output_gradient.device):
                 pieces = per_sample_pieces(call, output_gradient)
             for source, piece in pieces:
-                for name, own_piece in _resolve(source, piece, self.parameters.trainable):
+                for name, own_piece in _resolve(source, piece, wanted):
                     with exact_arithmetic(output_gradient.device):
                         shares[name].add(own_piece, samples, self._scratch)
 
@@ -264,16 +266,17 @@ def find_uses(calls: list[Call | SpreadCall]) -> dict[str, list[Use]]:
 
 
 def _resolve(source: Source, piece: Piece, parameters: dict[str, nn.Parameter]) -> list[tuple[str, Piece]]:
-    """Carries the gradient of a derived tensor on to the parameters it was made from."""
-    if source.is_parameter:
-        return [(source.parameters[0], piece)]
+    """Carries the gradient of a derived tensor on to those of the parameters that it was made from."""
+    names = [name for name in source.parameters if name in parameters]
+    if source.is_parameter or not names:
+        return [(name, piece) for name in names]
     gradients = piece.dense() if isinstance(piece, Outer) else piece.gradients
     with torch.enable_grad():
         gradients = torch.autograd.grad(
             [source.edge],
-            [parameters[name] for name in source.parameters],
+            [parameters[name] for name in names],
             grad_outputs=[gradients.to(source.dtype)],
             is_grads_batched=True,
             retain_graph=True,
         )
-    return [(name, Dense(gradient)) for name, gradient in zip(source.parameters, gradients, strict=True)]
+    return [(name, Dense(gradient)) for name, gradient in zip(names, gradients, strict=True)]

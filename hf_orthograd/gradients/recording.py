@@ -7,7 +7,7 @@ parameters but no data of the batch (a reshaped bias table, a weight-normalised 
 still is a function of the parameters alone, and the call that brings it together with data is the one recorded.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -50,10 +50,12 @@ class Recorder(TorchFunctionMode):
 
     Args:
         parameters (`dict[str, torch.nn.Parameter]`): The trained parameters, by name.
+        wanted (`Collection[str]`, *optional*): Names of those whose calls are recorded; all by default.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter]):
+    def __init__(self, parameters: dict[str, nn.Parameter], wanted: Collection[str] | None = None):
         super().__init__()
+        self._wanted = frozenset(parameters if wanted is None else wanted)
         self._parameters = {id(p): Source((name,), p.shape, p.dtype, tensor=p) for name, p in parameters.items()}
         self._derived = WeakTensorKeyDictionary()
         self._batched = WeakTensorKeyDictionary()
@@ -101,7 +103,7 @@ class Recorder(TorchFunctionMode):
         batched = [tensor for tensor in data if self._is_batched(tensor)] if func not in _METADATA_ONLY else []
         records = bool(sources) and torch.is_grad_enabled()
         holder = None
-        if records and batched:
+        if records and batched and any(self._wanted.intersection(self._source(s).parameters) for s in sources):
             if self._can_spread(func, args, kwargs, sources, batched[0]):
                 return self._run_spread(func, args, kwargs, sources, batched[0])
             holder = self._hold(func, args, kwargs)
@@ -118,7 +120,7 @@ class Recorder(TorchFunctionMode):
                     self._batched[tensor] = True
             elif holder is not None:
                 self._record(func, tensor, holder, batched)
-            elif records:
+            elif records and not batched:
                 names = dict.fromkeys(name for s in sources for name in self._source(s).parameters)
                 self._derived[tensor] = Source(tuple(names), tensor.shape, tensor.dtype, get_gradient_edge(tensor))
         return output
