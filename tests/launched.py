@@ -6,6 +6,7 @@ JSON is a list of runs: a name, the kind of model, whether by LoRA, and settings
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -53,9 +54,9 @@ def main() -> None:
             trained = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
             logs = [entry for entry in trainer.state.log_history if "kept_signal" in entry]
             torch.save({"parameters": trained, "logs": logs}, folder / f"{name}.pt")
-    # gloo's threads must not outlive the interpreter
     PartialState().wait_for_everyone()
-    PartialState().destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # taking gloo's threads down in order aborts or hangs now and then
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def test_other_columns(fails_before_any_step):
         ({"projection_rtol": 2.0}, "`projection_rtol`=2.0"),
         ({"forget_loss": "simnpo"}, "`forget_loss` must be one of ascent, npo, but is 'simnpo'"),
         ({"projection": "yes"}, "`projection` must be one of orthogonal, mean, none, but is 'yes'"),
-        ({"projection_target": "update"}, "`projection_target` must be one of gradient, but is 'update'"),
+        ({"projection_target": "step"}, "`projection_target` must be one of gradient, update, but is 'step'"),
         ({"npo_beta": 0.0}, "`npo_beta` must be positive, but is 0.0"),
         ({"per_device_forget_batch_size": 0}, "`per_device_forget_batch_size` must be at least 1, but is 0"),
     ],
