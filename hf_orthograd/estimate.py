@@ -257,13 +257,3 @@ def optimizer_state_bytes(optim: str) -> int:
     if "8bit" in optim and "adam" in optim:
         return 2
     return 8 if optim.startswith("adam") else 0
-
-
-def first_samples(inputs: Mapping, count: int) -> dict:
-    """The first samples of a batch, padded as the batch is."""
-    tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.ndim]
-    size = len(tensors[0])
-    return {
-        name: value[:count] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
-        for name, value in inputs.items()
-    }

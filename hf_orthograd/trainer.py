@@ -17,7 +17,7 @@ from . import validation
 from .config import OrthoGradConfig
 from .data import SAMPLE_INDEX
 from .distributed import Exchange
-from .estimate import Estimate, estimate_step, first_samples, optimizer_state_bytes
+from .estimate import Estimate, estimate_step, optimizer_state_bytes
 from .gradients import (
     ForgetBatch,
     GradientEngine,
@@ -27,6 +27,7 @@ from .gradients import (
     choose_engine,
     preserved_modes,
     preserved_random_state,
+    split_samples,
 )
 from .objectives import Ascent, NegativePreference, PerSampleLoss
 from .projection import Projection, solve_projections
@@ -200,11 +201,15 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
     def estimate(self) -> Estimate:
         """Counts what a step will take, without making one: parameters under the projection, rules, memory, time.
 
-        From a forward and backward pass over two samples of each set, padded as the first batch is; the relative
-        error is some 25 % where later batches are alike.
+        From a forward and backward pass over two samples of each set, padded as the first batch is. Time counts the
+        multiplications of matrix products alone. Activations are taken to grow with the number of samples, and the
+        state of optimizers other than torch's Adam counts as nothing.
 
         Returns:
             [`Estimate`], which prints as a table.
+
+        Raises:
+            ValueError: There is no `forget_dataset`, or the model or samples would be refused by `train()`.
         """
         if self.forget_dataset is None:
             raise ValueError("`estimate()` needs a `forget_dataset`: without one the trainer is Trainer.")
@@ -218,8 +223,8 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
                 model,
                 engine.per_sample_losses,
                 engine.parameters,
-                first_samples(forget, 2),
-                first_samples(retain, 2),
+                split_samples([forget], 2)[0].inputs,
+                split_samples([retain], 2)[0].inputs,
                 engine=engine.name,
                 num_forget=args.per_device_forget_batch_size,
                 num_retain=num_retain,

@@ -26,6 +26,9 @@ def solve_correction(gram: Tensor, products: Tensor, *, equality: bool) -> tuple
 
     Returns:
         The coefficients c, shape (k,), and the inner products that are left, `products - gram @ c`, float64.
+
+    Raises:
+        RuntimeError: The least-squares problem did not converge (from scipy, Lawson and Hanson's algorithm).
     """
     gram, products = gram.detach().to("cpu", torch.float64), products.detach().to("cpu", torch.float64)
     norms = gram.diagonal().clamp_min(0).sqrt()
@@ -73,7 +76,8 @@ class UpdateCorrection(TrainerCallback):
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, **kwargs):
         gradients, self.gradients = self.gradients, None
-        step = {name: parameter - self._before[name] for name, parameter in self._parameters.items()}
+        before, self._before = self._before, {}
+        step = {name: parameter - before[name] for name, parameter in self._parameters.items()}
         gram = gradients.gram[1:, 1:].cpu()
         squared = sum(change.double().square().sum().item() for change in step.values())
         if squared == 0:  # a step skipped for its overflow, or a learning rate of zero
@@ -82,9 +86,8 @@ class UpdateCorrection(TrainerCallback):
         corrected = 0.0
         for name, parameter in self._parameters.items():
             change = step[name] - gradients.combination(name, coefficients).to(step[name])
-            parameter.copy_(self._before[name] + change)
+            parameter.copy_(before[name] + change)
             corrected += change.double().square().sum().item()
-        self._before = {}
         norms = gram.diagonal().clamp_min(0).sqrt() * corrected**0.5
         rises = (left.abs() if self._equality else left.clamp_min(0)) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
         self._metrics["update_kept"].append((corrected / squared) ** 0.5)

@@ -1,6 +1,7 @@
 """From a forget and a retain batch to the inner products of their gradients."""
 
 from .base import ForgetBatch, GradientEngine, Parameters, StepGradients, UnsupportedModelError
+from .chunked import split_samples
 from .functional import FunctionalEngine
 from .gram import GramEngine
 from .layers import register_rule
@@ -28,4 +29,5 @@ __all__ = [
     "preserved_modes",
     "preserved_random_state",
     "register_rule",
+    "split_samples",
 ]
