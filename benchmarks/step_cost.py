@@ -2,6 +2,7 @@
 
     python benchmarks/step_cost.py                       # CPU: four models, full parameters and LoRA
     python benchmarks/step_cost.py --device cuda --bf16 --models whisper-large-v3 vit-l-16 --samples 8 32
+    python benchmarks/step_cost.py --estimates           # beside each, what `estimate()` says beforehand
     python benchmarks/step_cost.py --errors              # also each Gram matrix against float64
     python benchmarks/step_cost.py --report              # table and plot from what was measured so far
 
@@ -28,6 +29,8 @@ from pathlib import Path
 
 import torch
 from cost_cases import CASES, METHODS, gram_errors, make_setup
+
+from hf_orthograd.estimate import estimate_step
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -140,6 +143,21 @@ def error_of_method(name: str, method: str, arguments) -> dict:
         return {"failure": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
 
 
+def estimate_of_method(name: str, lora: bool, samples: int, method: str, arguments) -> dict:
+    """What `OrthoGradTrainer.estimate()` would say: ratio of times, and bytes at the peak."""
+    setup = make_setup(name, lora, samples, arguments.device)
+    forget, retain = ({key: value[:2] for key, value in batch.items()} for batch in (setup.forget, setup.retain))
+    estimate = estimate_step(
+        *(setup.model, setup.losses, setup.parameters, forget, retain),
+        engine="none" if method == _BASELINE else method,
+        num_forget=samples,
+        num_retain=samples,
+        chunk_size=None,
+        optimizer_bytes=0,
+    )
+    return {"estimated_time": estimate.relative_time, "estimated_bytes": estimate.memory}
+
+
 def in_fresh_process(task: list[str], arguments: argparse.Namespace) -> dict:
     command = [sys.executable, __file__, "--device", arguments.device, "--repeats", str(arguments.repeats)]
     command += ["--bf16"] if arguments.bf16 else []
@@ -168,6 +186,9 @@ def measure(arguments: argparse.Namespace, path: Path) -> None:
         tasks = [("time", list(arguments.methods))] + [("memory", [method]) for method in arguments.memory_methods]
         if arguments.errors and not lora and samples == min(arguments.samples):
             tasks += [("error", [method]) for method in ("gram", "torchjd")]
+        if arguments.estimates:
+            ours = [_BASELINE, "gram", *({"func", "loop"}.intersection(arguments.methods))]
+            tasks += [("estimate", [method]) for method in ours]
         for kind, methods in tasks:
             case = (name, lora, samples, *methods)
             if (kind, *case) in known:
@@ -208,8 +229,9 @@ def to_markdown(entries: list[dict]) -> str:
         "interleaved steps, peaks of fresh processes; k retain and as many forget samples, random weights of true sizes, "
         f"LoRA of rank 16 on queries and values. Made by `benchmarks/step_cost.py`.",
         "",
-        "| model | trained | k | method | time | x GradDiff | peak memory | x GradDiff | error of K |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | trained | k | method | time | x GradDiff | estimated | peak memory | x GradDiff | "
+        "estimated | error of K |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (name, lora, samples), row in collect(entries).items():
         base = row[_BASELINE]
@@ -220,6 +242,11 @@ def to_markdown(entries: list[dict]) -> str:
                     cells += [f"{result[key] / scale:.3g} {unit}", f"{result[key] / base[key]:.2f}"]
                 else:
                     cells += [result.get("failure", ""), ""] if key == "seconds" else ["", ""]
+                if key == "seconds":
+                    cells.append(f"{result['estimated_time']:.2f}" if "estimated_time" in result else "")
+                else:
+                    guessed = result.get("estimated_bytes")
+                    cells.append(f"{guessed / scale:.3g} GiB" if guessed else "")
             cells.append(f"{result['error']:.0e}" if "error" in result else "")
             model = f"{name} ({CASES[name].reads})"
             lines.append(f"| {model} | {'LoRA' if lora else 'all'} | {samples} | {method} | {' | '.join(cells)} |")
@@ -267,6 +294,7 @@ def main() -> None:
     parser.add_argument("--memory_methods", nargs="*", default=["graddiff", "gram"], choices=list(METHODS))
     parser.add_argument("--repeats", type=int, default=3, help="counted rounds; other methods take part in one")
     parser.add_argument("--errors", action="store_true", help="Gram matrices of four samples against float64")
+    parser.add_argument("--estimates", action="store_true", help="beside each, what `estimate()` says beforehand")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--task", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -274,6 +302,8 @@ def main() -> None:
         kind, name, lora, samples, *methods = arguments.task
         if kind == "time":
             result = time_methods(name, lora == "1", int(samples), methods, arguments)
+        elif kind == "estimate":
+            result = estimate_of_method(name, lora == "1", int(samples), methods[0], arguments)
         elif kind == "error":
             result = error_of_method(name, methods[0], arguments)
         else:

@@ -86,12 +86,28 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class _Sampled:
-    """What one forward and backward pass over a few samples showed, per sample."""
+class _Pass:
+    """One forward and backward pass, per sample: its work, what the graph keeps, and the largest tensor it worked on."""
 
     multiplications: float
     activation_bytes: float
     largest_bytes: float
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """What forward and backward passes over a few samples showed, per sample.
+
+    Parameters:
+        plain ([`_Pass`]): Of ordinary training, whose backward pass goes wherever the graph leads: from Wav2Vec2's
+            adapters on through the frozen feature extractor.
+        needed ([`_Pass`]): Of a backward pass that ends at the trained parameters, as those of the engines do.
+        uses (`dict[str, list[Use]]`): How each parameter is used.
+        functions (`dict[str, tuple[str, str]]`): The function that uses it, and where its gradients come from.
+    """
+
+    plain: "_Pass"
+    needed: "_Pass"
     uses: dict[str, list[Use]]
     functions: dict[str, tuple[str, str]]
 
@@ -127,12 +143,14 @@ def estimate_step(
     total = sum(parameter.numel() for parameter in model.parameters())
     resident = sum(parameter.nbytes for parameter in model.parameters()) + optimizer_bytes * trained
     gradients = sum(parameter.nbytes for parameter in parameters.trainable.values())
-    forget_graph = num_forget * on_forget.activation_bytes
-    plain_work = num_forget * on_forget.multiplications + num_retain * on_retain.multiplications
-    working = 2 * max(num_forget, num_retain) * on_retain.largest_bytes
-    plain = resident + gradients + forget_graph + num_retain * on_retain.activation_bytes + working
+    samples = max(num_forget, num_retain)
+    plain_work = num_forget * on_forget.plain.multiplications + num_retain * on_retain.plain.multiplications
+    plain_graph = num_forget * on_forget.plain.activation_bytes + num_retain * on_retain.plain.activation_bytes
+    plain = resident + gradients + plain_graph + 2 * samples * on_retain.plain.largest_bytes
+    forget_graph = num_forget * on_forget.needed.activation_bytes
+    needed_work = num_forget * on_forget.needed.multiplications + num_retain * on_retain.needed.multiplications
+    working = 2 * samples * on_retain.needed.largest_bytes
     chunk = min(chunk_size or num_retain, num_retain)
-    graph = chunk * on_retain.activation_bytes
     costs = {}
     if engine == "none":
         memory, work = plain, plain_work
@@ -143,17 +161,17 @@ def estimate_step(
         }
         kept, extra = sum(cost.kept_bytes for cost in costs.values()), 2 * sum(cost.extra for cost in costs.values())
         passes = max(1, round(num_retain / chunk)) if kept > resident else 1
-        memory = resident + gradients + max(forget_graph, graph, kept / passes) + min(BLOCK_BYTES, kept) + working
+        graph = max(forget_graph, chunk * on_retain.needed.activation_bytes, kept / passes)
+        memory = resident + gradients + graph + min(BLOCK_BYTES, kept) + working
         # further groups of a chunked batch take forward passes, shorter backward passes, and one round for the update
         again = 0 if passes == 1 else (passes - 1) * 0.5 + 1
-        work = plain_work + extra + again * num_retain * on_retain.multiplications
+        work = needed_work + extra + again * num_retain * on_retain.needed.multiplications
     else:
         rows = {"func": num_retain, "loop": num_retain, "mean": 1}[engine]
-        memory = (
-            resident + (2 + rows) * gradients + max(forget_graph, num_retain * on_retain.activation_bytes) + working
-        )
+        graph = max(forget_graph, num_retain * on_retain.needed.activation_bytes)
+        memory = resident + (2 + rows) * gradients + graph + working
         backwards = num_retain if engine == "loop" else 1
-        work = plain_work + (backwards - 1) * num_retain * on_retain.multiplications * 2 / 3
+        work = needed_work + (backwards - 1) * num_retain * on_retain.needed.multiplications * 2 / 3
         work += 2 * (rows**2 + 2 * rows) * trained
     return Estimate(
         engine=engine,
@@ -174,45 +192,55 @@ def _scaled(uses: list[Use], num_samples: int) -> list[Use]:
 
 
 def _sample(model: nn.Module, losses: PerSampleLosses, parameters: Parameters, inputs: Mapping) -> _Sampled:
-    storages: dict[int, int] = {}
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()
-
     trainable = list(parameters.trainable.values())
     before = [parameter.grad for parameter in trainable]
     for parameter in trainable:
         parameter.grad = None
     recorder = Recorder(parameters.trainable)
     try:
-        with FlopCounterMode(display=False) as counter:
-            with saved_tensors_hooks(pack, lambda tensor: tensor), recorder:
-                recorder.begin(inputs)
-                found = losses(model, inputs)
-            count = len(found)
-            recorder_calls = list(recorder.calls)
-            recorder.close()
-            # not by autograd.grad, which the counter's own hooks on inputs do not allow
-            found.sum().backward(inputs=trainable)
+        with recorder:
+            recorder.begin(inputs)
+            count = len(losses(model, inputs))
+        calls = list(recorder.calls)
+        recorder.close()
+        # not under the recorder: what is checkpointed would have to run again under it
+        plain, needed = _run(model, losses, inputs), _run(model, losses, inputs, ends=trainable)
     finally:
         recorder.close()
         for parameter, gradient in zip(trainable, before, strict=True):
             parameter.grad = gradient
     uses = {
         name: [Use(use.positions / count, use.factors, use.one_hot) for use in own_uses]
-        for name, own_uses in find_uses(recorder_calls).items()
+        for name, own_uses in find_uses(calls).items()
     }
-    return _Sampled(
-        multiplications=counter.get_total_flops() / count,
-        activation_bytes=sum(storages.values()) / count,
-        largest_bytes=max(storages.values(), default=0) / count,
-        uses=uses,
-        functions=_functions(recorder_calls),
-    )
+    return _Sampled(plain, needed, uses, _functions(calls))
+
+
+def _run(
+    model: nn.Module, losses: PerSampleLosses, inputs: Mapping, *, ends: list[nn.Parameter] | None = None
+) -> _Pass:
+    """Counts a forward pass, and a backward pass that ends at the tensors given."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+    largest = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()
+
+    def unpack(tensor: Tensor) -> Tensor:
+        nonlocal largest
+        if tensor.untyped_storage().data_ptr() not in own:
+            largest = max(largest, tensor.untyped_storage().nbytes())
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(pack, unpack):
+        found = losses(model, inputs)
+        # not by autograd.grad, which the counter's own hooks on inputs do not allow
+        found.sum().backward(inputs=ends)
+    return _Pass(counter.get_total_flops() / len(found), sum(kept.values()) / len(found), largest / len(found))
 
 
 def _functions(calls: list[Call | SpreadCall]) -> dict[str, tuple[str, str]]:

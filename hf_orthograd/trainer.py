@@ -1,6 +1,7 @@
 """[`OrthoGradTrainer`]: transformers' Trainer with a forget set."""
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -154,6 +155,8 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
         retain_rows = [batch.pop(SAMPLE_INDEX, None) for batch in retain]
         objectives = [self._forget_objective(model, rows) for rows in forget_rows]
         batches = [ForgetBatch(*pair) for pair in zip(forget, (one.slopes for one in objectives), strict=True)]
+        scaler = self.accelerator.scaler if self.args.projection != "none" else None
+        self._engine.loss_scale = scale = 1.0 if scaler is None else scaler.get_scale()
         step = self._engine.measure(model, batches, retain)
         self._check_finite(step, forget_rows, retain_rows)
 
@@ -161,7 +164,8 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
         if step.grams:
             solved, projection = self._solve(step)
             coefficients = {name: (1 - alpha) * values for name, values in solved.items()}
-        loss = step.combine(-(1 - alpha), alpha, coefficients)
+        # the scaler multiplies by its scale, which these gradients have already
+        loss = step.combine(-(1 - alpha), alpha, coefficients) / scale
         if self._correction is not None:
             self._correction.gradients = step
         self._collect_metrics(step, projection)
@@ -257,7 +261,7 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
 
     def _choose_engine(self, model: nn.Module) -> GradientEngine:
         """Checks the model and a few samples, and finds the engine that follows it."""
-        args, plain_model = self.args, self.accelerator.unwrap_model(self.model)
+        args, plain_model, scaler = self.args, self.accelerator.unwrap_model(self.model), self.accelerator.scaler
         parameters = validation.find_parameters(plain_model, args)
         base_model = plain_model.get_base_model() if isinstance(plain_model, PeftModel) else plain_model
         self._per_sample_loss = PerSampleLoss(base_model, self._per_sample_loss_func)
@@ -285,7 +289,8 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
                 keeps=args.projection_scope == "per_tensor" or args.projection_target == "update",
                 chunk_size=args.func_chunk_size,
                 retain_chunk_size=args.retain_chunk_size,
-                dtype=torch.bfloat16 if args.bf16 else torch.float32,
+                dtype=torch.bfloat16 if args.bf16 else torch.float16 if scaler else torch.float32,
+                loss_scale=scaler.get_scale() if scaler else 1.0,
             )
 
     def _first_batch(self, dataset, what: str, count: int) -> dict:
@@ -315,7 +320,8 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
                     f"update was made; checkpoints saved so far in {self.args.output_dir!r} are intact. Lower the "
                     "learning rate, set forget_loss='npo', or look at these samples."
                 )
-        if step.grams and not torch.isfinite(step.gram).all():
+        # an overflow that a smaller scale may avoid passes: the scaler will find it, skip the step and back off
+        if step.grams and not torch.isfinite(step.gram).all() and self._engine.loss_scale <= 1:
             raise FloatingPointError(
                 f"A gradient at step {self.state.global_step + 1} is not finite, though all losses are. No update was "
                 f"made; checkpoints saved so far in {self.args.output_dir!r} are intact."
@@ -325,7 +331,7 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
         for name, losses in (("forget_loss", step.forget_losses), ("retain_loss", step.retain_losses)):
             if len(losses):
                 self._metrics[name].append(self.accelerator.reduce(losses.mean(), "mean").item())
-        if projection is not None:
+        if projection is not None and math.isfinite(projection.kept_signal):
             self._metrics["kept_signal"].append(projection.kept_signal)
             self._metrics["projection_rank"].append(projection.rank)
             self._metrics["projection_residual"].append(projection.residual)

@@ -24,7 +24,6 @@ def check_launch(args: OrthoGradConfig) -> None:
     refusals = {
         "`deepspeed`": bool(args.deepspeed),
         "`fsdp`": bool(args.fsdp),
-        "`fp16` (use `bf16`, or float32)": args.fp16,
         "torch.nn.DataParallel (set CUDA_VISIBLE_DEVICES to one device)": args.n_gpu > 1,
         "`label_smoothing_factor`": args.label_smoothing_factor != 0,
     }

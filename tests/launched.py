@@ -2,11 +2,13 @@
 
     python -m torch.distributed.run --nproc-per-node 2 tests/launched.py FOLDER JSON
 
-JSON is a list of runs: a name, the kind of model, whether by LoRA, and settings of the configuration.
+JSON is a list of runs: a name, the kind of model, whether by LoRA, and settings of the configuration; `scaling` has
+fp16 run as on a GPU, with the arguments of torch's gradient scaler.
 """
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,8 +16,42 @@ import torch
 from accelerate import PartialState
 from conftest import MODELS, Samples, make_example
 from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
+
+
+KINDS = ["whisper", "vit", "llama"]
+
+
+def settings(per_device, accumulation=1, **others):
+    return {
+        "per_device_train_batch_size": per_device,
+        "per_device_forget_batch_size": per_device,
+        "gradient_accumulation_steps": accumulation,
+        **others,
+    }
+
+
+def launch(folder, processes, runs):
+    """Runs this file in several processes; returns what each run saved."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [*command, __file__, str(folder), json.dumps(runs)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {name: torch.load(folder / f"{name}.pt") for name, *_ in runs}
 
 
 def samples(kind: str, count: int, seed: int) -> Samples:
@@ -23,7 +59,15 @@ def samples(kind: str, count: int, seed: int) -> Samples:
     return Samples([make_example(kind, number, generator) for number in range(count)])
 
 
-def train(folder: Path, kind: str, lora: bool, settings: dict) -> OrthoGradTrainer:
+class SkipFirst(TrainerCallback):
+    """Has the first step of the optimizer do nothing."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            model.zero_grad()
+
+
+def train(folder: Path, kind: str, lora: bool, settings: dict, skip_first: bool = False) -> OrthoGradTrainer:
     torch.manual_seed(0)
     model = MODELS[kind]()
     if lora:
@@ -39,9 +83,15 @@ def train(folder: Path, kind: str, lora: bool, settings: dict) -> OrthoGradTrain
         "disable_tqdm": True,
         "use_cpu": True,
     }
+    settings = dict(settings)
+    scaling = settings.pop("scaling", None)
     args = OrthoGradConfig(str(folder), **(defaults | settings))
     retain, forget = samples(kind, 24, seed=1), samples(kind, 24, seed=2)
-    trainer = OrthoGradTrainer(model, args, train_dataset=retain, forget_dataset=forget)
+    callbacks = [SkipFirst()] if skip_first else None
+    trainer = OrthoGradTrainer(model, args, train_dataset=retain, forget_dataset=forget, callbacks=callbacks)
+    if scaling is not None:  # accelerate itself leaves fp16 out on a CPU, though torch offers all of it
+        trainer.accelerator.native_amp = True
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", **scaling)
     trainer.train()
     return trainer
 

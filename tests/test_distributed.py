@@ -1,47 +1,11 @@
 """One result whatever the launch: processes, accumulation, or neither."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import torch
-from launched import train
-
-
-TESTS = Path(__file__).parent
-KINDS = ["whisper", "vit", "llama"]
+from launched import KINDS, launch, settings, train
 
 
 # with its usual epsilon AdamW makes whole steps of gradients that are nothing but rounding errors
 UPDATE = {"projection_target": "update", "optim": "adamw_torch", "adam_epsilon": 1e-2, "alpha": 0.0}
-
-
-def settings(per_device, accumulation=1, **others):
-    return {
-        "per_device_train_batch_size": per_device,
-        "per_device_forget_batch_size": per_device,
-        "gradient_accumulation_steps": accumulation,
-        **others,
-    }
-
-
-def launch(folder, processes, runs):
-    """Runs `launched.py` in several processes; returns what each run saved."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, str(TESTS / "launched.py"), str(folder), json.dumps(runs)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return {name: torch.load(folder / f"{name}.pt") for name, *_ in runs}
 
 
 @pytest.fixture(scope="module")

@@ -121,6 +121,8 @@ class GradientEngine(ABC):
 
     Parameters:
         exchange ([`Exchange`]): The processes whose samples make up a step.
+        loss_scale (`float`): What losses are multiplied by before they go backward, as half precision loses small
+            gradients. All gradients of a step are this many times too large, and inner products its square.
     """
 
     name: str
@@ -129,6 +131,7 @@ class GradientEngine(ABC):
         self.parameters = parameters
         self.per_sample_losses = per_sample_losses
         self.exchange = Exchange()
+        self.loss_scale = 1.0
 
     @abstractmethod
     def measure(self, model: nn.Module, forget: list[ForgetBatch], retain: list[Mapping]) -> StepGradients:
@@ -144,13 +147,13 @@ class GradientEngine(ABC):
         """
 
     def forget_gradients(self, model: nn.Module, forget: list[ForgetBatch]) -> tuple[Tensor, dict[str, Tensor]]:
-        """This process' forget losses, and `g_u` of all processes by name of each parameter that the losses use."""
+        """This process' forget losses, and `g_u`, times the loss scale, of all processes by name of each parameter that the losses use."""
         trainable = self.parameters.trainable
         total = self.exchange.place(sum(count_samples(batch.inputs) for batch in forget), first_device(model)).total
         losses, found = [], {}
         for batch in forget:
             own = self.per_sample_losses(model, batch.inputs)
-            weighted = (batch.slopes(own.detach()) * own).sum() / total
+            weighted = self.loss_scale * (batch.slopes(own.detach()) * own).sum() / total
             gradients = torch.autograd.grad(weighted, list(trainable.values()), allow_unused=True)
             for name, gradient in zip(trainable, gradients, strict=True):
                 if gradient is not None:

@@ -7,7 +7,7 @@ group are taken at once. With n chunks there are about n groups: n passes over k
 one more for the update. Where everything fits into one group, as with an adapter, there is one pass in all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -67,15 +67,13 @@ class RepeatedGradients(StepGradients):
 
     Parameters:
         parameters ([`Parameters`]): What the gradients belong to.
-        per_sample_losses (`Callable`): The losses of a batch.
-        model (`torch.nn.Module`): The model.
+        losses_of (`Callable`): Maps a chunk to its losses, scaled.
         forget_gradients (`dict[str, torch.Tensor]`): `g_u` of each trainable parameter that the forget loss uses.
         chunks (`list[Chunk]`): The retain samples of this process.
     """
 
     parameters: Parameters
-    per_sample_losses: PerSampleLosses
-    model: nn.Module
+    losses_of: Callable[[Chunk], Tensor]
     forget_gradients: dict[str, Tensor]
     chunks: list[Chunk]
 
@@ -86,7 +84,7 @@ class RepeatedGradients(StepGradients):
         found = {name: gradient.mul_(forget_weight) for name, gradient in self.forget_gradients.items()}
         end = RandomState.now()
         for chunk in self.chunks:
-            losses = chunk.losses(self.model, self.per_sample_losses)
+            losses = self.losses_of(chunk)
             for weights, parameters in terms:
                 if not parameters:
                     continue

@@ -31,7 +31,7 @@ class FunctionalEngine(MaterializingEngine):
         def loss_of_one(trainable: dict[str, Tensor], sample: dict[str, Tensor]) -> Tensor:
             batch_of_one = {name: value[None] for name, value in sample.items()}
             functional_model = _FunctionalModel(model, trainable)
-            return self.per_sample_losses(functional_model, {**batch_of_one, **constants})[0]
+            return self.loss_scale * self.per_sample_losses(functional_model, {**batch_of_one, **constants})[0]
 
         gradient_of_one = torch.func.grad_and_value(loss_of_one)
         vectorised = torch.func.vmap(gradient_of_one, (None, 0), randomness="different", chunk_size=self.chunk_size)
@@ -45,7 +45,7 @@ class FunctionalEngine(MaterializingEngine):
                 f"torch.func cannot vectorise {type(model).__name__} over samples ({str(error).splitlines()[0]}). "
                 "Set `gradient_engine` to 'gram' or 'loop'."
             ) from error
-        return losses, rows
+        return losses / self.loss_scale, rows
 
 
 class _FunctionalModel:

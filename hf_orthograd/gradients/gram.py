@@ -8,6 +8,7 @@ the update will need of it is kept in its smaller form while the graph is given 
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class RecomputedGradients(StepGradients):
     Parameters:
         parameters ([`Parameters`]): What the gradients belong to.
         forget_gradients (`dict[str, torch.Tensor]`): `g_u` of each trainable parameter that the forget loss uses.
-        live_losses (`torch.Tensor`): The retain losses with their graph, shape (k,).
+        live_losses (`torch.Tensor`): The retain losses, scaled, with their graph, shape (k,).
         recorder ([`Recorder`]): The one that the graph was made under: what runs again must keep the same tensors.
     """
 
@@ -154,8 +155,9 @@ class GramEngine(GradientEngine):
         if keeps:
             return KeptGradients(*common, shares, self.keeps)
         if len(groups) == 1:
-            return RecomputedGradients(*common, forget_gradients, retain_losses, recorder)
-        return RepeatedGradients(*common, self.per_sample_losses, model, forget_gradients, chunks)
+            return RecomputedGradients(*common, forget_gradients, self.loss_scale * retain_losses, recorder)
+        scaled = partial(self._scaled_losses, model)
+        return RepeatedGradients(*common, scaled, forget_gradients, chunks)
 
     def _keeps_gradients(self, model: nn.Module, num_samples: int) -> bool:
         """By rule: what is kept replaces the graph, unless checkpointing keeps that small.
@@ -195,6 +197,9 @@ class GramEngine(GradientEngine):
             groups[-1].append(name)
             used += bytes_of_all
         return groups
+
+    def _scaled_losses(self, model: nn.Module, chunk: Chunk) -> Tensor:
+        return self.loss_scale * chunk.losses(model, self.per_sample_losses)
 
     def _make_shares(
         self, group: list[str], forget_gradients: dict[str, Tensor], placement: Placement, *, keeps: bool
@@ -249,7 +254,7 @@ class GramEngine(GradientEngine):
                     with exact_arithmetic(output_gradient.device):
                         shares[name].add(own_piece, samples, self._scratch)
 
-        recorder.deliver(losses.sum(), len(losses), consume, retain_graph=retain_graph)
+        recorder.deliver(self.loss_scale * losses.sum(), len(losses), consume, retain_graph=retain_graph)
         with exact_arithmetic(losses.device):
             for share in shares.values():
                 share.finish(samples)

@@ -93,7 +93,7 @@ class LoopEngine(MaterializingEngine):
 
     def retain_rows(self, model: nn.Module, retain: Mapping) -> tuple[Tensor, dict[str, Tensor]]:
         losses = self.per_sample_losses(model, retain)
-        return losses, _stacked_gradients(list(losses), self.parameters.trainable)
+        return losses, _stacked_gradients(list(self.loss_scale * losses), self.parameters.trainable)
 
 
 class MeanEngine(MaterializingEngine):
@@ -107,7 +107,7 @@ class MeanEngine(MaterializingEngine):
         total = self.exchange.place(sum(map(count_samples, retain)), first_device(model)).total
         for inputs in retain:
             own = self.per_sample_losses(model, inputs)
-            for name, row in _stacked_gradients([own.sum() / total], trainable).items():
+            for name, row in _stacked_gradients([self.loss_scale * own.sum() / total], trainable).items():
                 rows[name] = row if name not in rows else rows[name] + row
             losses.append(own.detach())
         rows = {name: self.exchange.sum(row) for name, row in rows.items()}

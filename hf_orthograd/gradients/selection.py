@@ -17,7 +17,7 @@ from .randomness import preserved_random_state
 logger = logging.get_logger(__name__)
 
 # relative difference of inner products above which an engine counts as wrong for the model
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 
 def make_engine(
@@ -49,6 +49,7 @@ def choose_engine(
     chunk_size: int | None = None,
     retain_chunk_size: int | None = None,
     dtype: torch.dtype = torch.float32,
+    loss_scale: float = 1.0,
 ) -> GradientEngine:
     """Picks an engine and checks it on a few samples against one backward pass per sample.
 
@@ -62,6 +63,7 @@ def choose_engine(
         chunk_size (`int`, *optional*): Of the "func" engine.
         retain_chunk_size (`int`, *optional*): Of the "gram" engine.
         dtype (`torch.dtype`): Precision of the forward pass.
+        loss_scale (`float`): What losses are multiplied by before they go backward.
 
     Returns:
         [`GradientEngine`]. "auto" falls back from "gram" to "func" to "loop", with a warning that says why.
@@ -83,6 +85,7 @@ def choose_engine(
             chunk_size=chunk_size,
             retain_chunk_size=retain_chunk_size,
         )
+        engine.loss_scale = loss_scale
         try:
             check_engine(engine, model, forget, retain, TOLERANCE[dtype])
         except UnsupportedModelError as error:
@@ -105,6 +108,7 @@ def check_engine(engine: GradientEngine, model: nn.Module, forget: Mapping, reta
     if engine.name == "loop":
         return
     reference = LoopEngine(engine.parameters, engine.per_sample_losses)
+    reference.loss_scale = engine.loss_scale
     with preserved_modes(model):
         if (
             engine.name == "func"
@@ -114,6 +118,9 @@ def check_engine(engine: GradientEngine, model: nn.Module, forget: Mapping, reta
             grams = engine.measure(model, [ForgetBatch(forget)], [retain]).grams
         with preserved_random_state():
             expected = reference.measure(model, [ForgetBatch(forget)], [retain]).grams
+    if engine.loss_scale > 1 and not all(torch.isfinite(gram).all() for gram in expected.values()):
+        engine.loss_scale /= 2  # as a gradient scaler does at an overflow; the step will set its own
+        return check_engine(engine, model, forget, retain, tolerance)
     scale = max(gram.abs().max().item() for gram in expected.values())
     wrong = [
         name

@@ -1,0 +1,107 @@
+"""Half precision: losses are scaled on their way back, and an overflow costs a step and nothing else."""
+
+import pytest
+import torch
+from launched import KINDS, launch, settings, train
+
+
+BF16 = {"bf16": True}
+FP16 = {"fp16": True, "scaling": {"init_scale": 2.0**14}}
+# the first step overflows, and one backing off is enough
+OVERFLOW = {"fp16": True, "scaling": {"init_scale": 2.0**40, "backoff_factor": 2.0**-26}}
+# what half precision may change of the way that three steps go, as a share of its length (docs/scaling.md)
+TOLERANCE = {"bf16": 3e-2, "fp16": 3e-3}
+
+
+def trained_parameters(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def flat(parameters):
+    return torch.cat([p.double().flatten() for p in parameters.values()])
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    """For each (kind, lora): where training starts, and where it ends in float32."""
+    folder, found = tmp_path_factory.mktemp("float32"), {}
+    for kind in KINDS:
+        for lora in (False, True):
+            start = train(folder, kind, lora, settings(8, learning_rate=0.0))
+            end = train(folder, kind, lora, settings(8))
+            found[kind, lora] = flat(trained_parameters(start)), flat(trained_parameters(end))
+    return found
+
+
+def deviation(parameters, reference):
+    start, end = reference
+    return ((flat(parameters) - end).norm() / (end - start).norm()).item()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_goes_the_way_of_float32(precision, kind, lora, references, tmp_path):
+    trainer = train(tmp_path, kind, lora, settings(8, **{"bf16": BF16, "fp16": FP16}[precision]))
+    assert trainer._engine.name == "gram"
+    assert 0 < deviation(trained_parameters(trainer), references[kind, lora]) < TOLERANCE[precision]
+
+
+@pytest.mark.parametrize("engine", ["func", "loop"])
+@pytest.mark.parametrize("projection", ["orthogonal", "mean"])
+def test_every_engine_scales_its_losses(engine, projection, references, tmp_path):
+    own = settings(8, gradient_engine=engine, projection=projection)
+    start, _ = references["vit", False]
+    end = flat(trained_parameters(train(tmp_path, "vit", False, own)))
+    found = trained_parameters(train(tmp_path, "vit", False, own | FP16))
+    assert deviation(found, (start, end)) < TOLERANCE["fp16"]
+
+
+def test_small_gradients_survive_in_chunks_and_under_checkpointing(references, tmp_path):
+    for more in ({"retain_chunk_size": 2}, {"gradient_checkpointing": True}):
+        found = trained_parameters(train(tmp_path, "llama", False, settings(8, **FP16, **more)))
+        assert deviation(found, references["llama", False]) < TOLERANCE["fp16"]
+
+
+@pytest.mark.parametrize("target", ["gradient", "update"])
+def test_overflow_skips_the_step_and_scaling_goes_on(target, references, tmp_path):
+    """The first of three steps overflows; the same steps without it, at rate zero, give the same model."""
+    own = settings(8, projection_target=target, alpha=0.0)
+    trainer = train(tmp_path, "vit", False, own | OVERFLOW)
+    assert trainer.accelerator.scaler.get_scale() == 2.0**14
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 3
+    assert "kept_signal" not in logged[0] and logged[1]["kept_signal"] > 0
+    found = flat(trained_parameters(trainer))
+    assert torch.isfinite(found).all()
+    start, _ = references["vit", False]
+    assert not torch.equal(found, start)
+    skipped = train(tmp_path, "vit", False, own | FP16, skip_first=True)
+    assert (found - flat(trained_parameters(skipped))).norm() < 1e-6 * found.norm()
+
+
+SHAPES = {"2x4": settings(4), "2x2x2": settings(2, 2)}
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory):
+    runs = [
+        (f"{precision}-{kind}-{lora}-{shape}", kind, lora, own | more)
+        for precision, more in (("bf16", BF16), ("fp16", FP16), ("overflow", OVERFLOW))
+        for kind in KINDS
+        for lora in (False, True)
+        for shape, own in SHAPES.items()
+    ]
+    return launch(tmp_path_factory.mktemp("launches"), 2, runs)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_launches_in_half_precision(kind, lora, shape, launches, references):
+    for precision in ("bf16", "fp16"):
+        found = launches[f"{precision}-{kind}-{lora}-{shape}"]["parameters"]
+        assert 0 < deviation(found, references[kind, lora]) < TOLERANCE[precision], precision
+    overflown = launches[f"overflow-{kind}-{lora}-{shape}"]
+    assert all(torch.isfinite(p).all() for p in overflown["parameters"].values())
+    assert len(overflown["logs"]) == 2  # of three steps
