@@ -133,12 +133,14 @@ def make_setup(name: str, lora: bool, samples: int, device: str) -> Setup:
     return Setup(model, Parameters(trained, {}), PerSampleLoss(base), *batches)
 
 
-def _engine_step(engine_class) -> Callable[[Setup], Callable[[], None]]:
+def _engine_step(engine_class, **settings) -> Callable[[Setup], Callable[[], None]]:
     def prepare(setup: Setup) -> Callable[[], None]:
-        engine = engine_class(setup.parameters, setup.losses)
+        engine = engine_class(setup.parameters, setup.losses, **settings)
+        # retain samples may be many, but forget samples run forward at once
+        forget = {name: tensor[: settings.get("chunk_size")] for name, tensor in setup.forget.items()}
 
         def step() -> None:
-            gradients = engine.measure(setup.model, [ForgetBatch(setup.forget)], [setup.retain])
+            gradients = engine.measure(setup.model, [ForgetBatch(forget)], [setup.retain])
             coefficients = {}
             if gradients.grams:
                 solved, _ = solve_projections(gradients.grams, per_tensor=False)
@@ -213,6 +215,7 @@ METHODS: dict[str, Callable[[Setup], Callable[[], None]]] = {
     "graddiff": _engine_step(PlainEngine),
     "two_pass": _two_pass_step,
     "gram": _engine_step(GramEngine),
+    "gram_chunks": _engine_step(GramEngine, chunk_size=32),
     "func": _engine_step(FunctionalEngine),
     "loop": _engine_step(LoopEngine),
     "torchjd": _torchjd_step,

@@ -10,9 +10,9 @@ Methods of one model take turns within one process, and the median of their time
 a fresh process that makes a single step: resident memory on a CPU, beyond what it held before the step, and
 `max_memory_allocated` on a GPU. Measurements are appended to a file of JSON lines; those already there are skipped.
 
-Methods: GradDiff; OrthoGrad by the engines gram, func and loop; TorchJD's autogram, whose Gram matrix is that of all
-m + k losses, followed by a weighted backward pass; Opacus' ghost clipping, which finds norms alone. A method that cannot
-run a model says why.
+Methods: GradDiff; OrthoGrad by the engines gram, func and loop; gram_chunks, with 32 retain samples forward at once and no
+more than 32 forget samples; TorchJD's autogram, whose Gram matrix is that of all m + k losses, followed by a weighted
+backward pass; Opacus' ghost clipping, which finds norms alone. A method that cannot run a model says why.
 """
 
 import argparse
@@ -271,7 +271,7 @@ def plot(entries: list[dict], path: Path) -> None:
                 if key in row.get(method, {}) and key in row[_BASELINE]
             ]
             if points:
-                axis.plot(*zip(*points, strict=True), "os^DvP"[i], label=method)
+                axis.plot(*zip(*points, strict=True), "os^DvPX"[i], label=method)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set(xscale="log", xlabel=f"{title} of a step / that of GradDiff", yticks=range(len(labels)))
         axis.grid(alpha=0.3)

@@ -99,14 +99,15 @@ def find_family(model: nn.Module) -> Family:
     """Finds how this model's loss splits over samples, from the tables of its class in transformers.
 
     Raises:
-        ValueError: The class stands in none of the tables.
+        ValueError: Neither the class nor one that it inherits from stands in the tables.
     """
-    name = type(model).__name__
-    for class_names, family in _FAMILIES:
-        if name in _flatten(class_names.values()):
-            return family
+    # also by what it inherits from: FSDP2 makes a subclass of a model's class its class
+    for name in (base.__name__ for base in type(model).__mro__):
+        for class_names, family in _FAMILIES:
+            if name in _flatten(class_names.values()):
+                return family
     raise ValueError(
-        f"The per-sample loss of {name} is not known. Pass `compute_loss_func(outputs, labels, num_items_in_batch=None)` "
+        f"The per-sample loss of {type(model).__name__} is not known. Pass `compute_loss_func(outputs, labels, num_items_in_batch=None)` "
         "that returns one loss for each sample, shape (batch size,)."
     )
 

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Seq2SeqTrainer, TrainingArguments
+from transformers.utils import logging
 
 from . import validation
 from .config import OrthoGradConfig
@@ -33,8 +34,12 @@ from .gradients import (
 from .objectives import Ascent, NegativePreference, PerSampleLoss
 from .projection import Projection, solve_projections
 from .reference import ReferenceLosses
+from .sharding import is_sharded, unshard
 from .streams import PairedStreams
 from .update import UpdateCorrection
+
+
+logger = logging.get_logger(__name__)
 
 
 class PairedBatches(dict):
@@ -205,7 +210,7 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
     def estimate(self) -> Estimate:
         """Counts what a step will take, without making one: parameters under the projection, rules, memory, time.
 
-        From a forward and backward pass over two samples of each set, padded as the first batch is. Time counts the
+        From forward and backward passes over two samples of each set, padded as the first batch is. Time counts the
         multiplications of matrix products alone. Activations are taken to grow with the number of samples, and the
         state of optimizers other than torch's Adam counts as nothing.
 
@@ -275,6 +280,8 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
             retain = self._first_batch(self.train_dataset, "train_dataset", 2)
             sample = self._first_batch(self.forget_dataset, "forget_dataset", 1)
             validation.check_losses(self._per_sample_loss, plain_model, forget, sample)
+            if is_sharded(plain_model):
+                parameters = unshard(plain_model, parameters)
             if args.projection == "none":
                 return PlainEngine(parameters, self._per_sample_loss)
             if args.projection == "mean":
@@ -346,10 +353,19 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
     # ---- What is saved ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in Trainer; a LoRA model is merged first, unless this is a checkpoint or `merge_adapter` is False."""
+        """As in Trainer; a LoRA model is merged first, unless this is a checkpoint or `merge_adapter` is False.
+
+        Under FSDP the adapter is saved as it is, with a warning.
+        """
         final = self._publishing or not _internal_call
         merge = self.forget_dataset is not None and self.args.merge_adapter and isinstance(self.model, PeftModel)
-        if final and merge:
+        if final and merge and self.is_fsdp_enabled:
+            logger.warning(
+                "A sharded LoRA model cannot be merged here: saving the adapter alone, without which the model remembers. "
+                "Before it is published, load it with `AutoPeftModel...from_pretrained` in one process, call "
+                "`merge_and_unload()` and save the result."
+            )
+        elif final and merge:
             merged = copy.deepcopy(self.model).merge_and_unload(safe_merge=True)
             with self._replaced("model", merged):
                 return super().save_model(output_dir, _internal_call)

@@ -5,6 +5,8 @@ retain gradients. Here the step that was made is replaced by the nearest one und
 sample of the step becomes worse.
 """
 
+from collections.abc import Iterator
+
 import torch
 from scipy.optimize import nnls
 from torch import Tensor
@@ -65,29 +67,38 @@ class UpdateCorrection(TrainerCallback):
     """
 
     def __init__(self, parameters: Parameters, *, equality: bool, metrics: dict[str, list[float]]):
-        self._parameters = parameters.projected
+        self._parameters = parameters
         self._equality, self._metrics = equality, metrics
         self._before: dict[str, Tensor] = {}
         self.gradients: StepGradients | None = None
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self._before = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self._before = {name: parameter.detach().clone() for name, parameter in self._parameters.stored.items()}
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, **kwargs):
         gradients, self.gradients = self.gradients, None
         before, self._before = self._before, {}
-        step = {name: parameter - before[name] for name, parameter in self._parameters.items()}
-        gram = gradients.gram[1:, 1:].cpu()
-        squared = sum(change.double().square().sum().item() for change in step.values())
+        parameters, gram = self._parameters, gradients.gram[1:, 1:].cpu()
+        squared = 0.0
+
+        def changes() -> Iterator[tuple[str, Tensor]]:
+            nonlocal squared
+            for name, parameter in parameters.stored.items():
+                change = parameters.whole(parameter.detach() - before[name])
+                squared += change.double().square().sum().item()
+                yield name, change
+
+        products = gradients.along(changes())
         if squared == 0:  # a step skipped for its overflow, or a learning rate of zero
             return
-        coefficients, left = solve_correction(gram, gradients.along(step), equality=self._equality)
+        coefficients, left = solve_correction(gram, products, equality=self._equality)
         corrected = 0.0
-        for name, parameter in self._parameters.items():
-            change = step[name] - gradients.combination(name, coefficients).to(step[name])
+        for name, parameter in parameters.stored.items():
+            taken_out = gradients.combination(name, coefficients).to(parameter.dtype)
+            change = parameter.detach() - before[name] - parameters.as_stored(name, taken_out)
             parameter.copy_(before[name] + change)
-            corrected += change.double().square().sum().item()
+            corrected += parameters.whole(change).double().square().sum().item()
         norms = gram.diagonal().clamp_min(0).sqrt() * corrected**0.5
         rises = (left.abs() if self._equality else left.clamp_min(0)) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
         self._metrics["update_kept"].append((corrected / squared) ** 0.5)

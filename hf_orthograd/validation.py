@@ -23,13 +23,18 @@ def check_launch(args: OrthoGradConfig) -> None:
     """Refuses launches under which the update would not be the one the configuration names."""
     refusals = {
         "`deepspeed`": bool(args.deepspeed),
-        "`fsdp`": bool(args.fsdp),
+        "`fsdp` of version 1 (set fsdp_config={'version': 2})": bool(args.fsdp) and _fsdp_version(args) != 2,
+        "`retain_chunk_size` with `fsdp` (leave one out)": bool(args.fsdp) and args.retain_chunk_size is not None,
         "torch.nn.DataParallel (set CUDA_VISIBLE_DEVICES to one device)": args.n_gpu > 1,
         "`label_smoothing_factor`": args.label_smoothing_factor != 0,
     }
     for what, refused in refusals.items():
         if refused:
             raise ValueError(f"Unlearning with a `forget_dataset` does not support {what}.")
+
+
+def _fsdp_version(args: OrthoGradConfig) -> int:
+    return (args.fsdp_plugin_args or {}).get("fsdp_version", 2)
 
 
 def needs_retain(args: OrthoGradConfig) -> bool:

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate.state import AcceleratorState
 from conftest import MODELS, Samples, make_example
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
@@ -59,6 +60,15 @@ def samples(kind: str, count: int, seed: int) -> Samples:
     return Samples([make_example(kind, number, generator) for number in range(count)])
 
 
+def shard_on_cpu(trainer: OrthoGradTrainer) -> None:
+    """Accelerate shards models on accelerators alone, though torch can on a CPU: tells it that this is one."""
+    plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    for shared in (PartialState._shared_state, AcceleratorState._shared_state):
+        shared["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    trainer.is_fsdp_enabled = True
+
+
 class SkipFirst(TrainerCallback):
     """Has the first step of the optimizer do nothing."""
 
@@ -89,6 +99,8 @@ def train(folder: Path, kind: str, lora: bool, settings: dict, skip_first: bool 
     retain, forget = samples(kind, 24, seed=1), samples(kind, 24, seed=2)
     callbacks = [SkipFirst()] if skip_first else None
     trainer = OrthoGradTrainer(model, args, train_dataset=retain, forget_dataset=forget, callbacks=callbacks)
+    if args.fsdp:
+        shard_on_cpu(trainer)
     if scaling is not None:  # accelerate itself leaves fp16 out on a CPU, though torch offers all of it
         trainer.accelerator.native_amp = True
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", **scaling)
@@ -100,8 +112,11 @@ def main() -> None:
     folder, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
     for name, kind, lora, settings in runs:
         trainer = train(folder, kind, lora, settings)
+        trained = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        if trainer.args.fsdp:
+            trained = {n: p.full_tensor() for n, p in trained.items()}
+            trainer.save_model(folder / f"{name}-saved")
         if trainer.is_world_process_zero():
-            trained = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
             logs = [entry for entry in trainer.state.log_history if "kept_signal" in entry]
             torch.save({"parameters": trained, "logs": logs}, folder / f"{name}.pt")
     PartialState().wait_for_everyone()

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
+from hf_orthograd.validation import check_launch
 
 
 def args(tmp_path, **settings):
@@ -215,3 +216,16 @@ def test_loss_that_is_not_finite_stops_with_the_samples(which, tmp_path, make_mo
     for name, parameter in saved.named_parameters():
         assert torch.isfinite(parameter).all()
         assert torch.equal(parameter, trainer.model.get_parameter(name))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fsdp_config": {"version": 1}}, "`fsdp` of version 1"),
+        ({"retain_chunk_size": 2}, "`retain_chunk_size` with `fsdp`"),
+    ],
+)
+def test_what_shards_cannot_do_is_refused(settings, message, tmp_path):
+    args = OrthoGradConfig(str(tmp_path), report_to="none", fsdp=True, **settings)
+    with pytest.raises(ValueError, match=message):
+        check_launch(args)

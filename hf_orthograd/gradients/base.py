@@ -1,7 +1,7 @@
 """What every gradient engine offers the trainer, whichever way it comes by the inner products."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -47,6 +47,27 @@ class Parameters:
     def trainable(self) -> dict[str, nn.Parameter]:
         return {**self.projected, **self.others}
 
+    @property
+    def stored(self) -> dict[str, nn.Parameter]:
+        """What the optimizer holds of the projected parameters."""
+        return self.projected
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A tensor that is stored as the parameters are, in full."""
+        return tensor
+
+    def as_stored(self, name: str, tensor: Tensor) -> Tensor:
+        """A full tensor, the same in every process, as the parameter of that name is stored."""
+        return tensor
+
+    def hand_over(self, gradients: dict[str, Tensor | None]) -> Tensor:
+        """A scalar of value zero whose gradient with respect to each parameter is the tensor given for it.
+
+        The tensors are used up; `None` leaves a parameter out. With several processes, a parameter's gradient will be
+        the mean of theirs.
+        """
+        return known_gradients(self.trainable, gradients)
+
 
 @dataclass
 class StepGradients(ABC):
@@ -87,8 +108,12 @@ class StepGradients(ABC):
                 parameters the last term is missing.
         """
 
-    def along(self, step: dict[str, Tensor]) -> Tensor:
-        """Inner products of all retain gradients with a change of the projected parameters, (k,), float64."""
+    def along(self, step: Iterable[tuple[str, Tensor]]) -> Tensor:
+        """Inner products of all retain gradients with a change of the projected parameters, (k,), float64.
+
+        Args:
+            step (`Iterable[tuple[str, torch.Tensor]]`): Name and change of each, in full.
+        """
         raise NotImplementedError(f"{type(self).__name__} keeps no retain gradients.")
 
     def combination(self, name: str, coefficients: Tensor) -> Tensor:
@@ -180,7 +205,7 @@ class _KnownGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
-        return parameters[0].new_zeros((), dtype=torch.float32)
+        return torch.zeros((), device=parameters[0].device)
 
     @staticmethod
     def backward(ctx, scale: Tensor):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .base import Parameters, PerSampleLosses, StepGradients, count_samples, known_gradients
+from .base import Parameters, PerSampleLosses, StepGradients, count_samples
 from .randomness import RandomState
 
 
@@ -98,4 +98,4 @@ class RepeatedGradients(StepGradients):
                     if gradient is not None:
                         found[name] = gradient if name not in found else found[name].add_(gradient)
         end.restore()
-        return known_gradients(self.parameters.trainable, found)
+        return self.parameters.hand_over(found)

@@ -6,7 +6,7 @@ the update will need of it is kept in its smaller form while the graph is given 
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +23,6 @@ from .base import (
     StepGradients,
     assemble_grams,
     exact_arithmetic,
-    known_gradients,
 )
 from .calls import Call, Source, SpreadCall
 from .chunked import Chunk, RepeatedGradients, split_samples
@@ -54,10 +53,10 @@ class KeptGradients(StepGradients):
             weights = self.own_weights(retain_weight, coefficients.get(name))
             with exact_arithmetic(weights.device):
                 gradients[name] = share.gradient(forget_weight, weights, keep=self.keep)
-        return known_gradients(self.parameters.trainable, gradients)
+        return self.parameters.hand_over(gradients)
 
-    def along(self, step: dict[str, Tensor]) -> Tensor:
-        own = sum(self.shares[name].inner(change).cpu() for name, change in step.items())
+    def along(self, step: Iterable[tuple[str, Tensor]]) -> Tensor:
+        own = sum(self.shares[name].inner(change).cpu() for name, change in step)
         return self.placement.gather_rows(own.to(self.retain_losses.device))
 
     def combination(self, name: str, coefficients: Tensor) -> Tensor:
@@ -93,7 +92,7 @@ class RecomputedGradients(StepGradients):
         for name, gradient in self.forget_gradients.items():
             gradient.mul_(forget_weight)
             found[name] = gradient if found[name] is None else gradient.add_(found[name])
-        return known_gradients(self.parameters.trainable, found)
+        return self.parameters.hand_over(found)
 
     def _weighted_gradients(self, weights: Tensor, parameters: dict[str, nn.Parameter], *, retain_graph: bool):
         edges = [get_gradient_edge(parameter) for parameter in parameters.values()]

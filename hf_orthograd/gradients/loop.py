@@ -1,6 +1,6 @@
 """The engines that hold whole retain gradients: one ordinary backward for each, one for their mean, or torch.func."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,6 @@ from .base import (
     exact_arithmetic,
     first_device,
     inner_products,
-    known_gradients,
 )
 
 
@@ -43,12 +42,12 @@ class MaterializedGradients(StepGradients):
                 gradients[name] = torch.tensordot(weights, rows, dims=1)
             if name in self.forget_gradients:
                 gradients[name] += forget_weight * self.forget_gradients[name]
-        return known_gradients(self.parameters.trainable, gradients)
+        return self.parameters.hand_over(gradients)
 
-    def along(self, step: dict[str, Tensor]) -> Tensor:
+    def along(self, step: Iterable[tuple[str, Tensor]]) -> Tensor:
         own = sum(
             inner_products(self.rows[name].flatten(1), change.reshape(1, -1).to(self.rows[name])).cpu()
-            for name, change in step.items()
+            for name, change in step
         )
         return self.placement.gather_rows(own[:, 0].to(self.retain_losses.device))
 

@@ -1,0 +1,70 @@
+"""FSDP2 in two processes gives the model that one process gives, and what it saves loads."""
+
+import pytest
+import torch
+import transformers
+from launched import KINDS, launch, settings, train
+from peft import PeftModel
+
+
+CLASSES = {
+    "whisper": transformers.WhisperForConditionalGeneration,
+    "vit": transformers.ViTForImageClassification,
+    "llama": transformers.LlamaForCausalLM,
+}
+UPDATE = {"projection_target": "update", "optim": "adamw_torch", "adam_epsilon": 1e-2, "alpha": 0.0}
+VARIANTS = {
+    "loop": {"gradient_engine": "loop"},
+    "update": UPDATE,
+    "mean": {"projection": "mean"},
+    "none": {"projection": "none"},
+    "checkpointing": {"gradient_checkpointing": True},
+}
+
+
+def sharded(kind):
+    # of the two classes that ViT names for wrapping, accelerate 1.15 shards the embeddings twice
+    wrapped = {"transformer_layer_cls_to_wrap": ["ViTLayer"]} if kind == "vit" else {}
+    return {"fsdp": True, "fsdp_config": {"version": 2, **wrapped}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def launches(folder):
+    runs = [(f"{kind}-{lora}", kind, lora, settings(4) | sharded(kind)) for kind in KINDS for lora in (False, True)]
+    runs += [(name, "llama", False, settings(4) | sharded("llama") | more) for name, more in VARIANTS.items()]
+    runs.append(("accumulation", "llama", False, settings(2, 2) | sharded("llama")))
+    return launch(folder, 2, runs)
+
+
+def assert_equal(found, trainer):
+    trained = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert set(found["parameters"]) == set(trained)
+    for name, parameter in trained.items():
+        assert (found["parameters"][name] - parameter).norm() <= 1e-5 * parameter.norm() + 1e-8, name
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_give_the_same_model_and_load(kind, lora, launches, folder, tmp_path):
+    trainer = train(tmp_path, kind, lora, settings(8))
+    found = launches[f"{kind}-{lora}"]
+    assert_equal(found, trainer)
+    saved = folder / f"{kind}-{lora}-saved"
+    if lora:  # sharded, an adapter is not merged
+        loaded = PeftModel.from_pretrained(trainer.model.unload(), saved)
+    else:
+        loaded = CLASSES[kind].from_pretrained(saved)
+    parameters = dict(loaded.named_parameters())
+    for name, parameter in found["parameters"].items():
+        assert torch.equal(parameters[name], parameter), name
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "accumulation"])
+def test_shards_give_the_same_model_in_every_variant(variant, launches, tmp_path):
+    trainer = train(tmp_path, "llama", False, settings(8) | VARIANTS.get(variant, {}))
+    assert_equal(launches[variant], trainer)
