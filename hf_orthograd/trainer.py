@@ -115,7 +115,7 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
         self._correction: UpdateCorrection | None = None
         self._publishing = False
         if forget_dataset is not None:
-            validation.check_launch(self.args)
+            validation.check_launch(self.args, self.accelerator.state)
             validation.find_parameters(self.model, self.args)
             if self.args.forget_loss == "npo":
                 self.add_callback(ReferenceLosses())
@@ -162,6 +162,8 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
         batches = [ForgetBatch(*pair) for pair in zip(forget, (one.slopes for one in objectives), strict=True)]
         scaler = self.accelerator.scaler if self.args.projection != "none" else None
         self._engine.loss_scale = scale = 1.0 if scaler is None else scaler.get_scale()
+        if self.is_deepspeed_enabled and self.args.projection != "none":
+            model = self.accelerator.unwrap_model(model)  # DeepSpeed's wrapper takes any backward pass for the last
         step = self._engine.measure(model, batches, retain)
         self._check_finite(step, forget_rows, retain_rows)
 

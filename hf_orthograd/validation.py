@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,22 +20,29 @@ from .objectives import PerSampleLoss, check_per_sample, find_unlabelled_rows
 logger = logging.get_logger(__name__)
 
 
-def check_launch(args: OrthoGradConfig) -> None:
-    """Refuses launches under which the update would not be the one the configuration names."""
+def check_launch(args: OrthoGradConfig, state: AcceleratorState) -> None:
+    """Refuses launches under which the update would not be the one the configuration names.
+
+    Args:
+        args ([`OrthoGradConfig`]): The configuration.
+        state (`accelerate.state.AcceleratorState`): Knows what the launcher has set, too.
+    """
+    fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
+    zero_stage = None if deepspeed is None else deepspeed.zero_stage
     refusals = {
-        "`deepspeed`": bool(args.deepspeed),
-        "`fsdp` of version 1 (set fsdp_config={'version': 2})": bool(args.fsdp) and _fsdp_version(args) != 2,
-        "`retain_chunk_size` with `fsdp` (leave one out)": bool(args.fsdp) and args.retain_chunk_size is not None,
+        "`fsdp` of version 1 (set fsdp_config={'version': 2})": fsdp is not None and fsdp.fsdp_version != 2,
+        "`fsdp` with `retain_chunk_size` (leave one out)": fsdp is not None and args.retain_chunk_size is not None,
+        "`deepspeed` with ZeRO stage 3 (use stage 2, or `fsdp`)": zero_stage == 3,
+        "`deepspeed` with `fp16` (use `bf16`)": deepspeed is not None and args.fp16,
+        "`deepspeed` with projection_target='update' (DeepSpeed's step cannot be corrected: use `fsdp`)": (
+            deepspeed is not None and args.projection_target == "update"
+        ),
         "torch.nn.DataParallel (set CUDA_VISIBLE_DEVICES to one device)": args.n_gpu > 1,
         "`label_smoothing_factor`": args.label_smoothing_factor != 0,
     }
     for what, refused in refusals.items():
         if refused:
             raise ValueError(f"Unlearning with a `forget_dataset` does not support {what}.")
-
-
-def _fsdp_version(args: OrthoGradConfig) -> int:
-    return (args.fsdp_plugin_args or {}).get("fsdp_version", 2)
 
 
 def needs_retain(args: OrthoGradConfig) -> bool:

@@ -1,4 +1,4 @@
-"""FSDP2 in two processes gives the model that one process gives, and what it saves loads."""
+"""FSDP2 and DeepSpeed in two processes give the model that one process gives, and what FSDP2 saves loads."""
 
 import pytest
 import torch
@@ -68,3 +68,34 @@ def test_shards_give_the_same_model_and_load(kind, lora, launches, folder, tmp_p
 def test_shards_give_the_same_model_in_every_variant(variant, launches, tmp_path):
     trainer = train(tmp_path, "llama", False, settings(8) | VARIANTS.get(variant, {}))
     assert_equal(launches[variant], trainer)
+
+
+def zero(stage):
+    automatic = dict.fromkeys(
+        ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping"),
+        "auto",
+    )
+    # the tests' plain SGD is one that DeepSpeed has not been tested with
+    return {"deepspeed": {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True, **automatic}}
+
+
+ZERO = {
+    "zero-1": ("llama", False, settings(4) | zero(1)),
+    "zero-2": ("llama", False, settings(4) | zero(2)),
+    "zero-2-accumulation": ("llama", False, settings(2, 2) | zero(2)),
+    "zero-2-lora": ("whisper", True, settings(4) | zero(2)),
+    "zero-2-whisper": ("whisper", False, settings(4) | zero(2)),
+    "zero-2-vit": ("vit", False, settings(4) | zero(2)),
+}
+
+
+@pytest.fixture(scope="module")
+def zero_launches(tmp_path_factory):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    return launch(tmp_path_factory.mktemp("zero"), 2, [(name, *run) for name, run in ZERO.items()])
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_deepspeed_gives_the_same_model(name, zero_launches, tmp_path):
+    kind, lora, _ = ZERO[name]
+    assert_equal(zero_launches[name], train(tmp_path, kind, lora, settings(8)))

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -219,13 +220,24 @@ def test_loss_that_is_not_finite_stops_with_the_samples(which, tmp_path, make_mo
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("plugin", "settings", "message"),
     [
-        ({"fsdp_config": {"version": 1}}, "`fsdp` of version 1"),
-        ({"retain_chunk_size": 2}, "`retain_chunk_size` with `fsdp`"),
+        ({"fsdp_plugin": SimpleNamespace(fsdp_version=1)}, {}, "`fsdp` of version 1"),
+        (
+            {"fsdp_plugin": SimpleNamespace(fsdp_version=2)},
+            {"retain_chunk_size": 2},
+            "`fsdp` with `retain_chunk_size`",
+        ),
+        ({"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, {}, "`deepspeed` with ZeRO stage 3"),
+        ({"deepspeed_plugin": SimpleNamespace(zero_stage=2)}, {"fp16": True}, "`deepspeed` with `fp16`"),
+        (
+            {"deepspeed_plugin": SimpleNamespace(zero_stage=2)},
+            {"projection_target": "update"},
+            "`deepspeed` with projection_target='update'",
+        ),
     ],
 )
-def test_what_shards_cannot_do_is_refused(settings, message, tmp_path):
-    args = OrthoGradConfig(str(tmp_path), report_to="none", fsdp=True, **settings)
+def test_launches_that_cannot_be_exact_are_refused(plugin, settings, message, tmp_path):
+    args = OrthoGradConfig(str(tmp_path), report_to="none", **settings)
     with pytest.raises(ValueError, match=message):
-        check_launch(args)
+        check_launch(args, SimpleNamespace(**plugin))
