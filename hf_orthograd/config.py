@@ -8,6 +8,9 @@ from .objectives import FORGET_LOSSES
 from .projection import SOLVERS, check_solver
 
 
+# the metric by which a `retain_budget` has the best model found: how far forgetting has come, if inside the budget
+SCORE = "eval_forgotten_within_budget"
+
 CHOICES = {
     "forget_loss": FORGET_LOSSES,
     "projection": ("orthogonal", "mean", "none"),
@@ -75,6 +78,23 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
         merge_adapter (`bool`, *optional*, defaults to `True`):
             Whether `save_model()` and `push_to_hub()` write a LoRA model merged into its base. Deleting an adapter
             undoes the unlearning it holds. Checkpoints keep the adapter.
+        monitor_steps (`int`, *optional*):
+            Every how many steps the change of the retain losses that a step really made is measured and logged beside
+            the one predicted, for two more forward passes over its retain samples; 0 for never. `logging_steps` by
+            default.
+        forget_target (`str` or `float`, *optional*):
+            What `stop_metric` on the forget set is to reach for training to stop: a number, or "reference", its value
+            before the first step on `eval_dataset["reference"]`, data of the kind to forget that the model never saw.
+        retain_budget (`float`, *optional*):
+            By how much `stop_metric` may become worse on `eval_dataset["retain"]`, or an `eval_dataset` that is not a
+            dict. In the end the model is that of the evaluation inside the budget at which most was forgotten, also
+            if losses stop being finite.
+        stop_metric (`str`, *optional*, defaults to `"loss"`):
+            "loss", or a metric that `compute_metrics` returns, as "wer".
+        stop_greater_is_better (`bool`, *optional*, defaults to `False`):
+            Whether a greater `stop_metric` is better quality, as for "accuracy".
+        stop_patience (`int`, *optional*, defaults to `0`):
+            How many evaluations in a row may lie outside of the budget before training stops.
     """
 
     alpha: float = field(
@@ -133,6 +153,26 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
         default=True,
         metadata={"help": "Whether save_model() and push_to_hub() write a LoRA model merged into its base."},
     )
+    monitor_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Every how many steps the real change of retain losses is logged; `logging_steps` by default."
+        },
+    )
+    forget_target: str | None = field(
+        default=None,
+        metadata={"help": "Level of `stop_metric` on the forget set to stop at: a number, or 'reference'."},
+    )
+    retain_budget: float | None = field(
+        default=None, metadata={"help": "By how much `stop_metric` may become worse on retained data."}
+    )
+    stop_metric: str = field(default="loss", metadata={"help": "The metric of `forget_target` and `retain_budget`."})
+    stop_greater_is_better: bool = field(
+        default=False, metadata={"help": "Whether a greater `stop_metric` is better quality."}
+    )
+    stop_patience: int = field(
+        default=0, metadata={"help": "Evaluations in a row that may lie outside of the budget before training stops."}
+    )
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
@@ -147,12 +187,34 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
                 raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
         self._check_solver()
         self._check_chunks()
+        self._check_stopping()
         if self.projection_target == "update" and (self.projection, self.projection_scope) != ("orthogonal", "global"):
             raise ValueError(
                 f"`projection_target` is 'update', which needs projection='orthogonal' and projection_scope='global', but "
                 f"they are {self.projection!r} and {self.projection_scope!r}."
             )
         super().__post_init__()
+
+    def _check_stopping(self) -> None:
+        for name in ("monitor_steps", "stop_patience", "retain_budget"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"`{name}` must not be negative, but is {getattr(self, name)}.")
+        if self.forget_target not in (None, "reference"):
+            try:
+                float(self.forget_target)
+            except ValueError as error:
+                raise ValueError(
+                    f"`forget_target` must be a number or 'reference', but is {self.forget_target!r}."
+                ) from error
+        if self.retain_budget is None:
+            return
+        if self.metric_for_best_model not in (None, SCORE):
+            raise ValueError(
+                f"`retain_budget` restores the best model inside of it, but `metric_for_best_model` is "
+                f"{self.metric_for_best_model!r}, which asks for another. Leave one of them out."
+            )
+        self.metric_for_best_model, self.greater_is_better, self.load_best_model_at_end = SCORE, True, True
+        self.save_strategy = "best"
 
     def _check_solver(self) -> None:
         try:

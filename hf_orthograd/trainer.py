@@ -1,40 +1,27 @@
 """[`OrthoGradTrainer`]: transformers' Trainer with a forget set."""
 
-import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from itertools import islice
 
 import torch
-from accelerate.utils import gather_object
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Seq2SeqTrainer, TrainingArguments
 from transformers.utils import logging
 
 from . import validation
+from .checkpoints import Checkpoints
 from .config import OrthoGradConfig
 from .data import SAMPLE_INDEX
-from .distributed import Exchange
-from .estimate import Estimate, estimate_step, optimizer_state_bytes
-from .gradients import (
-    ForgetBatch,
-    GradientEngine,
-    MeanEngine,
-    PlainEngine,
-    StepGradients,
-    choose_engine,
-    preserved_modes,
-    preserved_random_state,
-    split_samples,
-)
+from .gradients import ForgetBatch, GradientEngine, StepGradients
+from .monitor import UnlearningMonitor
 from .objectives import Ascent, NegativePreference, PerSampleLoss
+from .preparation import Preparation
 from .projection import Projection, solve_projections
 from .reference import ReferenceLosses
-from .sharding import is_sharded, unshard
+from .stopping import JudgedTraining, StoppingRule, check_stopping, has_rule
 from .streams import PairedStreams
 from .update import UpdateCorrection
 
@@ -46,7 +33,7 @@ class PairedBatches(dict):
     """The batches of an unlearning step, in two lists: "forget" and "retain", empty if the update needs none."""
 
 
-class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
+class OrthoGradTrainer(Preparation, JudgedTraining, Checkpoints, PairedStreams, Seq2SeqTrainer):
     """Trainer that makes a model forget `forget_dataset` while it keeps learning from `train_dataset`.
 
     Each step ascends the forget gradient after projecting it onto the orthogonal complement of the gradients of the
@@ -85,6 +72,7 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
         args = as_config(args)
         if forget_dataset is not None:
             validation.check_datasets(args, forget_dataset, train_dataset)
+            check_stopping(args, eval_dataset, compute_metrics)
         self.forget_dataset = forget_dataset
         # kept from Trainer, which would take its loss as already scaled for accumulation
         self._per_sample_loss_func = compute_loss_func if forget_dataset is not None else None
@@ -113,12 +101,15 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
         self._forget_batches: Iterator | None = None
         self._window = _empty_window()
         self._correction: UpdateCorrection | None = None
-        self._publishing = False
+        self._monitor: UnlearningMonitor | None = None
+        self._publishing = self._loaded_in_part = False
         if forget_dataset is not None:
             validation.check_launch(self.args, self.accelerator.state)
             validation.find_parameters(self.model, self.args)
             if self.args.forget_loss == "npo":
                 self.add_callback(ReferenceLosses())
+            if has_rule(self.args):
+                self.add_callback(StoppingRule(self.args))
 
     # ---- The step: forward, inner products, k numbers, one backward ----
 
@@ -141,7 +132,12 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
             return torch.zeros((), device=self.args.device)
         self._window = _empty_window()
         # a mean over samples, not over tokens: the number of tokens would be that of the retain batch alone
-        return super().training_step(model, window, None)
+        try:
+            return super().training_step(model, window, None)
+        except FloatingPointError as error:
+            if not self._ends_with_the_best(error):
+                raise
+            return torch.zeros((), device=self.args.device)
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         if isinstance(inputs, PairedBatches):
@@ -164,6 +160,10 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
         self._engine.loss_scale = scale = 1.0 if scaler is None else scaler.get_scale()
         if self.is_deepspeed_enabled and self.args.projection != "none":
             model = self.accelerator.unwrap_model(model)  # DeepSpeed's wrapper takes any backward pass for the last
+        watched = self._monitor is not None and self._monitor.watches(self.state.global_step)
+        if watched:
+            self._monitor.begin(model, retain)
+        self._engine.outlives = watched or self._correction is not None
         step = self._engine.measure(model, batches, retain)
         self._check_finite(step, forget_rows, retain_rows)
 
@@ -175,6 +175,8 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
         loss = step.combine(-(1 - alpha), alpha, coefficients) / scale
         if self._correction is not None:
             self._correction.gradients = step
+        if watched:
+            self._monitor.expect(step)
         self._collect_metrics(step, projection)
         # the value is for the log; the gradient is that of the combination
         retain_loss = step.retain_losses.mean() if len(step.retain_losses) else 0.0
@@ -207,133 +209,31 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
                 if isinstance(module, _BatchNorm):
                     module.eval()
 
-    # ---- What is checked and reported ----
-
-    def estimate(self) -> Estimate:
-        """Counts what a step will take, without making one: parameters under the projection, rules, memory, time.
-
-        From forward and backward passes over two samples of each set, padded as the first batch is. Time counts the
-        multiplications of matrix products alone. Activations are taken to grow with the number of samples, and the
-        state of optimizers other than torch's Adam counts as nothing.
-
-        Returns:
-            [`Estimate`], which prints as a table.
-
-        Raises:
-            ValueError: There is no `forget_dataset`, or the model or samples would be refused by `train()`.
-        """
-        if self.forget_dataset is None:
-            raise ValueError("`estimate()` needs a `forget_dataset`: without one the trainer is Trainer.")
-        args, model = self.args, self.accelerator.unwrap_model(self.model)
-        num_retain = self._train_batch_size if self._has_retain else 0
-        with preserved_random_state(), preserved_modes(model), self.compute_loss_context_manager():
-            engine = self._choose_engine(model)
-            forget = self._first_batch(self.forget_dataset, "forget_dataset", args.per_device_forget_batch_size)
-            retain = self._first_batch(self.train_dataset, "train_dataset", max(num_retain, 1))
-            return estimate_step(
-                model,
-                engine.per_sample_losses,
-                engine.parameters,
-                split_samples([forget], 2)[0].inputs,
-                split_samples([retain], 2)[0].inputs,
-                engine=engine.name,
-                num_forget=args.per_device_forget_batch_size,
-                num_retain=num_retain,
-                chunk_size=args.retain_chunk_size,
-                optimizer_bytes=optimizer_state_bytes(args.optim.value),
-            )
-
-    def _prepare_unlearning(self, model: nn.Module) -> None:
-        """Chooses the engine and starts the forget stream."""
-        self._engine = self._choose_engine(model)
-        self._engine.exchange = Exchange(self.accelerator.num_processes, self.accelerator.process_index)
-        self._check_agreement(self._engine.name)
-        if self._correction is not None:
-            self.remove_callback(self._correction)
-            self._correction = None
-        if self.args.projection_target == "update":
-            self._correction = UpdateCorrection(
-                self._engine.parameters, equality=self.args.alpha == 0, metrics=self._metrics
-            )
-            self.add_callback(self._correction)
-        self._forget_batches = self._start_forget_stream()
-
-    def _check_agreement(self, engine: str) -> None:
-        engines = gather_object([engine])
-        if len(set(engines)) > 1:
-            raise ValueError(
-                f"The processes would use different gradient engines ({', '.join(engines)}): the first samples of one did "
-                "not pass the check that others passed. Set `gradient_engine` to 'loop'."
-            )
-
-    def _choose_engine(self, model: nn.Module) -> GradientEngine:
-        """Checks the model and a few samples, and finds the engine that follows it."""
-        args, plain_model, scaler = self.args, self.accelerator.unwrap_model(self.model), self.accelerator.scaler
-        parameters = validation.find_parameters(plain_model, args)
-        base_model = plain_model.get_base_model() if isinstance(plain_model, PeftModel) else plain_model
-        self._per_sample_loss = PerSampleLoss(base_model, self._per_sample_loss_func)
-        model.train()
-        self._freeze_batch_norm(model)
-        validation.check_batch_norm(plain_model)
-        for dataset, what in ((self.forget_dataset, "forget_dataset"), (self.train_dataset, "train_dataset")):
-            validation.check_label_column(dataset, what, self._per_sample_loss.shifts_labels)
-        with preserved_random_state():
-            forget = self._first_batch(self.forget_dataset, "forget_dataset", 2)
-            retain = self._first_batch(self.train_dataset, "train_dataset", 2)
-            sample = self._first_batch(self.forget_dataset, "forget_dataset", 1)
-            validation.check_losses(self._per_sample_loss, plain_model, forget, sample)
-            if is_sharded(plain_model):
-                parameters = unshard(plain_model, parameters)
-            if args.projection == "none":
-                return PlainEngine(parameters, self._per_sample_loss)
-            if args.projection == "mean":
-                return MeanEngine(parameters, self._per_sample_loss)
-            return choose_engine(
-                args.gradient_engine,
-                parameters,
-                self._per_sample_loss,
-                plain_model,
-                forget,
-                retain,
-                keeps=args.projection_scope == "per_tensor" or args.projection_target == "update",
-                chunk_size=args.func_chunk_size,
-                retain_chunk_size=args.retain_chunk_size,
-                dtype=torch.bfloat16 if args.bf16 else torch.float16 if scaler else torch.float32,
-                loss_scale=scaler.get_scale() if scaler else 1.0,
-            )
-
-    def _first_batch(self, dataset, what: str, count: int) -> dict:
-        indexed, collator = self._indexed(dataset, what)
-        if hasattr(dataset, "__len__"):
-            examples = [indexed[row] for row in range(min(count, len(indexed)))]
-        else:
-            examples = list(enumerate(islice(dataset, count)))
-        batch = self._prepare_inputs(collator(examples))
-        del batch[SAMPLE_INDEX]
-        rows = [row for row, _ in examples]
-        shifted = self._per_sample_loss.shifts_labels
-        validation.check_labels(batch.get("labels"), what=what, shifted=shifted, sample_indices=rows)
-        return dict(batch)
+    # ---- What is reported ----
 
     def _check_finite(self, step: StepGradients, forget_rows: list[Tensor], retain_rows: list[Tensor | None]) -> None:
-        for what, losses, rows in (
-            ("forget_dataset", step.forget_losses, forget_rows),
-            ("train_dataset", step.retain_losses, retain_rows),
-        ):
-            bad = ~torch.isfinite(losses)
-            if bad.any():
-                known = rows and all(row is not None for row in rows)
-                listed = ", ".join(str(row) for row in torch.cat(rows)[bad].tolist()) if known else "unknown"
-                raise FloatingPointError(
-                    f"The loss at step {self.state.global_step + 1} is not finite for rows {listed} of `{what}`. No "
-                    f"update was made; checkpoints saved so far in {self.args.output_dir!r} are intact. Lower the "
-                    "learning rate, set forget_loss='npo', or look at these samples."
-                )
+        """Raises in every process if a loss is not finite in one."""
+        found = [
+            (what, rows, ~torch.isfinite(losses))
+            for what, losses, rows in (
+                ("forget_dataset", step.forget_losses, forget_rows),
+                ("train_dataset", step.retain_losses, retain_rows),
+            )
+        ]
+        number = sum(bad.sum() for _, _, bad in found)
+        saved = f"checkpoints saved so far in {self.args.output_dir!r} are intact."
+        if self._engine.exchange.sum(number.float()) > 0:
+            listed = [f"{_name_rows(rows, bad)} of `{what}`" for what, rows, bad in found if bad.any()]
+            raise FloatingPointError(
+                f"The loss at step {self.state.global_step + 1} is not finite for "
+                f"{' and '.join(listed) or 'samples of another process'}. No update was made; {saved} Lower the learning "
+                "rate, set forget_loss='npo', or look at these samples."
+            )
         # an overflow that a smaller scale may avoid passes: the scaler will find it, skip the step and back off
         if step.grams and not torch.isfinite(step.gram).all() and self._engine.loss_scale <= 1:
             raise FloatingPointError(
                 f"A gradient at step {self.state.global_step + 1} is not finite, though all losses are. No update was "
-                f"made; checkpoints saved so far in {self.args.output_dir!r} are intact."
+                f"made; {saved}"
             )
 
     def _collect_metrics(self, step: StepGradients, projection: Projection | None) -> None:
@@ -352,31 +252,10 @@ class OrthoGradTrainer(PairedStreams, Seq2SeqTrainer):
             self._metrics.clear()
         super().log(logs, *args, **kwargs)
 
-    # ---- What is saved ----
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in Trainer; a LoRA model is merged first, unless this is a checkpoint or `merge_adapter` is False.
-
-        Under FSDP the adapter is saved as it is, with a warning.
-        """
-        final = self._publishing or not _internal_call
-        merge = self.forget_dataset is not None and self.args.merge_adapter and isinstance(self.model, PeftModel)
-        if final and merge and self.is_fsdp_enabled:
-            logger.warning(
-                "A sharded LoRA model cannot be merged here: saving the adapter alone, without which the model remembers. "
-                "Before it is published, load it with `AutoPeftModel...from_pretrained` in one process, call "
-                "`merge_and_unload()` and save the result."
-            )
-        elif final and merge:
-            merged = copy.deepcopy(self.model).merge_and_unload(safe_merge=True)
-            with self._replaced("model", merged):
-                return super().save_model(output_dir, _internal_call)
-        super().save_model(output_dir, _internal_call)
-
-    def push_to_hub(self, *args, **kwargs):
-        """As in Trainer, with the model that `save_model()` writes."""
-        with self._replaced("_publishing", True):
-            return super().push_to_hub(*args, **kwargs)
+def _name_rows(rows: list[Tensor | None], bad: Tensor) -> str:
+    known = rows and all(row is not None for row in rows)
+    return f"rows {', '.join(map(str, torch.cat(rows)[bad].tolist()))}" if known else "unknown rows"
 
 
 def _empty_window() -> PairedBatches:

@@ -79,6 +79,8 @@ class UpdateCorrection(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs):
         gradients, self.gradients = self.gradients, None
         before, self._before = self._before, {}
+        if gradients is None:  # nothing was made to step along: a loss was not finite
+            return
         parameters, gram = self._parameters, gradients.gram[1:, 1:].cpu()
         squared = 0.0
 

@@ -77,7 +77,9 @@ class SkipFirst(TrainerCallback):
             model.zero_grad()
 
 
-def train(folder: Path, kind: str, lora: bool, settings: dict, skip_first: bool = False) -> OrthoGradTrainer:
+def train(
+    folder: Path, kind: str, lora: bool, settings: dict, skip_first: bool = False, resume=None
+) -> OrthoGradTrainer:
     torch.manual_seed(0)
     model = MODELS[kind]()
     if lora:
@@ -104,7 +106,7 @@ def train(folder: Path, kind: str, lora: bool, settings: dict, skip_first: bool 
     if scaling is not None:  # accelerate itself leaves fp16 out on a CPU, though torch offers all of it
         trainer.accelerator.native_amp = True
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", **scaling)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 

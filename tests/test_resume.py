@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launched import train
 
 
 TESTS = Path(__file__).parent
@@ -33,3 +34,14 @@ def test_killed_run_resumes_bit_for_bit(step, tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     # it did go on from a checkpoint
     assert f"checkpoint-{(step - 1) // 2 * 2}" in {path.name for path in (tmp_path / "killed").iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["whisper", "wav2vec2", "vit"])
+def test_every_weight_of_a_checkpoint_comes_back(kind, tmp_path):
+    """Also where transformers saves other names than the model's own, as it does for a ViT."""
+    settings = {"per_device_train_batch_size": 4, "per_device_forget_batch_size": 4}
+    settings |= {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.5}
+    first = train(tmp_path, kind, False, settings)
+    resumed = train(tmp_path, kind, False, settings, resume=tmp_path / "checkpoint-2")
+    for one, other in zip(first.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)

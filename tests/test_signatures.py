@@ -20,6 +20,9 @@ def names(function):
         ("compute_loss", ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]),
         ("get_train_dataloader", ["self"]),
         ("save_model", ["self", "output_dir", "_internal_call"]),
+        ("_issue_warnings_after_load", ["self", "load_result"]),
+        ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
+        ("_load_best_model", ["self"]),
     ],
 )
 def test_overridden_methods(method, expected):
@@ -31,6 +34,7 @@ def test_called_methods():
     assert names(Trainer._remove_unused_columns) == ["self", "dataset", "description"]
     assert names(Trainer._get_collator_with_removed_columns) == ["self", "data_collator", "description"]
     assert names(Trainer._get_train_sampler) == ["self", "train_dataset"]
+    assert names(Trainer._save_checkpoint) == ["self", "model", "trial"]
     assert names(Trainer.log)[:2] == ["self", "logs"]
     assert hasattr(ExportableState, "state")
     assert "stateful_callbacks" in names(TrainerState)

@@ -40,12 +40,16 @@ class KeptGradients(StepGradients):
     Parameters:
         parameters ([`Parameters`]): What the gradients belong to.
         shares (`dict[str, ParameterShare]`): What is kept for each trainable parameter.
-        keep (`bool`): Whether it outlives [`combine`].
+        keep (`bool`): Whether it is there after [`combine`].
     """
 
     parameters: Parameters
     shares: dict[str, ParameterShare]
     keep: bool
+
+    @property
+    def outlives(self) -> bool:
+        return self.keep
 
     def combine(self, forget_weight: float, retain_weight: float, coefficients: dict[str, Tensor]) -> Tensor:
         gradients = {}
@@ -152,7 +156,7 @@ class GramEngine(GradientEngine):
         grams = assemble_grams(products, forget_gradients, placement)
         common = (forget_losses, retain_losses.detach(), grams, placement, self.parameters)
         if keeps:
-            return KeptGradients(*common, shares, self.keeps)
+            return KeptGradients(*common, shares, self.keeps or self.outlives)
         if len(groups) == 1:
             return RecomputedGradients(*common, forget_gradients, self.loss_scale * retain_losses, recorder)
         scaled = partial(self._scaled_losses, model)

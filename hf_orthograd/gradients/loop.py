@@ -34,6 +34,10 @@ class MaterializedGradients(StepGradients):
     rows: dict[str, Tensor]
     parameters: Parameters
 
+    @property
+    def outlives(self) -> bool:
+        return True
+
     def combine(self, forget_weight: float, retain_weight: float, coefficients: dict[str, Tensor]) -> Tensor:
         gradients = {}
         for name, rows in self.rows.items():
