@@ -70,8 +70,8 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
         func_chunk_size (`int`, *optional*):
             Samples that the "func" engine vectorises at once; all retain samples of the batch by default.
         retain_chunk_size (`int`, *optional*):
-            Retain samples that run forward at once under the "gram" engine, for batches of more than memory holds. The
-            projection stays that on all of them; time grows with the square of the number of chunks. All by default.
+            How many retain samples memory holds at once under the "gram" engine, for batches of more. The projection stays
+            that on all of them; time grows with the square of the number of chunks. All by default.
         freeze_batch_norm (`bool`, *optional*, defaults to `False`):
             Keeps BatchNorm layers in evaluation mode while training. In training mode they couple the samples of a
             batch, and per-sample gradients do not exist.
@@ -144,7 +144,7 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
     )
     retain_chunk_size: int | None = field(
         default=None,
-        metadata={"help": "Retain samples that run forward at once under the 'gram' engine; all by default."},
+        metadata={"help": "Retain samples that memory holds at once under the 'gram' engine; all by default."},
     )
     freeze_batch_norm: bool = field(
         default=False, metadata={"help": "Keeps BatchNorm layers in evaluation mode while training."}

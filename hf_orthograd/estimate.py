@@ -1,5 +1,6 @@
 """What a step will take, counted on two samples before any step is made."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .gradients import Parameters
 from .gradients.base import PerSampleLosses
 from .gradients.calls import Call, SpreadCall
-from .gradients.gram import find_uses
+from .gradients.gram import FORWARD_PART, find_uses
 from .gradients.layers import RULES
 from .gradients.recording import Recorder
 from .gradients.shares import BLOCK_BYTES, Cost, Use, count_cost
@@ -135,7 +136,7 @@ def estimate_step(
         forget, retain (`Mapping`): Inputs of a few samples each.
         engine (`str`): "gram", "func", "loop", "mean" or "none".
         num_forget, num_retain (`int`): Samples in a step, m and k.
-        chunk_size (`int`, *optional*): Retain samples that run forward at once.
+        chunk_size (`int`, *optional*): Retain samples that memory holds at once.
         optimizer_bytes (`int`): State of the optimizer for each trained number.
     """
     on_forget = _sample(model, per_sample_losses, parameters, forget)
@@ -162,8 +163,15 @@ def estimate_step(
             for name, uses in on_retain.uses.items()
         }
         kept, extra = sum(cost.kept_bytes for cost in costs.values()), 2 * sum(cost.extra for cost in costs.values())
-        passes = max(1, round(num_retain / chunk)) if kept > resident else 1
-        graph = max(forget_graph, chunk * on_retain.needed.activation_bytes, kept / passes)
+        budget = max(
+            sum(parameter.nbytes for parameter in model.parameters()),
+            (1 - 1 / FORWARD_PART) * kept * chunk / num_retain,
+        )
+        passes = 1 if chunk == num_retain else math.ceil(kept / budget)
+        if passes == 1:
+            graph = max(forget_graph, chunk * on_retain.needed.activation_bytes, kept)
+        else:
+            graph = max(forget_graph, budget + max(1, chunk // FORWARD_PART) * on_retain.needed.activation_bytes)
         memory = resident + gradients + graph + min(BLOCK_BYTES, kept) + working
         # further groups of a chunked batch take forward passes, shorter backward passes, and one round for the update
         again = 0 if passes == 1 else (passes - 1) * 0.5 + 1

@@ -28,9 +28,14 @@ from .calls import Call, Source, SpreadCall
 from .chunked import Chunk, RepeatedGradients, split_samples
 from .layers import per_sample_pieces
 from .pieces import Dense, Outer, Piece
-from .randomness import RandomState
+from .randomness import RandomState, preserved_random_state
 from .recording import Recorder
 from .shares import ParameterShare, Scratch, Use, count_cost
+
+
+# of a chunk, as many samples as memory holds at once, one in so many runs forward where that has to be done again and
+# again; what the others would take is left to gradients or factors of all samples
+FORWARD_PART = 4
 
 
 @dataclass
@@ -114,7 +119,7 @@ class GramEngine(GradientEngine):
         per_sample_losses (`Callable`): The losses of a batch.
         keeps (`bool`): Whether retain gradients (or factors) are kept in any case: a projection tensor by tensor, or of the
             optimizer's step, needs them.
-        chunk_size (`int`, *optional*): Most samples that run forward at once.
+        chunk_size (`int`, *optional*): How many retain samples memory holds at once; all by default.
 
     Parameters:
         recomputes (`bool`): Whether activation checkpointing was seen to run parts of the forward pass again.
@@ -144,6 +149,8 @@ class GramEngine(GradientEngine):
         else:
             groups = self.exchange.agree(self._group(model, chunks))
             keeps = len(groups) == 1
+            if not keeps and self.chunk_size is not None:
+                chunks = split_samples(retain, max(1, self.chunk_size // FORWARD_PART))
         products = {}
         for group in groups:
             shares = self._make_shares(group, forget_gradients, placement, keeps=keeps)
@@ -176,21 +183,23 @@ class GramEngine(GradientEngine):
     def _group(self, model: nn.Module, chunks: list[Chunk]) -> list[list[str]]:
         """Parameters in the order of their use, cut where a group would keep too much.
 
-        That is more than the parameters of one chunk together would, or, as with an adapter, more than the model takes.
+        That is more than all parameters would of one chunk together, less the part of it that will run forward, or, as
+        with an adapter, more than the model takes.
         """
         trainable, first = self.parameters.trainable, chunks[0]
         if len(chunks) == 1 or self.keeps:
             return [list(trainable)]
         recorder = Recorder(trainable)
         try:
-            with recorder:
+            with recorder, preserved_random_state():
                 recorder.begin(first.inputs)
                 size = len(first.losses(model, self.per_sample_losses))
             uses = find_uses(recorder.calls)
         finally:
             recorder.close()
         kept = {name: count_cost(trainable[name].shape, uses[name], size).kept_bytes for name in uses}
-        budget = max(sum(kept.values()), sum(parameter.nbytes for parameter in model.parameters()))
+        share = 1 if self.chunk_size is None else 1 - 1 / FORWARD_PART
+        budget = max(share * sum(kept.values()), sum(parameter.nbytes for parameter in model.parameters()))
         groups, used = [[]], 0
         for name in [*uses, *(name for name in trainable if name not in uses)]:
             bytes_of_all = kept.get(name, 0) * chunks[-1].samples.stop / size
