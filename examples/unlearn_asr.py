@@ -249,6 +249,7 @@ def main() -> None:
     trainer.save_model()
     if args.push_to_hub:
         trainer.push_to_hub()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

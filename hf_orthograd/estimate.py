@@ -230,19 +230,19 @@ def _run(
     model: nn.Module, losses: PerSampleLosses, inputs: Mapping, *, ends: list[nn.Parameter] | None = None
 ) -> _Pass:
     """Counts a forward pass, and a backward pass that ends at the tensors given."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, int] = {}
     largest = 0
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
         return tensor.detach()
 
     def unpack(tensor: Tensor) -> Tensor:
         nonlocal largest
-        if tensor.untyped_storage().data_ptr() not in own:
+        if tensor.untyped_storage()._cdata not in own:
             largest = max(largest, tensor.untyped_storage().nbytes())
         return tensor
 

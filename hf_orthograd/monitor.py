@@ -27,6 +27,7 @@ class UnlearningMonitor(TrainerCallback):
 
     - "retain_change": the mean change of the retain losses, in nats,
     - "retain_rises": the share of retain samples whose loss rose,
+    - "largest_retain_rise": the largest change among them, in nats,
     - "retain_change_predicted": to first order, `mean_i <g_i, change of the parameters>`, where the gradients `g_i` are kept
       until the step is made (not under activation checkpointing of full parameters, nor in chunks, nor without a
       projection).
@@ -78,6 +79,7 @@ class UnlearningMonitor(TrainerCallback):
         losses = step.placement.gather_rows(self._losses)
         self._metrics["retain_change"].append(changes.mean().item())
         self._metrics["retain_rises"].append((changes > _ROUNDING * losses.abs()).double().mean().item())
+        self._metrics["largest_retain_rise"].append(changes.max().item())
         if step.outlives:
 
             def moved() -> Iterator[tuple[str, Tensor]]:

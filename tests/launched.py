@@ -17,6 +17,7 @@ from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialS
 from accelerate.state import AcceleratorState
 from conftest import MODELS, Samples, make_example
 from peft import LoraConfig, get_peft_model
+from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
@@ -60,6 +61,18 @@ def samples(kind: str, count: int, seed: int) -> Samples:
     return Samples([make_example(kind, number, generator) for number in range(count)])
 
 
+def _without_padding(example: dict) -> dict:
+    return {name: values[example["attention_mask"].bool()] for name, values in example.items()}
+
+
+def pad(examples: list[dict]) -> dict:
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {
+        name: pad_sequence([example[name] for example in examples], batch_first=True, padding_value=fill[name])
+        for name in examples[0]
+    }
+
+
 def shard_on_cpu(trainer: OrthoGradTrainer) -> None:
     """Accelerate shards models on accelerators alone, though torch can on a CPU: tells it that this is one."""
     plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
@@ -96,11 +109,15 @@ def train(
         "use_cpu": True,
     }
     settings = dict(settings)
-    scaling = settings.pop("scaling", None)
+    scaling, ragged, count = settings.pop("scaling", None), settings.pop("ragged", False), settings.pop("count", 24)
     args = OrthoGradConfig(str(folder), **(defaults | settings))
-    retain, forget = samples(kind, 24, seed=1), samples(kind, 24, seed=2)
+    retain, forget = samples(kind, count, seed=1), samples(kind, count, seed=2)
+    if ragged:  # batches as long as their longest sequence
+        retain, forget = (Samples([_without_padding(e) for e in own.examples]) for own in (retain, forget))
     callbacks = [SkipFirst()] if skip_first else None
-    trainer = OrthoGradTrainer(model, args, train_dataset=retain, forget_dataset=forget, callbacks=callbacks)
+    trainer = OrthoGradTrainer(
+        model, args, pad if ragged else None, train_dataset=retain, forget_dataset=forget, callbacks=callbacks
+    )
     if args.fsdp:
         shard_on_cpu(trainer)
     if scaling is not None:  # accelerate itself leaves fp16 out on a CPU, though torch offers all of it
@@ -121,6 +138,8 @@ def main() -> None:
         if trainer.is_world_process_zero():
             logs = [entry for entry in trainer.state.log_history if "kept_signal" in entry]
             torch.save({"parameters": trained, "logs": logs}, folder / f"{name}.pt")
+        else:
+            torch.save(trained, folder / f"{name}-{trainer.accelerator.process_index}.pt")
     PartialState().wait_for_everyone()
     sys.stdout.flush()
     os._exit(0)  # taking gloo's threads down in order aborts or hangs now and then

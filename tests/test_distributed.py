@@ -1,6 +1,7 @@
 """One result whatever the launch: processes, accumulation, or neither."""
 
 import pytest
+import torch
 from launched import KINDS, launch, settings, train
 
 
@@ -49,6 +50,30 @@ def test_corrected_updates_are_the_same_too(launches):
     assert_equal(found, expected)
     kept = [[entry["update_kept"] for entry in run["logs"] if "update_kept" in entry] for run in (found, expected)]
     assert kept[0] == pytest.approx(kept[1], rel=1e-4) and kept[1][-1] < 0.999
+
+
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory):
+    """Sequences as long as they are; and 21 samples, of which the last step has 5 for 8 places."""
+    folder = tmp_path_factory.mktemp("unequal")
+    runs = [("ragged", "llama", False, settings(4, ragged=True))]
+    runs.append(("uneven", "llama", False, settings(4, ragged=True, count=21, max_steps=6)))
+    return folder, launch(folder, 2, runs)
+
+
+def test_sequences_of_other_lengths_in_each_process(unequal, tmp_path):
+    _, launches = unequal
+    trainer = train(tmp_path, "llama", False, settings(8, ragged=True))
+    trained = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert_equal(launches["ragged"], {"parameters": trained, "logs": trainer.state.log_history})
+
+
+def test_last_batches_that_do_not_come_out_even(unequal):
+    folder, launches = unequal
+    found, other = launches["uneven"], torch.load(folder / "uneven-1.pt")
+    assert len(found["logs"]) == 6  # two epochs
+    for name, parameter in found["parameters"].items():
+        assert torch.isfinite(parameter).all() and torch.equal(parameter, other[name])
 
 
 def assert_equal(found, expected):

@@ -26,16 +26,9 @@ pytest.importorskip("espeakng_loader", reason="the demo corpus is spoken by eSpe
 from demo_corpus import SPEAKERS, build_demo_corpus  # noqa: E402
 
 
-def run_example(*arguments):
-    command = [
-        sys.executable,
-        str(EXAMPLES / "unlearn_asr.py"),
-        *arguments,
-        "--report_to",
-        "none",
-        "--disable_tqdm",
-        "1",
-    ]
+def run_example(*arguments, launcher=()):
+    command = [sys.executable, *launcher, str(EXAMPLES / "unlearn_asr.py"), *arguments]
+    command += ["--report_to", "none", "--disable_tqdm", "1"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return finished.stdout
@@ -82,6 +75,16 @@ def test_demo_from_corpus_to_saved_model(tmp_path):
     audio = torch.zeros(16000).numpy()
     features = processor.feature_extractor(audio, sampling_rate=16000, return_tensors="pt").input_features
     assert model.generate(features).shape[0] == 1
+
+
+def test_two_processes_evaluate_generate_and_save(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d")
+    launcher += ("--rdzv-endpoint", "localhost:0")
+    shortened = ("--finetune_epochs", "0.2", "--max_steps", "2", "--save_strategy", "no", "--compare_projections")
+    run_example(*shortened, "mean", "--use_cpu", "1", "--output_dir", str(tmp_path), launcher=launcher)
+    results = check_outputs(tmp_path, ["before", 'projection="mean"', 'projection="orthogonal"'])
+    assert results["rows"]['projection="orthogonal"']["history"][0]["projection_rank"] > 28  # of both processes
+    AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
 
 
 def test_dry_run_prints_the_estimate_and_makes_nothing(tmp_path):

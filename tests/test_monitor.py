@@ -17,7 +17,7 @@ class Account(TrainerCallback):
     """Mean change of the retain losses in each step, by the model's own loss, one sample at a time."""
 
     def __init__(self, model, retain):
-        self.model, self.retain, self.changes, self.rises = model, retain, [], []
+        self.model, self.retain, self.changes, self.rises, self.largest = model, retain, [], [], []
 
     @torch.no_grad()
     def losses(self):
@@ -34,6 +34,7 @@ class Account(TrainerCallback):
         change = self.losses() - self.before
         self.changes.append(change.mean().item())
         self.rises.append((change > 0).double().mean().item())
+        self.largest.append(change.max().item())
 
 
 def monitored_run(tmp_path, model, kind, make_samples, callbacks=(), **settings):
@@ -63,7 +64,8 @@ def test_change_is_what_the_losses_did_and_nearly_what_was_predicted(kind, engin
     account = Account(model, make_samples(kind, K, seed=1))
     _, logs = monitored_run(tmp_path, model, kind, make_samples, [account], gradient_engine=engine)
     assert len(logs) == 4
-    for entry, change, rises in zip(logs, account.changes, account.rises, strict=True):
+    for entry, change, rises, largest in zip(logs, account.changes, account.rises, account.largest, strict=True):
+        assert entry["largest_retain_rise"] == pytest.approx(largest, abs=1e-6)
         assert entry["retain_change"] == pytest.approx(change, abs=1e-6)
         assert entry["retain_change_predicted"] == pytest.approx(change, rel=0.1, abs=1e-5)
         assert abs(change) > 1e-4 and abs(entry["retain_rises"] - rises) < 0.5

@@ -172,7 +172,8 @@ class Recorder(TorchFunctionMode):
         # the view and its node leaves the graph, while that of the product stays
         product = output._base if output._is_view() and output._base.numel() == output.numel() else output
         device = output.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        autocast = torch.get_autocast_dtype(device) if enabled else None
         edge = get_gradient_edge(product)
         call = Call(func, args, kwargs, output.shape, edge, sources, autocast, holder=node, batched_indices=batched)
         self._watch(call, product)
