@@ -79,6 +79,16 @@ DEMO = {
     "logging_steps": 1,
 }
 
+# a stopping rule, and the checkpoints of one, are for unlearning alone
+WITHOUT_RULE = {
+    "forget_target": None,
+    "retain_budget": None,
+    "load_best_model_at_end": False,
+    "metric_for_best_model": None,
+    "greater_is_better": None,
+    "save_strategy": "no",
+}
+
 SETS = {
     "forget": "forgotten, trained on",
     "test_forgotten": "forgotten, unseen",
@@ -155,8 +165,8 @@ class Recogniser:
             warmup_steps=0.1,
             logging_steps=50,
             eval_strategy="no",
-            save_strategy="no",
             push_to_hub=False,
+            **WITHOUT_RULE,
             **self.evaluation,
         )
         everyone = concatenate_datasets([self.sets["forget"], self.sets["others"]])
@@ -236,7 +246,7 @@ def main() -> None:
     if arguments.finetune_epochs > 0:
         recogniser.finetune(model, args, arguments)
 
-    probe = OrthoGradTrainer(model, replace(args, **recogniser.evaluation), **recogniser.shared)
+    probe = OrthoGradTrainer(model, replace(args, **WITHOUT_RULE, **recogniser.evaluation), **recogniser.shared)
     rows = {"before": recogniser.rates_of(probe)}
     for projection in (*arguments.compare_projections, args.projection):
         student = make_student(model, arguments)

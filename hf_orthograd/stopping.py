@@ -108,15 +108,17 @@ class StoppingRule(TrainerCallback, ExportableState):
         return found
 
 
-def check_stopping(args: OrthoGradConfig, eval_dataset, compute_metrics) -> None:
+def check_stopping(args: OrthoGradConfig, forget_dataset, eval_dataset, compute_metrics) -> None:
     """Checks that what the rule goes by will be evaluated.
 
     Raises:
-        ValueError: There is no evaluation, no data to evaluate on, or no way to compute the metric.
+        ValueError: There is nothing to forget, no evaluation, no data to evaluate on, or no way to compute the metric.
     """
     if not has_rule(args):
         return
     asked = "`retain_budget`" if args.retain_budget is not None else "`forget_target`"
+    if forget_dataset is None:
+        raise ValueError(f"{asked} is for unlearning, but there is no `forget_dataset`. Pass one, or leave it out.")
     if args.eval_strategy == "no":
         raise ValueError(
             f"{asked} is judged at evaluations, but `eval_strategy` is 'no'. Set it to 'steps' or 'epoch'."

@@ -72,7 +72,7 @@ class OrthoGradTrainer(Preparation, JudgedTraining, Checkpoints, PairedStreams, 
         args = as_config(args)
         if forget_dataset is not None:
             validation.check_datasets(args, forget_dataset, train_dataset)
-            check_stopping(args, eval_dataset, compute_metrics)
+        check_stopping(args, forget_dataset, eval_dataset, compute_metrics)
         self.forget_dataset = forget_dataset
         # kept from Trainer, which would take its loss as already scaled for accumulation
         self._per_sample_loss_func = compute_loss_func if forget_dataset is not None else None

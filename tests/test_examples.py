@@ -80,9 +80,11 @@ def test_demo_from_corpus_to_saved_model(tmp_path):
 def test_two_processes_evaluate_generate_and_save(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d")
     launcher += ("--rdzv-endpoint", "localhost:0")
-    shortened = ("--finetune_epochs", "0.2", "--max_steps", "2", "--save_strategy", "no", "--compare_projections")
-    run_example(*shortened, "mean", "--use_cpu", "1", "--output_dir", str(tmp_path), launcher=launcher)
-    results = check_outputs(tmp_path, ["before", 'projection="mean"', 'projection="orthogonal"'])
+    shortened = ("--finetune_epochs", "0.2", "--max_steps", "2", "--use_cpu", "1", "--output_dir", str(tmp_path))
+    rule = ("--retain_budget", "5", "--stop_metric", "wer", "--eval_strategy", "steps", "--eval_steps", "2")
+    run_example(*shortened, *rule, launcher=launcher)
+    results = check_outputs(tmp_path, ["before", 'projection="none"', 'projection="orthogonal"'])
+    assert (tmp_path / "checkpoint-0").is_dir()
     assert results["rows"]['projection="orthogonal"']["history"][0]["projection_rank"] > 28  # of both processes
     AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
 

@@ -186,6 +186,12 @@ def test_rule_that_could_not_be_judged_is_refused(settings, sets, message, tmp_p
         make_trainer(tmp_path, make_model("vit"), make_samples, sets, **settings)
 
 
+def test_rule_without_a_forget_set_is_refused(tmp_path, make_model, make_samples):
+    args = OrthoGradConfig(str(tmp_path), report_to="none", eval_strategy="steps", retain_budget=0.1)
+    with pytest.raises(ValueError, match="`retain_budget` is for unlearning, but there is no `forget_dataset`"):
+        OrthoGradTrainer(make_model("vit"), args, train_dataset=make_samples("vit", 4))
+
+
 def test_metric_that_is_missing_is_found_before_the_first_step(tmp_path, make_model, make_samples):
     model = make_model("vit")
     before = [p.detach().clone() for p in model.parameters()]
