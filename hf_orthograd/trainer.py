@@ -137,6 +137,9 @@ class OrthoGradTrainer(Preparation, JudgedTraining, Checkpoints, PairedStreams, 
         except FloatingPointError as error:
             if not self._ends_with_the_best(error):
                 raise
+            if self.accelerator.scaler is not None:  # it takes a step without any gradient for a mistake
+                trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+                self.accelerator.backward(sum(0.0 * parameter.sum() for parameter in trained))
             return torch.zeros((), device=self.args.device)
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):

@@ -116,11 +116,14 @@ def test_breached_budget_stops_and_the_best_model_inside_returns(patience, tmp_p
     assert loss_of(model, kept) - start <= budget
 
 
-def test_run_that_diverges_ends_with_the_last_good_model(tmp_path, make_model, make_samples, caplog):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_run_that_diverges_ends_with_the_last_good_model(scaled, tmp_path, make_model, make_samples, caplog):
     model = make_model("vit")
     snapshots = Snapshots(model)
     settings = {"learning_rate": 1e30, "retain_budget": 0.5, "eval_steps": 10, "max_grad_norm": 0.0}
-    trainer = make_trainer(tmp_path, model, make_samples, callbacks=[snapshots], **settings)
+    trainer = make_trainer(tmp_path, model, make_samples, callbacks=[snapshots], fp16=scaled, **settings)
+    if scaled:
+        trainer.accelerator.native_amp, trainer.accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=1.0)
     trainer.train()
     assert trainer.state.global_step < 10
     assert not all(torch.isfinite(p).all() for p in snapshots.taken[1]) or not same(model, snapshots.taken[1])
