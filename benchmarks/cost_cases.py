@@ -133,11 +133,12 @@ def make_setup(name: str, lora: bool, samples: int, device: str) -> Setup:
     return Setup(model, Parameters(trained, {}), PerSampleLoss(base), *batches)
 
 
-def _engine_step(engine_class, **settings) -> Callable[[Setup], Callable[[], None]]:
+def _engine_step(engine_class, parts: int | None = None) -> Callable[[Setup], Callable[[], None]]:
     def prepare(setup: Setup) -> Callable[[], None]:
-        engine = engine_class(setup.parameters, setup.losses, **settings)
-        # retain samples may be many, but forget samples run forward at once
-        forget = {name: tensor[: settings.get("chunk_size")] for name, tensor in setup.forget.items()}
+        engine, forget = engine_class(setup.parameters, setup.losses), setup.forget
+        if parts is not None:  # retain samples in the memory of a part of them; forget samples have to fit it
+            engine.chunk_size = max(1, len(setup.retain["labels"]) // parts)
+            forget = {name: tensor[: engine.chunk_size] for name, tensor in forget.items()}
 
         def step() -> None:
             gradients = engine.measure(setup.model, [ForgetBatch(forget)], [setup.retain])
@@ -215,7 +216,7 @@ METHODS: dict[str, Callable[[Setup], Callable[[], None]]] = {
     "graddiff": _engine_step(PlainEngine),
     "two_pass": _two_pass_step,
     "gram": _engine_step(GramEngine),
-    "gram_chunks": _engine_step(GramEngine, chunk_size=32),
+    "gram_chunks": _engine_step(GramEngine, parts=8),
     "func": _engine_step(FunctionalEngine),
     "loop": _engine_step(LoopEngine),
     "torchjd": _torchjd_step,

@@ -10,8 +10,8 @@ Methods of one model take turns within one process, and the median of their time
 a fresh process that makes a single step: resident memory on a CPU, beyond what it held before the step, and
 `max_memory_allocated` on a GPU. Measurements are appended to a file of JSON lines; those already there are skipped.
 
-Methods: GradDiff; OrthoGrad by the engines gram, func and loop; gram_chunks, with 32 retain samples forward at once and no
-more than 32 forget samples; TorchJD's autogram, whose Gram matrix is that of all m + k losses, followed by a weighted
+Methods: GradDiff; OrthoGrad by the engines gram, func and loop; gram_chunks, with k retain samples in
+chunks of k / 8 and as many forget samples; TorchJD's autogram, whose Gram matrix is that of all m + k losses, followed by a weighted
 backward pass; Opacus' ghost clipping, which finds norms alone. A method that cannot run a model says why.
 """
 
