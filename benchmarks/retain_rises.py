@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import load_dataset
+from step_cost import machine
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
@@ -80,7 +81,7 @@ def main() -> None:
     lines = [
         "# Retain losses that rise in a step",
         "",
-        f"{date.today()}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, float32, "
+        f"{date.today()}, {machine('cpu')}, float32, "
         f"python {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
         + f". {Path(arguments.model_name_or_path).name}, {Path(arguments.dataset_name).name}, speaker {arguments.speaker}, "
