@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from .gradients import Parameters, StepGradients, preserved_modes, preserved_random_state
 from .gradients.base import PerSampleLosses
+from .sharding import reshard
 
 
 logger = logging.get_logger(__name__)
@@ -117,4 +118,6 @@ class UnlearningMonitor(TrainerCallback):
     def _current_losses(self) -> Tensor:
         with preserved_modes(self._model), preserved_random_state():
             self._model.eval()
-            return torch.cat([self._per_sample_losses(self._model, inputs).float() for inputs in self._retain])
+            losses = [self._per_sample_losses(self._model, inputs).float() for inputs in self._retain]
+        reshard(self._model)
+        return torch.cat(losses)

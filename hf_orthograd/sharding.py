@@ -52,6 +52,13 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def reshard(model: nn.Module) -> None:
+    """After a forward pass without a backward pass, which leaves the outermost module's parameters gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def unshard(model: nn.Module, parameters: Parameters) -> ShardedParameters:
     """Finds the tensors that a sharded model's forward pass works with.
 
