@@ -88,7 +88,8 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
         retain_budget (`float`, *optional*):
             By how much `stop_metric` may become worse on `eval_dataset["retain"]`, or an `eval_dataset` that is not a
             dict. In the end the model is that of the evaluation inside the budget at which most was forgotten, also
-            if losses stop being finite.
+            if losses stop being finite. Sets `save_strategy="best"` and `load_best_model_at_end`: checkpoints are of
+            such evaluations alone.
         stop_metric (`str`, *optional*, defaults to `"loss"`):
             "loss", or a metric that `compute_metrics` returns, as "wer".
         stop_greater_is_better (`bool`, *optional*, defaults to `False`):

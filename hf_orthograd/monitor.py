@@ -81,7 +81,7 @@ class UnlearningMonitor(TrainerCallback):
         self._metrics["retain_change"].append(changes.mean().item())
         self._metrics["retain_rises"].append((changes > _ROUNDING * losses.abs()).double().mean().item())
         self._metrics["largest_retain_rise"].append(changes.max().item())
-        if step.outlives:
+        if step.outlives_combine:
 
             def moved() -> Iterator[tuple[str, Tensor]]:
                 for name, parameter in self._parameters.stored.items():

@@ -107,8 +107,8 @@ def find_family(model: nn.Module) -> Family:
             if name in _flatten(class_names.values()):
                 return family
     raise ValueError(
-        f"The per-sample loss of {type(model).__name__} is not known. Pass `compute_loss_func(outputs, labels, num_items_in_batch=None)` "
-        "that returns one loss for each sample, shape (batch size,)."
+        f"The per-sample loss of {type(model).__name__} is not known. Pass `compute_loss_func(outputs, labels, "
+        "num_items_in_batch=None)` that returns one loss for each sample, shape (batch size,)."
     )
 
 

@@ -166,7 +166,7 @@ class OrthoGradTrainer(Preparation, JudgedTraining, Checkpoints, PairedStreams, 
         watched = self._monitor is not None and self._monitor.watches(self.state.global_step)
         if watched:
             self._monitor.begin(model, retain)
-        self._engine.outlives = watched or self._correction is not None
+        self._engine.outlives_combine = watched or self._correction is not None
         step = self._engine.measure(model, batches, retain)
         self._check_finite(step, forget_rows, retain_rows)
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
@@ -110,10 +111,13 @@ def train(
     }
     settings = dict(settings)
     scaling, ragged, count = settings.pop("scaling", None), settings.pop("ragged", False), settings.pop("count", 24)
+    poisoned = settings.pop("poisoned", None)
     args = OrthoGradConfig(str(folder), **(defaults | settings))
     retain, forget = samples(kind, count, seed=1), samples(kind, count, seed=2)
     if ragged:  # batches as long as their longest sequence
         retain, forget = (Samples([_without_padding(e) for e in own.examples]) for own in (retain, forget))
+    if poisoned is not None:
+        retain.examples[poisoned]["pixel_values"].fill_(torch.nan)
     callbacks = [SkipFirst()] if skip_first else None
     trainer = OrthoGradTrainer(
         model, args, pad if ragged else None, train_dataset=retain, forget_dataset=forget, callbacks=callbacks
@@ -130,6 +134,12 @@ def train(
 def main() -> None:
     folder, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
     for name, kind, lora, settings in runs:
+        if "poisoned" in settings:
+            with pytest.raises(FloatingPointError) as raised:
+                train(folder, kind, lora, settings)
+            message = str(raised.value)
+            torch.save({"message": message}, folder / f"{name}{PartialState().process_index or ''}.pt")
+            continue
         trainer = train(folder, kind, lora, settings)
         trained = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
         if trainer.args.fsdp:

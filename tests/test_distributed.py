@@ -76,6 +76,14 @@ def test_last_batches_that_do_not_come_out_even(unequal):
         assert torch.isfinite(parameter).all() and torch.equal(parameter, other[name])
 
 
+def test_loss_that_is_not_finite_in_one_process_ends_all(tmp_path):
+    """None waits for the other: that with the sample names it."""
+    found = launch(tmp_path, 2, [("nan", "vit", False, settings(4, poisoned=5))])["nan"]
+    messages = sorted((found["message"], torch.load(tmp_path / "nan1.pt")["message"]))
+    assert "rows 5 of `train_dataset`" in messages[0]
+    assert "samples of another process" in messages[1]
+
+
 def assert_equal(found, expected):
     one, other = found["parameters"], expected["parameters"]
     assert set(one) == set(other)

@@ -90,7 +90,7 @@ class StepGradients(ABC):
     placement: Placement
 
     @property
-    def outlives(self) -> bool:
+    def outlives_combine(self) -> bool:
         """Whether the retain gradients are there after [`combine`], for [`along`] and [`combination`]."""
         return False
 
@@ -151,7 +151,7 @@ class GradientEngine(ABC):
 
     Parameters:
         exchange ([`Exchange`]): The processes whose samples make up a step.
-        outlives (`bool`): Whether the retain gradients of the next step, if they are kept at all, are to be there until
+        outlives_combine (`bool`): Whether the retain gradients of the next step, if they are kept at all, are to be there until
             the step is made.
         loss_scale (`float`): What losses are multiplied by before they go backward, as half precision loses small
             gradients. All gradients of a step are this many times too large, and inner products its square.
@@ -164,7 +164,7 @@ class GradientEngine(ABC):
         self.per_sample_losses = per_sample_losses
         self.exchange = Exchange()
         self.loss_scale = 1.0
-        self.outlives = False
+        self.outlives_combine = False
 
     @abstractmethod
     def measure(self, model: nn.Module, forget: list[ForgetBatch], retain: list[Mapping]) -> StepGradients:

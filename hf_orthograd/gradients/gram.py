@@ -53,7 +53,7 @@ class KeptGradients(StepGradients):
     keep: bool
 
     @property
-    def outlives(self) -> bool:
+    def outlives_combine(self) -> bool:
         return self.keep
 
     def combine(self, forget_weight: float, retain_weight: float, coefficients: dict[str, Tensor]) -> Tensor:
@@ -163,7 +163,7 @@ class GramEngine(GradientEngine):
         grams = assemble_grams(products, forget_gradients, placement)
         common = (forget_losses, retain_losses.detach(), grams, placement, self.parameters)
         if keeps:
-            return KeptGradients(*common, shares, self.keeps or self.outlives)
+            return KeptGradients(*common, shares, self.keeps or self.outlives_combine)
         if len(groups) == 1:
             return RecomputedGradients(*common, forget_gradients, self.loss_scale * retain_losses, recorder)
         scaled = partial(self._scaled_losses, model)

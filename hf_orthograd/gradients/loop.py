@@ -35,7 +35,7 @@ class MaterializedGradients(StepGradients):
     parameters: Parameters
 
     @property
-    def outlives(self) -> bool:
+    def outlives_combine(self) -> bool:
         return True
 
     def combine(self, forget_weight: float, retain_weight: float, coefficients: dict[str, Tensor]) -> Tensor:
