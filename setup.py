@@ -15,7 +15,8 @@ REQUIRED = [
     "evaluate>=0.4.6",
     "jiwer>=4.0",
     "numpy>=2.0",
-    "scipy>=1.13",
+    "scikit-learn>=1.5",
+    "scipy>=1.15",
     "soundfile>=0.13",
 ]
 BENCH = ["matplotlib>=3.9", "opacus>=1.6", "torchjd>=0.18"]

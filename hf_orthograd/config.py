@@ -34,11 +34,13 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
             Weight of the retain mean in the update; the projected forget gradient has weight 1 - alpha. 0 is pure
             projection, 1 trains on the retain set alone (arXiv 2503.02312, equation 5).
         forget_loss (`str`, *optional*, defaults to `"ascent"`):
-            What is ascended on the forget set: "ascent", the loss itself, unbounded, or "npo", the bounded negative
-            preference optimisation (arXiv 2404.05868).
+            What is ascended on the forget set: "ascent", the loss itself, unbounded, "npo", the bounded negative
+            preference optimisation (arXiv 2404.05868), or "simnpo", the same without a reference (arXiv 2410.07163).
         npo_beta (`float`, *optional*, defaults to `1.0`):
-            Inverse temperature of NPO, in 1 / nats of per-sample loss. The larger, the sooner a sample counts as
-            forgotten.
+            Inverse temperature of NPO and SimNPO, in 1 / nats of per-sample loss. The larger, the sooner a sample
+            counts as forgotten.
+        simnpo_gamma (`float`, *optional*, defaults to `0.0`):
+            Margin of SimNPO, which `npo_beta` times a sample's loss is to reach for it to count as forgotten.
         per_device_forget_batch_size (`int`, *optional*, defaults to `8`):
             Number m of forget samples per step and device; no more than the forget set has.
         projection (`str`, *optional*, defaults to `"orthogonal"`):
@@ -105,10 +107,14 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
         },
     )
     forget_loss: str = field(
-        default="ascent", metadata={"help": "What is ascended on the forget set: 'ascent' or the bounded 'npo'."}
+        default="ascent",
+        metadata={"help": "What is ascended on the forget set: 'ascent', or the bounded 'npo' or 'simnpo'."},
     )
     npo_beta: float = field(
-        default=1.0, metadata={"help": "Inverse temperature of NPO, in 1 / nats of per-sample loss."}
+        default=1.0, metadata={"help": "Inverse temperature of NPO and SimNPO, in 1 / nats of per-sample loss."}
+    )
+    simnpo_gamma: float = field(
+        default=0.0, metadata={"help": "Margin of SimNPO, which `npo_beta` times a sample's loss is to reach."}
     )
     per_device_forget_batch_size: int = field(
         default=8,

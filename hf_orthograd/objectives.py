@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
 
 
-FORGET_LOSSES = ("ascent", "npo")
+FORGET_LOSSES = ("ascent", "npo", "simnpo")
 IGNORED_LABEL = -100
 
 
@@ -209,3 +209,26 @@ class NegativePreference:
     def value(self, losses: Tensor) -> Tensor:
         """What is ascended: minus the mean of what NPO minimises."""
         return -(2 / self._beta * F.softplus(self._beta * (self._reference_losses - losses))).mean()
+
+
+class SimpleNegativePreference:
+    """SimNPO (arXiv 2410.07163, equation 4): NPO without a reference model.
+
+    It minimises `-(2 / beta) log sigmoid(-(beta / |y|) log p - gamma)`; `-log p / |y|` is the per-sample loss, a mean over
+    tokens.
+
+    Args:
+        beta (`float`): Inverse temperature, 1 / nats.
+        gamma (`float`): Margin that beta times the loss is to reach; the higher, the longer a sample is pushed.
+    """
+
+    def __init__(self, beta: float, gamma: float):
+        self._beta, self._gamma = beta, gamma
+
+    def slopes(self, losses: Tensor) -> Tensor:
+        """`2 sigmoid(gamma - beta loss)`, shape (m,); 0 in the limit, as the loss rises."""
+        return 2 * torch.sigmoid(self._gamma - self._beta * losses)
+
+    def value(self, losses: Tensor) -> Tensor:
+        """What is ascended: minus the mean of what SimNPO minimises."""
+        return -(2 / self._beta * F.softplus(self._gamma - self._beta * losses)).mean()

@@ -97,7 +97,7 @@ class Preparation:
         args, plain_model, scaler = self.args, self.accelerator.unwrap_model(self.model), self.accelerator.scaler
         parameters = validation.find_parameters(plain_model, args)
         base_model = plain_model.get_base_model() if isinstance(plain_model, PeftModel) else plain_model
-        self._per_sample_loss = PerSampleLoss(base_model, self._per_sample_loss_func)
+        self._per_sample_loss = PerSampleLoss(base_model, self.per_sample_loss_func)
         model.train()
         self._freeze_batch_norm(model)
         validation.check_batch_norm(plain_model)

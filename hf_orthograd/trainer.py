@@ -17,7 +17,7 @@ from .config import OrthoGradConfig
 from .data import SAMPLE_INDEX
 from .gradients import ForgetBatch, GradientEngine, StepGradients
 from .monitor import UnlearningMonitor
-from .objectives import Ascent, NegativePreference, PerSampleLoss
+from .objectives import Ascent, NegativePreference, PerSampleLoss, SimpleNegativePreference
 from .preparation import Preparation
 from .projection import Projection, solve_projections
 from .reference import ReferenceLosses
@@ -75,7 +75,7 @@ class OrthoGradTrainer(Preparation, JudgedTraining, Checkpoints, PairedStreams, 
         check_stopping(args, forget_dataset, eval_dataset, compute_metrics)
         self.forget_dataset = forget_dataset
         # kept from Trainer, which would take its loss as already scaled for accumulation
-        self._per_sample_loss_func = compute_loss_func if forget_dataset is not None else None
+        self.per_sample_loss_func = compute_loss_func if forget_dataset is not None else None
         super().__init__(
             model=model,
             args=args,
@@ -147,9 +147,9 @@ class OrthoGradTrainer(Preparation, JudgedTraining, Checkpoints, PairedStreams, 
             loss = self._unlearning_loss(model, inputs["forget"], inputs["retain"])
             # Trainer divides by the number of micro-batches, which is right where each adds its own part
             return loss if self.args.projection == "none" else loss * self.current_gradient_accumulation_steps
-        if self._per_sample_loss_func is None:
+        if self.per_sample_loss_func is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        losses, outputs = PerSampleLoss(model, self._per_sample_loss_func).with_outputs(model, inputs)
+        losses, outputs = PerSampleLoss(model, self.per_sample_loss_func).with_outputs(model, inputs)
         return (losses.mean(), outputs) if return_outputs else losses.mean()
 
     def _unlearning_loss(self, model: nn.Module, forget: list[dict], retain: list[dict]) -> Tensor:
@@ -197,9 +197,13 @@ class OrthoGradTrainer(Preparation, JudgedTraining, Checkpoints, PairedStreams, 
             rtol=args.projection_rtol,
         )
 
-    def _forget_objective(self, model: nn.Module, forget_rows: Tensor) -> Ascent | NegativePreference:
+    def _forget_objective(
+        self, model: nn.Module, forget_rows: Tensor
+    ) -> Ascent | NegativePreference | SimpleNegativePreference:
         if self.args.forget_loss == "ascent":
             return Ascent()
+        if self.args.forget_loss == "simnpo":
+            return SimpleNegativePreference(self.args.npo_beta, self.args.simnpo_gamma)
         reference = ReferenceLosses.of(self.callback_handler)
         if reference.losses is None:
             reference.compute(model, self._per_sample_loss, self._reference_batches(), self.state.global_step)

@@ -8,6 +8,7 @@ from hf_orthograd.objectives import (
     Ascent,
     NegativePreference,
     PerSampleLoss,
+    SimpleNegativePreference,
     check_per_sample,
     find_family,
     find_unlabelled_rows,
@@ -63,6 +64,18 @@ def test_npo_by_hand():
     torch.testing.assert_close(npo.slopes(losses.detach()), torch.tensor(expected))
     # the slopes are the gradient of the value: what is ascended is what is reported
     torch.testing.assert_close(losses.grad, torch.tensor(expected) / 2)
+
+
+def test_simnpo_by_hand():
+    """Mean token losses 2 and 1, beta 0.5, gamma 0.25; the sigmoid written out."""
+    simnpo = SimpleNegativePreference(beta=0.5, gamma=0.25)
+    losses = torch.tensor([2.0, 1.0], requires_grad=True)
+    minimised = [-2 / 0.5 * math.log(1 / (1 + math.exp(-(0.5 * loss - 0.25)))) for loss in (2.0, 1.0)]
+    value = simnpo.value(losses)
+    assert value.item() == pytest.approx(-sum(minimised) / 2)
+    value.backward()
+    torch.testing.assert_close(simnpo.slopes(losses.detach()) / 2, losses.grad)
+    assert simnpo.slopes(torch.tensor([100.0])) < 1e-9
 
 
 def test_npo_is_bounded_and_ascent_is_not():

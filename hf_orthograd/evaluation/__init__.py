@@ -1,7 +1,38 @@
-"""How well a model still does, and on what."""
+"""Whether a model has forgotten, what that cost, and whether it stays forgotten."""
 
-from .figures import plot_unlearning
+from .attacks import Attack, DetachAdapter, Quantization, Relearning
+from .figures import plot_report, plot_unlearning
+from .measure import per_sample_losses
 from .metrics import CharacterErrorRate, WordErrorRate
+from .privacy import MembershipInference, loss_distance, membership_inference
+from .quality import Accuracy, CharacterErrors, Quality, SampleMetric, WordErrors
+from .report import UnlearningReport
+from .summary import average_gap, tug_of_war, unlearning_impact_score
+from .unlearning import Tolerances, evaluate_unlearning
 
 
-__all__ = ["CharacterErrorRate", "WordErrorRate", "plot_unlearning"]
+__all__ = [
+    "Accuracy",
+    "Attack",
+    "CharacterErrorRate",
+    "CharacterErrors",
+    "DetachAdapter",
+    "MembershipInference",
+    "Quality",
+    "Quantization",
+    "Relearning",
+    "SampleMetric",
+    "Tolerances",
+    "UnlearningReport",
+    "WordErrorRate",
+    "WordErrors",
+    "average_gap",
+    "evaluate_unlearning",
+    "loss_distance",
+    "membership_inference",
+    "per_sample_losses",
+    "plot_report",
+    "plot_unlearning",
+    "tug_of_war",
+    "unlearning_impact_score",
+]

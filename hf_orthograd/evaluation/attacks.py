@@ -1,0 +1,161 @@
+"""What somebody may do to a published model to bring back what it forgot."""
+
+import copy
+import os
+from collections.abc import Callable, Collection
+from typing import Protocol
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from ..gradients import preserved_random_state
+
+
+class Attack(Protocol):
+    """Turns a model into the attacked model and leaves the given one as it is; `name` is its row in the report."""
+
+    name: str
+
+    def __call__(self, model: nn.Module) -> nn.Module: ...
+
+
+class Quantization:
+    """Rounds the weights of linear, convolution and embedding layers to integers, symmetrically around zero.
+
+    Unlearning that moved a weight by less than half a step of the grid may vanish (arXiv 2410.16454). Biases and norms
+    keep their precision, as in common 4-bit formats.
+
+    Args:
+        bits (`int`): Of the integers.
+        group_size (`int`, *optional*): How many neighbouring weights of an output channel share a scale; the whole
+            channel by default, and where this does not divide it.
+
+    Raises:
+        ValueError: Fewer than 2 or more than 16 bits.
+    """
+
+    LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
+
+    def __init__(self, bits: int, group_size: int | None = None):
+        if not 2 <= bits <= 16:
+            raise ValueError(f"`bits` must lie between 2 and 16, but is {bits}.")
+        self.bits, self.group_size = bits, group_size
+        self.name = f"int{bits}"
+
+    def __call__(self, model: nn.Module) -> nn.Module:
+        attacked = copy.deepcopy(model)
+        with torch.no_grad():
+            # a tied weight is one parameter: it is rounded once
+            weights = {id(m.weight): m.weight for m in attacked.modules() if isinstance(m, self.LAYERS)}
+            for weight in weights.values():
+                weight.copy_(self._round(weight))
+        return attacked
+
+    def _round(self, weight: Tensor) -> Tensor:
+        rows = weight.float().flatten(1)
+        if self.group_size is not None and rows.shape[1] % self.group_size == 0:
+            rows = rows.reshape(-1, self.group_size)
+        largest = 2 ** (self.bits - 1) - 1
+        scale = rows.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / largest
+        zeros = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
+        rounded = torch.fake_quantize_per_channel_affine(rows, scale, zeros, 0, -largest, largest)
+        return rounded.reshape(weight.shape).to(weight.dtype)
+
+
+class DetachAdapter:
+    """Takes off a LoRA adapter that was published unmerged, which undoes whatever it holds.
+
+    Of a model without an adapter, as `save_model()` writes it, nothing can be taken off: it stays as it is.
+    """
+
+    name = "adapter detached"
+
+    def __call__(self, model: nn.Module) -> nn.Module:
+        attacked = copy.deepcopy(model)
+        return attacked.unload() if isinstance(attacked, PeftModel) else attacked
+
+
+class Relearning:
+    """Fine-tunes the model, by the plain Trainer, on data that may lead back to what was forgotten.
+
+    AdamW at a constant learning rate, on all parameters: an adapter is merged first.
+
+    Args:
+        dataset (`torch.utils.data.Dataset` or `datasets.Dataset`): Other data of the forgotten source, or unrelated data.
+        trainer ([`~transformers.Trainer`]): Whose collator, precision, device and seed are used.
+        max_steps (`int`): Steps of the attacker.
+        learning_rate (`float`): Of the attacker.
+        batch_size (`int`, *optional*): Per device; the trainer's by default.
+        steps (`Collection[int]`, *optional*): Steps after which the report takes the model's measure; `max_steps` alone
+            by default.
+        name (`str`, *optional*): Its row in the report.
+
+    Raises:
+        ValueError: `max_steps` is below 1, or one of `steps` lies beyond it.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        trainer: Trainer,
+        *,
+        max_steps: int,
+        learning_rate: float,
+        batch_size: int | None = None,
+        steps: Collection[int] = (),
+        name: str = "relearning",
+    ):
+        self.steps = sorted({*steps, max_steps})
+        if self.steps[0] < 1 or self.steps[-1] > max_steps:
+            raise ValueError(f"`steps` {self.steps} must lie between 1 and `max_steps`, which is {max_steps}.")
+        self.name, self._dataset, self._trainer = name, dataset, trainer
+        # new arguments would reset the process state that the trainer at hand rests on
+        self._args = copy.copy(trainer.args)
+        settings = {
+            "output_dir": os.path.join(trainer.args.output_dir, "relearning"),
+            "max_steps": max_steps,
+            "learning_rate": learning_rate,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+            "per_device_train_batch_size": batch_size or trainer.args.per_device_train_batch_size,
+            "gradient_accumulation_steps": 1,
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "load_best_model_at_end": False,
+            "push_to_hub": False,
+            "report_to": [],
+        }
+        for setting, value in settings.items():
+            setattr(self._args, setting, value)
+
+    def __call__(self, model: nn.Module, observe: Callable[[int, nn.Module], None] | None = None) -> nn.Module:
+        """`observe(step, model)` is called after each of `steps`."""
+        attacked = copy.deepcopy(model)
+        if isinstance(attacked, PeftModel):  # what is published is merged, and an attacker trains all of it
+            attacked = attacked.merge_and_unload()
+        for parameter in attacked.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        trainer = Trainer(
+            attacked,
+            self._args,
+            train_dataset=self._dataset,
+            data_collator=self._trainer.data_collator,
+            processing_class=self._trainer.processing_class,
+            compute_loss_func=self._trainer.compute_loss_func,
+            callbacks=[] if observe is None else [_Observer(self.steps, observe)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        with preserved_random_state():
+            trainer.train()
+        return trainer.accelerator.unwrap_model(trainer.model)
+
+
+class _Observer(TrainerCallback):
+    def __init__(self, steps: Collection[int], observe: Callable[[int, nn.Module], None]):
+        self._steps, self._observe = steps, observe
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step in self._steps:
+            self._observe(state.global_step, model)

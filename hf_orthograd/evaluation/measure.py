@@ -1,0 +1,106 @@
+"""Measures named sets of data under a trainer: batched, on all its processes, and under other models than its own."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import EvalPrediction, Trainer
+
+from ..gradients import preserved_modes, preserved_random_state
+from ..objectives import PerSampleLoss, check_per_sample
+from ..sharding import is_sharded
+from ..trainer import OrthoGradTrainer
+from .quality import SampleMetric
+
+
+@dataclass
+class Measurement:
+    """One set under one model: losses of shape (n,), in nats, and the metric's counts, (n,) each, if there is one."""
+
+    losses: np.ndarray
+    counts: tuple[np.ndarray, np.ndarray] | None = None
+
+
+def measure(trainer: Trainer, dataset, metric: SampleMetric | None = None) -> Measurement:
+    """Measures a set under the trainer's model, in evaluation mode, in the order of its rows.
+
+    Predictions are the trainer's own: with `predict_with_generate` they are generated.
+    """
+    with preserved_random_state(), preserved_modes(trainer.model):
+        losses = per_sample_losses(trainer, dataset)
+        if metric is None:
+            return Measurement(losses)
+        compute_metrics, trainer.compute_metrics = trainer.compute_metrics, None  # the counts are computed below
+        try:
+            output = trainer.predict(dataset)
+        finally:
+            trainer.compute_metrics = compute_metrics
+    return Measurement(losses, metric.counts(EvalPrediction(output.predictions, output.label_ids)))
+
+
+def per_sample_losses(trainer: Trainer, dataset) -> np.ndarray:
+    """The loss of each sample, shape (n,), in nats, in the order of the rows, the same on every process.
+
+    Raises:
+        ValueError: The loss of this model is not known per sample; the message says what to pass.
+    """
+    own = isinstance(trainer, OrthoGradTrainer) and trainer.forget_dataset is not None
+    function = trainer.per_sample_loss_func if own else trainer.compute_loss_func
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    per_sample_loss = PerSampleLoss(model.get_base_model() if isinstance(model, PeftModel) else model, function)
+    forward = trainer.model_wrapped if is_sharded(model) else model
+    loader = trainer.get_eval_dataloader(dataset)
+    model.to(trainer.args.device)
+    model.eval()
+    found = []
+    quiet = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
+    for batch in tqdm(loader, desc="Per-sample losses", disable=quiet, leave=False):
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            losses = per_sample_loss(forward, batch)
+        check_per_sample(losses, len(batch["labels"]))
+        found.append(trainer.accelerator.gather_for_metrics(losses.float()).cpu())
+    return torch.cat(found).numpy().astype(float)
+
+
+@contextmanager
+def examining(trainer: Trainer, model: nn.Module) -> Iterator[None]:
+    """Has the trainer evaluate `model` in place of its own.
+
+    Raises:
+        ValueError: The trainer's model is sharded, and another cannot take its place.
+    """
+    if model is trainer.model:
+        yield
+        return
+    if is_sharded(trainer.accelerator.unwrap_model(trainer.model)) or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "Under FSDP or DeepSpeed only the trainer's own model can be evaluated: load the saved model in a trainer "
+            "of one process, or DDP, to compare it with a reference or to attack it."
+        )
+    own = trainer.model, trainer.model_wrapped
+    trainer.model = trainer.model_wrapped = model.to(trainer.args.device)
+    try:
+        yield
+    finally:
+        trainer.model, trainer.model_wrapped = own
+
+
+def column_values(dataset, column: str) -> Sequence:
+    """The values of one column, of a `datasets.Dataset` or of any data set whose rows are dicts.
+
+    Raises:
+        ValueError: There is no such column.
+    """
+    names = dataset.column_names if isinstance(dataset, Dataset) else list(dataset[0])
+    if column not in names:
+        raise ValueError(f"`group_column` is {column!r}, but the rows have {', '.join(names)}.")
+    if isinstance(dataset, Dataset):
+        return dataset.with_format(None)[column]
+    values = (row[column] for row in dataset)
+    return [value.item() if isinstance(value, torch.Tensor) else value for value in values]

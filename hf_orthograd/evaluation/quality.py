@@ -1,0 +1,138 @@
+"""Quality on a set of data, sample by sample, so that it has an interval and a value for each group."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import jiwer
+import numpy as np
+from scipy import stats
+from transformers import EvalPrediction
+
+
+class SampleMetric(Protocol):
+    """A metric that is a sum over samples divided by another: accuracy, word error rate.
+
+    Parameters:
+        name (`str`): How reports call it.
+        greater_is_better (`bool`): Whether more of it is better quality.
+    """
+
+    name: str
+    greater_is_better: bool
+
+    def counts(self, prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
+        """Returns numerators and denominators, shape (n,) each; the metric is the ratio of their sums."""
+        ...
+
+
+class Accuracy:
+    """Share of samples whose most likely class is their label. Predictions are logits (n, classes)."""
+
+    name, greater_is_better = "accuracy", True
+
+    def counts(self, prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        right = np.argmax(logits, axis=-1) == prediction.label_ids
+        return right.astype(float), np.ones(len(right))
+
+
+class WordErrors:
+    """Word error rate: word edits of each utterance over the words of its reference, by jiwer.
+
+    Args:
+        transcribe (`Callable`): From an `EvalPrediction` to (predicted, reference) transcripts, as
+            [`~hf_orthograd.speech.transcripts`] returns.
+    """
+
+    name, greater_is_better = "wer", False
+    _process = staticmethod(jiwer.process_words)
+
+    def __init__(self, transcribe: Callable[[EvalPrediction], tuple[list[str], list[str]]]):
+        self._transcribe = transcribe
+
+    def counts(self, prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
+        edits, units = [], []
+        for hypothesis, reference in zip(*self._transcribe(prediction), strict=True):
+            found = self._process(reference, hypothesis)
+            edits.append(found.substitutions + found.deletions + found.insertions)
+            units.append(found.hits + found.substitutions + found.deletions)
+        return np.array(edits, dtype=float), np.array(units, dtype=float)
+
+
+class CharacterErrors(WordErrors):
+    """Character error rate; otherwise as [`WordErrors`]."""
+
+    name = "cer"
+    _process = staticmethod(jiwer.process_characters)
+
+
+@dataclass
+class Quality:
+    """What a model does on one set of data.
+
+    Parameters:
+        loss (`float`): Mean over samples of the per-sample loss, in nats.
+        size (`int`): Number of samples.
+        value (`float`, *optional*): The metric.
+        interval (`tuple[float, float]`, *optional*): Its 95 % interval by the percentile bootstrap over samples.
+        groups (`dict[str, float]`, *optional*): The metric in each group, a speaker or a class, say.
+        worst_group (`str`, *optional*): The group where it is worst.
+    """
+
+    loss: float
+    size: int
+    value: float | None = None
+    interval: tuple[float, float] | None = None
+    groups: dict[str, float] | None = None
+    worst_group: str | None = None
+
+
+def summarize(
+    losses: np.ndarray,
+    counts: tuple[np.ndarray, np.ndarray] | None,
+    *,
+    greater_is_better: bool = True,
+    groups: Sequence | None = None,
+    seed: int = 0,
+) -> Quality:
+    """Summarises one set's per-sample losses (n,) and, where a metric was measured, its counts, (n,) each."""
+    quality = Quality(loss=float(np.mean(losses)), size=len(losses))
+    if counts is None:
+        return quality
+    quality.value, quality.interval = _ratio(*counts), bootstrap_interval(*counts, seed=seed)
+    if groups is not None:
+        numerators, denominators = counts
+        keys = np.array([str(group) for group in groups])
+        quality.groups = {
+            str(key): _ratio(numerators[keys == key], denominators[keys == key]) for key in np.unique(keys)
+        }
+        worst = min if greater_is_better else max
+        quality.worst_group = worst(quality.groups, key=quality.groups.get)
+    return quality
+
+
+def bootstrap_interval(
+    numerators: np.ndarray, denominators: np.ndarray, *, seed: int = 0, resamples: int = 1000
+) -> tuple[float, float] | None:
+    """The 95 % percentile interval of `sum(numerators) / sum(denominators)` under resampling of samples.
+
+    None for fewer than two samples, of which nothing can be said.
+    """
+    if len(numerators) < 2:
+        return None
+    found = stats.bootstrap(
+        (numerators, denominators),
+        _ratio,
+        paired=True,
+        vectorized=True,
+        n_resamples=resamples,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def _ratio(numerators: np.ndarray, denominators: np.ndarray, axis: int = -1):
+    ratio = numerators.sum(axis=axis) / denominators.sum(axis=axis)
+    return float(ratio) if ratio.ndim == 0 else ratio

@@ -1,0 +1,224 @@
+"""[`UnlearningReport`]: what was measured, beside what a retrained model gives, and nothing that was not."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from .privacy import MembershipInference
+from .quality import Quality
+
+
+REPORT_NAME = "unlearning_report"
+NOT_MEASURED = "not measured"
+
+
+@dataclass
+class Check:
+    """One number against what it is compared with.
+
+    Parameters:
+        name (`str`): What was measured.
+        rule (`str`): When it holds, in words.
+        value (`float`, *optional*): The unlearned model's; None if it was not measured.
+        compared_with (`float`, *optional*): The reference's, or the level asked for; None if there was none.
+        tolerance (`float`): How far from it still holds.
+        holds (`bool`, *optional*): None where value or comparison is missing: then nothing is known.
+    """
+
+    name: str
+    rule: str
+    value: float | None
+    compared_with: float | None
+    tolerance: float
+    holds: bool | None
+
+
+@dataclass
+class RelearningPoint:
+    """The forget set's quality after so many steps of an attack."""
+
+    step: int
+    loss: float
+    value: float | None
+
+
+@dataclass
+class UnlearningReport:
+    """What `evaluate_unlearning` found.
+
+    Parameters:
+        goal (`str`): "retrained", to be like a model that never saw the forget set, or "erased", to fail on it.
+        metric (`str`, *optional*): Name of the metric; without one only losses were measured.
+        greater_is_better (`bool`): Whether more of it is better.
+        models (`dict[str, dict[str, Quality]]`): For "unlearned", "original", "reference" and, as "unlearned, int8", the
+            attacked ones, the quality on each set.
+        membership (`dict[str, dict[str, MembershipInference]]`): For each model, forget samples against each set of
+            samples that were never trained on.
+        distances (`dict[str, dict[str, float]]`): For each model and set, the KS distance of its losses to the
+            reference's.
+        relearning (`dict[str, dict[str, list[RelearningPoint]]]`): For each such attack and model, the curve.
+        recovery_steps (`dict[str, dict[str, int | None]]`): For each such attack and model, the first watched step at
+            which half of the forget quality between reference and original was back; None if it never was.
+        summary (`dict[str, float | None]`): "tug_of_war", "average_gap", "unlearning_impact_score".
+        checks (`list[Check]`): Each number against the reference.
+        cost (`dict[str, dict[str, float | None]]`): For "unlearning", and whatever was passed beside it, "seconds",
+            "steps", "peak_memory_gib".
+        history (`list[dict]`): The trainer's log of the run.
+        losses (`dict[str, dict[str, list[float]]]`): Per-sample losses, for each model and set.
+    """
+
+    goal: str
+    metric: str | None
+    greater_is_better: bool
+    models: dict[str, dict[str, Quality]]
+    membership: dict[str, dict[str, MembershipInference]] = field(default_factory=dict)
+    distances: dict[str, dict[str, float]] = field(default_factory=dict)
+    relearning: dict[str, dict[str, list[RelearningPoint]]] = field(default_factory=dict)
+    recovery_steps: dict[str, dict[str, int | None]] = field(default_factory=dict)
+    summary: dict[str, float | None] = field(default_factory=dict)
+    checks: list[Check] = field(default_factory=list)
+    cost: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    history: list[dict] = field(default_factory=list)
+    losses: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "UnlearningReport":
+        """The report that `to_json()` wrote."""
+        values = json.loads(text)
+        values["models"] = _nested(values["models"], _quality)
+        values["membership"] = _nested(values["membership"], lambda one: MembershipInference(**one))
+        values["relearning"] = _nested(
+            values["relearning"], lambda curve: [RelearningPoint(**point) for point in curve]
+        )
+        values["checks"] = [Check(**check) for check in values["checks"]]
+        return cls(**values)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `unlearning_report.json`, `.md` and the figures."""
+        from .figures import plot_report
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{REPORT_NAME}.json").write_text(self.to_json() + "\n")
+        (folder / f"{REPORT_NAME}.md").write_text(self.to_markdown() + "\n")
+        plot_report(self, folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "UnlearningReport":
+        """Reads what `save()` wrote."""
+        return cls.from_json((Path(folder) / f"{REPORT_NAME}.json").read_text())
+
+    def to_markdown(self) -> str:
+        """Tables of all that was measured; "not measured" where something was not."""
+        parts = [
+            f"# Unlearning report\n\nGoal: {GOALS[self.goal]}",
+            "## Against a model retrained without the forget set\n\n" + self._checks_table(),
+            f"## Quality\n\n{self._quality_table()}",
+            "## Privacy\n\n" + self._privacy_table(),
+            "## Relearning\n\n" + self._relearning_table(),
+            "## Summary and cost\n\n" + self._summary_table(),
+        ]
+        return "\n\n".join(parts)
+
+    def _checks_table(self) -> str:
+        rows = [
+            (
+                check.name,
+                show(check.value),
+                show(check.compared_with),
+                check.rule,
+                {True: "yes", False: "no", None: NOT_MEASURED}[check.holds],
+            )
+            for check in self.checks
+        ]
+        return _table(("quantity", "unlearned", "compared with", "rule", "holds"), rows)
+
+    def _quality_table(self) -> str:
+        names = list(dict.fromkeys(name for sets in self.models.values() for name in sets))
+        rows = [
+            (model, *(_show_quality(sets[name]) if name in sets else NOT_MEASURED for name in names))
+            for model, sets in self.models.items()
+        ]
+        note = f"{self.metric} with its 95 % interval, and the mean loss in nats" if self.metric else "mean loss, nats"
+        worst = [
+            f"Worst group of {model} on {name}: {quality.worst_group}, {quality.groups[quality.worst_group]:.3f}."
+            for model, sets in self.models.items()
+            for name, quality in sets.items()
+            if quality.worst_group is not None and name in ("retain", "test") and model in ("unlearned", "reference")
+        ]
+        return "\n\n".join([f"({note})", _table(("model", *names), rows), *worst])
+
+    def _privacy_table(self) -> str:
+        rows = [
+            (
+                model,
+                against,
+                show(found.auc),
+                show(found.tpr_at_1_percent_fpr),
+                f"{found.num_members} / {found.num_nonmembers}",
+            )
+            for model, sets in self.membership.items()
+            for against, found in sets.items()
+        ]
+        table = _table(("model", "forget set against", "MIA AUC", "TPR at 1 % FPR", "members / others"), rows)
+        distances = [
+            (model, name, show(value)) for model, sets in self.distances.items() for name, value in sets.items()
+        ]
+        return table + "\n\n" + _table(("model", "set", "KS distance of losses to the reference"), distances)
+
+    def _relearning_table(self) -> str:
+        rows = []
+        for attack, curves in self.relearning.items():
+            for model, curve in curves.items():
+                values = " ".join(
+                    f"{point.step}: {show(point.loss if point.value is None else point.value)}" for point in curve
+                )
+                recovery = self.recovery_steps.get(attack, {})
+                steps = NOT_MEASURED
+                if model in recovery:
+                    steps = f"> {curve[-1].step}" if recovery[model] is None else str(recovery[model])
+                rows.append((attack, model, values, steps))
+        head = ("attack", "model", f"forget {self.metric or 'loss'} by step", "steps until half is back")
+        return _table(head, rows)
+
+    def _summary_table(self) -> str:
+        rows = [(name, show(value)) for name, value in self.summary.items()]
+        for what, cost in self.cost.items():
+            rows += [(f"{what}, {name}", show(value)) for name, value in cost.items()]
+        return _table(("quantity", "value"), rows)
+
+
+GOALS = {
+    "retrained": "to behave as a model that was retrained without the forget set.",
+    "erased": "to fail on the forget set, which a retrained model need not do.",
+}
+
+
+def show(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{value:.4g}"
+
+
+def _show_quality(quality: Quality) -> str:
+    if quality.value is None:
+        return f"{quality.loss:.3f}"
+    interval = "" if quality.interval is None else f" [{quality.interval[0]:.3f}, {quality.interval[1]:.3f}]"
+    return f"{quality.value:.3f}{interval}, {quality.loss:.3f}"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    if not rows:
+        return f"{', '.join(head)}: {NOT_MEASURED}."
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _nested(values: dict, make) -> dict:
+    return {outer: {inner: make(value) for inner, value in one.items()} for outer, one in values.items()}
+
+
+def _quality(values: dict) -> Quality:
+    interval = values["interval"]
+    return Quality(**{**values, "interval": None if interval is None else tuple(interval)})
