@@ -1,0 +1,238 @@
+"""Each method against its paper's defining equation, written out with other means: softmax and sums in place of losses."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
+from hf_orthograd.baselines import (
+    BASELINES,
+    BadTeacherTrainer,
+    RandomLabelTrainer,
+    ScrubTrainer,
+    dampen_synapses,
+    kl_divergence,
+    saliency_masks,
+)
+
+
+RATE = 0.5
+
+
+@pytest.fixture
+def vit_trainer(make_model, make_samples, tmp_path):
+    """SGD without clipping, all four samples of each set in every batch: a step is `-RATE` times a gradient."""
+
+    def make(trainer_class=OrthoGradTrainer, *, max_steps=1, options=None, **config):
+        args = OrthoGradConfig(
+            str(tmp_path), max_steps=max_steps, optim="sgd", learning_rate=RATE, lr_scheduler_type="constant",
+            max_grad_norm=0, per_device_train_batch_size=4, per_device_forget_batch_size=4, save_strategy="no",
+            logging_steps=1, report_to="none", disable_tqdm=True, **({"projection": "none"} | config),
+        )  # fmt: skip
+        sets = {"train_dataset": make_samples("vit", 4, seed=1), "forget_dataset": make_samples("vit", 4, seed=2)}
+        return trainer_class(make_model("vit"), args, **sets, **(options or {}))
+
+    return make
+
+
+def gradient(model, function):
+    """The gradient of `function(model)`, flattened, with the parameters as they are."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(function(model), list(model.parameters()))])
+
+
+def flat(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def batch_of(samples):
+    return default_collate([samples[index] for index in range(len(samples))])
+
+
+def probabilities(model, batch):
+    return torch.softmax(model(pixel_values=batch["pixel_values"]).logits, dim=-1)
+
+
+def mean_kl(model, teacher, batch):
+    p, q = probabilities(teacher, batch).detach(), probabilities(model, batch)
+    return (p * (p / q).log()).sum(-1).mean()
+
+
+def mean_surprise(model, batch):
+    return -probabilities(model, batch)[torch.arange(4), batch["labels"]].log().mean()
+
+
+def other(make_model):
+    model = make_model("vit")
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def test_scrub_alternates_and_follows_its_equation(vit_trainer, make_model):
+    trainer = vit_trainer(ScrubTrainer, max_steps=4, options={"retain_weight": 0.3, "gamma": 0.7, "forget_share": 0.5})
+    trainer.teacher = teacher = other(make_model)
+    forget, retain = batch_of(trainer.forget_dataset), batch_of(trainer.train_dataset)
+    expected = copy.deepcopy(trainer.model)
+    for step in range(4):
+        if step == 0:  # the paper maximises the divergence on the forget set
+            update = -gradient(expected, lambda model: mean_kl(model, teacher, forget))
+        else:  # step 2 lies past half of the steps
+            update = gradient(
+                expected,
+                lambda model: 0.3 * mean_kl(model, teacher, retain) + 0.7 * mean_surprise(model, retain),
+            )
+        torch.nn.utils.vector_to_parameters(flat(expected) - RATE * update, expected.parameters())
+    start = flat(trainer.model)
+    trainer.train()
+    torch.testing.assert_close(flat(trainer.model), flat(expected), rtol=0, atol=1e-5)
+    assert (flat(expected) - start).norm() > 1e-2
+    logged = [set(entry) & {"forget_loss", "retain_loss"} for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == [{"forget_loss"}, {"retain_loss"}, {"retain_loss"}, {"retain_loss"}]
+
+
+def test_scrub_starts_from_its_teacher(vit_trainer):
+    trainer = vit_trainer(ScrubTrainer)
+    assert torch.equal(flat(trainer.teacher), flat(trainer.model))
+    assert not any(parameter.requires_grad for parameter in trainer.teacher.parameters())
+
+
+def test_bad_teacher(vit_trainer, make_model):
+    incompetent = other(make_model)
+    trainer = vit_trainer(BadTeacherTrainer, options={"incompetent": incompetent})
+    trainer.teacher = competent = other(make_model).requires_grad_(False)
+    with torch.no_grad():
+        competent.classifier.bias.add_(torch.arange(5.0))
+    forget, retain = batch_of(trainer.forget_dataset), batch_of(trainer.train_dataset)
+
+    def loss(model):  # the mean over all eight samples
+        return (mean_kl(model, competent, retain) + mean_kl(model, incompetent, forget)) / 2
+
+    expected = flat(trainer.model) - RATE * gradient(copy.deepcopy(trainer.model), loss)
+    trainer.train()
+    torch.testing.assert_close(flat(trainer.model), expected, rtol=0, atol=1e-5)
+
+
+def test_bad_teacher_draws_an_incompetent_model(vit_trainer):
+    trainer = vit_trainer(BadTeacherTrainer)
+    assert type(trainer.incompetent) is type(trainer.model)
+    assert not torch.allclose(flat(trainer.incompetent), flat(trainer.model))
+
+
+def wrong_labels(trainer):
+    labels = batch_of(trainer.forget_dataset)["labels"]
+    return torch.stack([trainer._wrong(label, row) for row, label in enumerate(labels)])
+
+
+def test_random_labels(vit_trainer):
+    trainer = vit_trainer(RandomLabelTrainer)
+    forget, retain = batch_of(trainer.forget_dataset), batch_of(trainer.train_dataset)
+    wrong = wrong_labels(trainer)
+    assert (wrong != forget["labels"]).all() and ((0 <= wrong) & (wrong < 5)).all()
+    assert torch.equal(wrong, wrong_labels(trainer))
+
+    def loss(model):
+        return mean_surprise(model, forget | {"labels": wrong}) + mean_surprise(model, retain)
+
+    expected = flat(trainer.model) - RATE * gradient(copy.deepcopy(trainer.model), loss)
+    trainer.train()
+    torch.testing.assert_close(flat(trainer.model), expected, rtol=0, atol=1e-5)
+
+
+def test_random_labels_of_tokens_leave_padding_alone(vit_trainer):
+    trainer = vit_trainer(RandomLabelTrainer)
+    trainer.model.config.vocab_size = 11
+    labels = torch.tensor([3, 4, 5, -100])
+    drawn = trainer._wrong(labels, 0)
+    assert drawn[3] == -100 and (drawn[:3] != labels[:3]).all() and (drawn[:3] >= 0).all() and (drawn[:3] < 11).all()
+
+
+def test_salun_trains_the_salient_half(vit_trainer):
+    trainer = vit_trainer(RandomLabelTrainer, options={"saliency": 0.5})
+    forget, retain = batch_of(trainer.forget_dataset), batch_of(trainer.train_dataset)
+    start, model = flat(trainer.model), copy.deepcopy(trainer.model).eval()
+    saliency = gradient(model, lambda model: mean_surprise(model, forget)).abs()
+    salient = saliency > saliency.median()  # the paper's threshold
+
+    def loss(model):
+        return mean_surprise(model, forget | {"labels": wrong_labels(trainer)}) + mean_surprise(model, retain)
+
+    expected = start - RATE * salient * gradient(model, loss)
+    trainer.train()
+    after = flat(trainer.model)
+    # a handful of entries as large as the median may fall on either side
+    assert ((after - expected).abs() > 1e-5).float().mean() < 1e-3
+    assert 0.49 < (after != start).float().mean() <= 0.5001
+    with pytest.raises(ValueError, match="`saliency` must lie in"):
+        vit_trainer(RandomLabelTrainer, options={"saliency": 1.5})
+
+
+def test_saliency_masks_rank_across_tensors():
+    masks = saliency_masks([torch.tensor([1.0, -5.0]), torch.tensor([[3.0], [-0.1]])], 0.5)
+    assert [mask.flatten().tolist() for mask in masks] == [[0.0, 1.0], [1.0, 0.0]]
+
+
+def test_synaptic_dampening(make_model, make_samples, loop_gradients):
+    model, forget, retain = make_model("vit").eval(), make_samples("vit", 3, seed=2), make_samples("vit", 5, seed=1)
+    everything = [*(forget[index] for index in range(3)), *(retain[index] for index in range(5))]
+    on_forget = loop_gradients(model, [forget[index] for index in range(3)]).square().mean(0)
+    on_all = loop_gradients(model, everything).square().mean(0)
+    start = flat(model)
+    dampened = on_forget > 1.5 * on_all
+    expected = torch.where(dampened, start * torch.clamp(0.8 * on_all / on_forget, max=1.0), start)
+    batches = [default_collate(everything[:3])], [default_collate(everything[:4]), default_collate(everything[4:])]
+    share = dampen_synapses(model, *batches, selection=1.5, dampening=0.8)
+    torch.testing.assert_close(flat(model), expected, rtol=1e-4, atol=1e-6)
+    # importances that are zero but for rounding may fall on either side
+    assert share == pytest.approx(dampened.float().mean().item(), abs=2e-3) and 0.01 < share < 0.9
+
+
+def test_divergence_of_tokens_counts_labelled_positions():
+    generator = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(2, 3, 5, generator=generator), torch.randn(2, 3, 5, generator=generator)
+    p, q = target.softmax(-1), logits.softmax(-1)
+    each = (p * (p / q).log()).sum(-1)
+    labels = torch.tensor([[1, 2, -100], [-100, 4, 0]])
+    torch.testing.assert_close(
+        kl_divergence(logits, target, labels), torch.stack([each[0, :2].mean(), each[1, 1:].mean()])
+    )
+    # position t predicts label t + 1
+    torch.testing.assert_close(
+        kl_divergence(logits, target, labels, shifted=True), torch.stack([each[0, 0], each[1, :2].mean()])
+    )
+    # the frames of CTC have no labels
+    torch.testing.assert_close(kl_divergence(logits, target, labels[:, :2]), each.mean(1))
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_combinations_train(name, vit_trainer):
+    trainer = vit_trainer(max_steps=2, **BASELINES[name])
+    start = flat(trainer.model)
+    trainer.train()
+    assert not torch.equal(flat(trainer.model), start)
+
+
+def test_finetuning_ignores_the_forget_set(vit_trainer):
+    trainer = vit_trainer(**BASELINES["finetune"])
+    retain = batch_of(trainer.train_dataset)
+    expected = flat(trainer.model) - RATE * gradient(
+        copy.deepcopy(trainer.model), lambda model: mean_surprise(model, retain)
+    )
+    trainer.train()
+    torch.testing.assert_close(flat(trainer.model), expected, rtol=0, atol=1e-5)
+
+
+def test_baseline_with_a_projection_is_refused(vit_trainer):
+    with pytest.raises(ValueError, match="ScrubTrainer has no projection, but `projection` is 'mean'"):
+        vit_trainer(ScrubTrainer, projection="mean")
+
+
+def test_loss_that_is_not_finite_stops_a_baseline(vit_trainer):
+    trainer = vit_trainer(ScrubTrainer)
+    with torch.no_grad():
+        trainer.teacher.classifier.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="`forget_loss` at step 1 is not finite"):
+        trainer.train()
