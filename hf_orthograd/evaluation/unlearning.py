@@ -15,6 +15,9 @@ from .report import Check, RelearningPoint, UnlearningReport
 from .summary import average_gap, tug_of_war, unlearning_impact_score
 
 
+# what an attack could bring back, and what it costs: attacked models are measured on these sets
+ATTACKED = ("forget", "forget_unseen", "test")
+
 # samples never trained on that forget samples are compared with; the first one present is the report's main one
 NONMEMBERS = ("forget_unseen", "test")
 
@@ -62,7 +65,8 @@ def evaluate_unlearning(
             generation settings and processes are used. With `predict_with_generate`, predictions are generated.
         reference (`torch.nn.Module`, *optional*): A model retrained without the forget set. Without one, nothing that
             needs a comparison is judged.
-        attacks (`Sequence[Attack]`, *optional*): What is done to the unlearned model and to the reference alike.
+        attacks (`Sequence[Attack]`, *optional*): What is done to the unlearned model and to the reference alike. Attacked
+            models are measured on "forget", "forget_unseen" and "test".
         original (`torch.nn.Module`, *optional*): The model before unlearning.
         datasets (`Mapping`, *optional*): Named sets; `trainer.eval_dataset` by default. "forget", "retain" and "test"
             have the meaning of the words; "forget_unseen" is data of the forgotten source that was never trained on.
@@ -147,16 +151,19 @@ class _Examination:
         self.relearning: dict[str, dict[str, list[RelearningPoint]]] = {}
 
     def examine(self, name: str, model: nn.Module) -> None:
+        self.measurements[name] = self._measure(name, model, tuple(self._datasets))
+
+    def _measure(self, name: str, model: nn.Module, sets: tuple[str, ...]) -> dict[str, Measurement]:
         with examining(self._trainer, model):
-            found = {of: measure(self._trainer, rows, self._metric) for of, rows in self._datasets.items()}
+            found = {of: measure(self._trainer, self._datasets[of], self._metric) for of in sets}
         self.qualities[name] = {of: self._quality(of, one) for of, one in found.items()}
-        if ", " not in name:  # per-sample losses of attacked models are not compared
-            self.measurements[name] = found
+        return found
 
     def attack(self, attack: Attack, name: str, model: nn.Module) -> None:
         model = self._trainer.accelerator.unwrap_model(model)
         if not isinstance(attack, Relearning):
-            self.examine(f"{name}, {attack.name}", attack(model))
+            sets = tuple(of for of in ATTACKED if of in self._datasets)
+            self._measure(f"{name}, {attack.name}", attack(model), sets)
             return
         before = self.qualities[name]["forget"]
         curve = [RelearningPoint(0, before.loss, before.value)]

@@ -1,0 +1,250 @@
+"""Makes an image classifier forget a class, or random images, and reports whether it did.
+
+With no arguments: a small ViT is trained on scikit-learn's handwritten digits and forgets the threes, without network.
+
+    accelerate launch examples/unlearn_image.py --model_name_or_path google/vit-base-patch16-224-in21k \
+        --dataset_name path/or/hub-id --forget_values cat --retain_size 500 --finetune_epochs 3 --output_dir out
+
+Random images: `--forget_fraction 0.05` in place of `--forget_values`.
+"""
+
+import copy
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Image, concatenate_datasets, load_dataset
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    HfArgumentParser,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
+from hf_orthograd.evaluation import Quantization, Relearning, evaluate_unlearning
+
+
+@dataclass
+class ScriptArguments:
+    """What to forget, in which model; see [`OrthoGradConfig`] for how."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder; a small ViT by default."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id or folder with splits train and test; handwritten digits by default."}
+    )
+    image_column: str = field(default="image", metadata={"help": "Column with the images."})
+    label_column: str = field(default="label", metadata={"help": "Column with the classes."})
+    forget_values: list[str] = field(default_factory=list, metadata={"help": "Classes to forget, by name."})
+    forget_fraction: float = field(default=0.0, metadata={"help": "Or the share of random training images to forget."})
+    retain_size: int | None = field(default=None, metadata={"help": "Other training images still at hand."})
+    finetune_epochs: float = field(default=0, metadata={"help": "Epochs of training on all images first."})
+    finetune_learning_rate: float = field(default=1e-3, metadata={"help": "Its learning rate."})
+    finetune_batch_size: int = field(default=64, metadata={"help": "Its batch size per device."})
+    retrain: bool = field(
+        default=False, metadata={"help": "Also train without the forget set, as the report's reference."}
+    )
+    relearning_steps: int = field(default=20, metadata={"help": "Steps of the relearning attack; 0 for none."})
+
+
+DEMO = {
+    "forget_values": ["3"],
+    "retain_size": 120,
+    "finetune_epochs": 40,
+    "retrain": True,
+    "output_dir": "out/digits",
+    "alpha": 0.5,
+    "max_steps": 60,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": 60,
+    "per_device_forget_batch_size": 32,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "forget_target": "0.0",
+    "stop_metric": "accuracy",
+    "stop_greater_is_better": True,
+    "logging_steps": 2,
+}
+
+# a stopping rule is for unlearning alone
+WITHOUT_RULE = {
+    "forget_target": None,
+    "retain_budget": None,
+    "load_best_model_at_end": False,
+    "metric_for_best_model": None,
+    "greater_is_better": None,
+    "save_strategy": "no",
+    "eval_strategy": "no",
+}
+
+
+def build_demo() -> tuple[ViTForImageClassification, ViTImageProcessor, DatasetDict]:
+    """A ViT of 0.1 M parameters and the 1797 digits of 8 x 8 pixels that come with scikit-learn."""
+    digits = load_digits()
+    images = np.repeat((digits.images * 255 / 16).astype(np.uint8)[..., None], 3, axis=3)
+    names = [str(number) for number in range(10)]
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    parts = train_test_split(np.arange(len(images)), test_size=0.3, random_state=0, stratify=digits.target)
+    corpus = {
+        split: Dataset.from_dict({"image": list(images[rows]), "label": digits.target[rows]}, features=features)
+        for split, rows in zip(("train", "test"), parts, strict=True)
+    }
+    config = ViTConfig(
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=128,
+        image_size=8,
+        patch_size=2,
+        num_labels=10,
+        id2label=dict(enumerate(names)),
+    )
+    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+    return ViTForImageClassification(config), processor, DatasetDict(corpus)
+
+
+def load(arguments: ScriptArguments):
+    """Returns the model, its processor, and the images with splits train and test."""
+    if arguments.model_name_or_path is None:
+        return build_demo()
+    corpus = load_dataset(arguments.dataset_name)
+    names = corpus["train"].features[arguments.label_column].names
+    config = AutoConfig.from_pretrained(arguments.model_name_or_path, num_labels=len(names))
+    config.id2label, config.label2id = dict(enumerate(names)), {name: number for number, name in enumerate(names)}
+    # a head for other classes is replaced by a new one, which transformers says
+    model = AutoModelForImageClassification.from_pretrained(
+        arguments.model_name_or_path, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+    )
+    return model, AutoImageProcessor.from_pretrained(arguments.model_name_or_path), corpus
+
+
+def prepare(corpus: DatasetDict, processor, arguments: ScriptArguments) -> DatasetDict:
+    """Images become `pixel_values`, classes `labels`."""
+
+    def process(rows: dict) -> dict:
+        images = [image.convert("RGB") for image in rows[arguments.image_column]]
+        return {"pixel_values": pixels_of(images), "labels": rows[arguments.label_column]}
+
+    def pixels_of(images: list) -> np.ndarray:
+        return processor(images, return_tensors="np")["pixel_values"]
+
+    rows = corpus["train"]
+    shape = pixels_of([rows[0][arguments.image_column].convert("RGB")]).shape[1:]
+    features = Features({"pixel_values": Array3D(shape, "float32"), "labels": rows.features[arguments.label_column]})
+    return corpus.map(process, batched=True, batch_size=100, remove_columns=rows.column_names, features=features)
+
+
+def split(images: DatasetDict, names: list[str], arguments: ScriptArguments, seed: int) -> dict[str, Dataset]:
+    """Training images to forget, still at hand and lost; test images of other classes and of the forgotten ones."""
+    if bool(arguments.forget_values) == bool(arguments.forget_fraction):
+        raise ValueError(
+            f"Pass one of `--forget_values` and `--forget_fraction`, but they are {arguments.forget_values} and "
+            f"{arguments.forget_fraction}."
+        )
+    train, test = images["train"], images["test"]
+    if arguments.forget_fraction:
+        drawn = np.random.default_rng(seed).permutation(len(train))[: round(arguments.forget_fraction * len(train))]
+        chosen = np.isin(np.arange(len(train)), drawn)
+        train, column, values = train.add_column("chosen", chosen.tolist()), "chosen", True
+    else:
+        unknown = [name for name in arguments.forget_values if name not in names]
+        if unknown:
+            raise ValueError(f"`--forget_values` {unknown} are no classes of the data set, which has {names}.")
+        column, values = "labels", [names.index(name) for name in arguments.forget_values]
+    everyone = split_forget_retain(train, column, values)
+    at_hand = split_forget_retain(train, column, values, retain_size=arguments.retain_size, seed=seed)
+    sets = {"forget": everyone["forget"], "retain": at_hand["retain"], "others": everyone["retain"], "test": test}
+    if column == "labels":
+        unseen = split_forget_retain(test, column, values)
+        sets |= {"test": unseen["retain"], "forget_unseen": unseen["forget"]}
+    return {name: rows.select_columns(["pixel_values", "labels"]).with_format("numpy") for name, rows in sets.items()}
+
+
+def accuracy(prediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def finetune(model, images: Dataset, args: OrthoGradConfig, arguments: ScriptArguments):
+    """A copy of the model, trained on these images by the plain Trainer."""
+    model = copy.deepcopy(model)
+    args = replace(
+        args,
+        **WITHOUT_RULE,
+        output_dir=str(Path(args.output_dir) / "finetuned"),
+        max_steps=-1,
+        num_train_epochs=arguments.finetune_epochs,
+        learning_rate=arguments.finetune_learning_rate,
+        per_device_train_batch_size=arguments.finetune_batch_size,
+        warmup_steps=0.1,
+        logging_steps=200,
+        push_to_hub=False,
+    )
+    transformers.set_seed(args.seed)
+    OrthoGradTrainer(model, args, train_dataset=images).train()
+    return model
+
+
+def main() -> None:
+    parser = HfArgumentParser((ScriptArguments, OrthoGradConfig))
+    if not any(argument.startswith(("--model_name_or_path", "--dataset_name")) for argument in sys.argv):
+        parser.set_defaults(**DEMO)
+        if any(argument.startswith("--forget_fraction") for argument in sys.argv):
+            # random images are forgotten when they are recognised no better than test images
+            parser.set_defaults(forget_values=[], forget_target="reference", stop_metric="loss")
+    arguments, args = parser.parse_args_into_dataclasses()
+    if (arguments.model_name_or_path is None) != (arguments.dataset_name is None):
+        raise ValueError("Pass both `--model_name_or_path` and `--dataset_name`, or neither for the demo.")
+    transformers.set_seed(args.seed)
+    start, processor, corpus = load(arguments)
+    names = [start.config.id2label[number] for number in range(start.config.num_labels)]
+    sets = split(prepare(corpus, processor, arguments), names, arguments, args.seed)
+
+    original = reference = start
+    if arguments.finetune_epochs > 0:
+        everything = concatenate_datasets([sets["forget"], sets["others"]])
+        original = finetune(start, everything, args, arguments)
+    reference = finetune(start, sets["others"], args, arguments) if arguments.retrain else None
+
+    measured = {name: rows for name, rows in sets.items() if name != "others"}
+    trainer = OrthoGradTrainer(
+        copy.deepcopy(original),
+        args,
+        train_dataset=sets["retain"],
+        forget_dataset=sets["forget"],
+        eval_dataset=measured | ({"reference": sets["test"]} if args.forget_target == "reference" else {}),
+        processing_class=processor,
+        compute_metrics=accuracy,
+    )
+    trainer.train()
+    attacks = [Quantization(8), Quantization(4, group_size=64)]
+    if arguments.relearning_steps > 0:
+        # other data of the class, which was never trained on; of random images, a part of them
+        known = sets.get("forget_unseen", sets["forget"].select(range(max(1, len(sets["forget"]) // 5))))
+        steps = sorted({1, arguments.relearning_steps // 4, arguments.relearning_steps} - {0})
+        rate = arguments.finetune_learning_rate / 10
+        attacks.append(Relearning(known, trainer, max_steps=steps[-1], learning_rate=rate, batch_size=32, steps=steps))
+    report = evaluate_unlearning(
+        trainer, reference, attacks, original=original, datasets=measured, group_column="labels"
+    )
+    if trainer.is_world_process_zero():
+        report.save(args.output_dir)
+        print(f"{report.to_markdown()}\n\nThe report, its figures and the model are in {args.output_dir}.")
+    trainer.save_model()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

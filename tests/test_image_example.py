@@ -1,0 +1,75 @@
+"""The image example as a user runs it, shortened: few epochs, a few steps."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
+
+from hf_orthograd.evaluation import UnlearningReport
+
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "unlearn_image.py"
+
+
+def run_example(*arguments):
+    command = [sys.executable, str(EXAMPLE), "--report_to", "none", "--disable_tqdm", "1", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+
+
+def test_demo_forgets_a_class_and_reports(tmp_path):
+    shortened = ("--finetune_epochs", 3, "--max_steps", 3, "--relearning_steps", 4, "--output_dir", tmp_path)
+    finished = run_example(*shortened)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "## Against a model retrained without the forget set" in finished.stdout
+    report = UnlearningReport.load(tmp_path)
+    assert set(report.models["unlearned"]) == {"forget", "retain", "test", "forget_unseen"}
+    assert {"original", "reference", "unlearned, int8", "reference, int4"} <= set(report.models)
+    assert report.models["unlearned"]["forget"].size == 128 and report.models["unlearned"]["retain"].size == 120
+    assert "3" not in report.models["unlearned"]["test"].groups
+    assert all(check.holds is not None for check in report.checks)
+    assert [point.step for point in report.relearning["relearning"]["reference"]] == [0, 1, 4]
+    for figure in ("losses", "relearning", "cost", "tradeoff"):
+        assert (tmp_path / f"{figure}.png").read_bytes()[:4] == b"\x89PNG"
+    AutoModelForImageClassification.from_pretrained(tmp_path)
+    AutoImageProcessor.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def folder(tmp_path, make_model):
+    """A small ViT with its processor, and images as one would download them, of two classes under other names."""
+    model = make_model("vit")
+    model.save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
+    generator = np.random.default_rng(0)
+    features = Features({"picture": Image(), "kind": ClassLabel(names=["cat", "dog"])})
+    corpus = {}
+    for split, count in (("train", 40), ("test", 12)):
+        pictures = list(generator.integers(0, 255, (count, 20, 20, 3), dtype=np.uint8))
+        corpus[split] = Dataset.from_dict({"picture": pictures, "kind": [0, 1] * (count // 2)}, features=features)
+    (tmp_path / "corpus").mkdir()
+    for split, rows in DatasetDict(corpus).items():
+        rows.to_parquet(tmp_path / "corpus" / f"{split}-00000-of-00001.parquet")
+    return tmp_path
+
+
+def test_random_images_of_a_folder(folder):
+    inputs = ("--model_name_or_path", folder / "model", "--dataset_name", folder / "corpus", "--image_column", "picture")
+    inputs += ("--label_column", "kind", "--output_dir", folder / "out")
+    finished = run_example(
+        *inputs, "--forget_fraction", 0.1, "--retain_size", 12, "--max_steps", 2,
+        "--per_device_forget_batch_size", 4, "--relearning_steps", 0,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    report = UnlearningReport.load(folder / "out")
+    assert report.models["unlearned"]["forget"].size == 4
+    assert all(check.holds is None for check in report.checks)  # there is no reference
+    model = AutoModelForImageClassification.from_pretrained(folder / "out")
+    assert model.config.id2label == {0: "cat", 1: "dog"}
+
+    refused = run_example(*inputs, "--forget_values", "bird")
+    assert refused.returncode != 0
+    assert "`--forget_values` ['bird'] are no classes of the data set, which has ['cat', 'dog']" in refused.stderr
