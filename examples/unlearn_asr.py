@@ -23,7 +23,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoProcessor, HfArgumentParser
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
-from hf_orthograd.evaluation import CharacterErrorRate, WordErrorRate, plot_unlearning
+from hf_orthograd.evaluation import (
+    CharacterErrorRate,
+    Quantization,
+    UnlearningReport,
+    WordErrorRate,
+    WordErrors,
+    evaluate_unlearning,
+    plot_unlearning,
+)
 from hf_orthograd.speech import (
     SpeechCollator,
     is_whisper_like,
@@ -54,6 +62,9 @@ class ScriptArguments:
     finetune_learning_rate: float = field(default=2e-5, metadata={"help": "Its learning rate."})
     finetune_batch_size: int = field(default=8, metadata={"help": "Its batch size per device."})
     max_audio_seconds: int | None = field(default=None, metadata={"help": "Whisper: window shorter than 30 s."})
+    retrain: bool = field(
+        default=False, metadata={"help": "Also fine-tune without the forgotten speakers, as the report's reference."}
+    )
     use_lora: bool = field(default=False, metadata={"help": "Unlearn by a LoRA adapter on the attention projections."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of the adapter."})
     dry_run: bool = field(default=False, metadata={"help": "Print what a step will take, and stop."})
@@ -91,7 +102,7 @@ WITHOUT_RULE = {
 
 SETS = {
     "forget": "forgotten, trained on",
-    "test_forgotten": "forgotten, unseen",
+    "forget_unseen": "forgotten, unseen",
     "retain": "others, at hand",
     "test": "others, unseen",
 }
@@ -126,7 +137,7 @@ def split(corpus: DatasetDict, arguments: ScriptArguments) -> DatasetDict:
         retain=at_hand["retain"],
         others=everyone["retain"],
         test=unseen["retain"],
-        test_forgotten=unseen["forget"],
+        forget_unseen=unseen["forget"],
     )
 
 
@@ -153,10 +164,10 @@ class Recogniser:
         both = [rate.compute(predictions=predictions, references=references) for rate in self.rates]
         return {name: value for rate in both for name, value in rate.items()}
 
-    def finetune(self, model, args: OrthoGradConfig, arguments: ScriptArguments) -> None:
+    def finetune(self, model, sets: list[str], args: OrthoGradConfig, arguments: ScriptArguments, name: str) -> None:
         args = replace(
             args,
-            output_dir=str(Path(args.output_dir) / "finetuned"),
+            output_dir=str(Path(args.output_dir) / name),
             max_steps=-1,
             num_train_epochs=arguments.finetune_epochs,
             learning_rate=arguments.finetune_learning_rate,
@@ -169,8 +180,8 @@ class Recogniser:
             **WITHOUT_RULE,
             **self.evaluation,
         )
-        everyone = concatenate_datasets([self.sets["forget"], self.sets["others"]])
-        trainer = OrthoGradTrainer(model, args, train_dataset=everyone, **self.shared)
+        spoken = concatenate_datasets([self.sets[name] for name in sets])
+        trainer = OrthoGradTrainer(model, args, train_dataset=spoken, **self.shared)
         trainer.train()
         trainer.save_model()
 
@@ -186,6 +197,17 @@ class Recogniser:
         seconds = time.perf_counter() - started
         history = [entry for entry in trainer.state.log_history if "forget_loss" in entry]
         return self.rates_of(trainer) | {"seconds": seconds, "history": history}
+
+    def examine(self, trainer: OrthoGradTrainer, original, reference, arguments: ScriptArguments) -> UnlearningReport:
+        return evaluate_unlearning(
+            trainer,
+            reference,
+            [Quantization(8), Quantization(4, group_size=64)],
+            original=original,
+            datasets={name: self.sets[name] for name in SETS},
+            metric=WordErrors(self.transcribe),
+            group_column=arguments.forget_column,
+        )
 
     def rates_of(self, trainer: OrthoGradTrainer) -> dict[str, dict[str, float]]:
         metrics = trainer.evaluate()
@@ -223,7 +245,7 @@ def report(rows: dict[str, dict], arguments: ScriptArguments, args: OrthoGradCon
     histories = {method: row["history"] for method, row in rows.items() if "history" in row}
     qualities = {method: {SETS[name]: row[name]["wer"] for name in SETS} for method, row in rows.items()}
     plot_unlearning(histories, qualities, "word error rate (%)", output / "curves.png")
-    print(f"\n{table}\n\nresults.json, curves.png and the model are in {output}.")
+    print(f"\n{table}\n\nresults.json, curves.png, unlearning_report.md and the model are in {output}.")
 
 
 def main() -> None:
@@ -243,8 +265,11 @@ def main() -> None:
     if arguments.dry_run:
         print(recogniser.unlearner(make_student(model, arguments), args).estimate())
         return
+    reference = copy.deepcopy(model) if arguments.retrain else None
     if arguments.finetune_epochs > 0:
-        recogniser.finetune(model, args, arguments)
+        recogniser.finetune(model, ["forget", "others"], args, arguments, "finetuned")
+    if reference is not None:
+        recogniser.finetune(reference, ["others"], args, arguments, "retrained")
 
     probe = OrthoGradTrainer(model, replace(args, **WITHOUT_RULE, **recogniser.evaluation), **recogniser.shared)
     rows = {"before": recogniser.rates_of(probe)}
@@ -254,7 +279,9 @@ def main() -> None:
         trainer = recogniser.unlearner(student, replace(args, projection=projection))
         rows[f'projection="{projection}"'] = recogniser.unlearn(trainer)
 
+    examined = recogniser.examine(trainer, model, reference, arguments)
     if trainer.is_world_process_zero():
+        examined.save(args.output_dir)
         report(rows, arguments, args)
     trainer.save_model()
     if args.push_to_hub:

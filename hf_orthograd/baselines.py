@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from .data import SAMPLE_INDEX
-from .gradients import preserved_modes, preserved_random_state
+from .gradients import preserved_modes, preserved_random_state, split_samples
 from .objectives import IGNORED_LABEL, PerSampleLoss
 from .trainer import OrthoGradTrainer
 
@@ -248,8 +248,8 @@ def _importances(model: nn.Module, trained: list[Tensor], batches: Iterable[Mapp
     per_sample_loss, count = PerSampleLoss(model), 0
     total = [torch.zeros_like(parameter) for parameter in trained]
     for batch in batches:
-        for loss in per_sample_loss(model, batch):
-            gradients = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
+        for sample in split_samples([dict(batch)], 1):
+            gradients = torch.autograd.grad(per_sample_loss(model, sample.inputs).sum(), trained, allow_unused=True)
             for sums, gradient in zip(total, gradients, strict=True):
                 if gradient is not None:
                     sums.addcmul_(gradient, gradient)

@@ -16,6 +16,7 @@ from transformers import (
     Wav2Vec2Processor,
 )
 
+from hf_orthograd.evaluation import UnlearningReport
 from hf_orthograd.speech import decode_audio
 
 
@@ -38,11 +39,16 @@ def check_outputs(output, methods):
     results = json.loads((output / "results.json").read_text())
     assert list(results["rows"]) == methods
     for row in results["rows"].values():
-        for name in ("forget", "test_forgotten", "retain", "test"):
+        for name in ("forget", "forget_unseen", "retain", "test"):
             assert row[name]["wer"] >= 0 and row[name]["cer"] >= 0
     assert (output / "results.md").read_text().count("\n") == 2 + len(methods)
     assert (output / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert results["peak_memory_gib"] > 0
+    report = UnlearningReport.load(output)
+    assert report.models["unlearned"]["forget"].value == pytest.approx(
+        results["rows"][methods[-1]]["forget"]["wer"] / 100
+    )
+    assert report.models["unlearned"]["retain"].worst_group is not None
     return results
 
 

@@ -57,7 +57,14 @@ def folder(tmp_path, make_model):
 
 
 def test_random_images_of_a_folder(folder):
-    inputs = ("--model_name_or_path", folder / "model", "--dataset_name", folder / "corpus", "--image_column", "picture")
+    inputs = (
+        "--model_name_or_path",
+        folder / "model",
+        "--dataset_name",
+        folder / "corpus",
+        "--image_column",
+        "picture",
+    )
     inputs += ("--label_column", "kind", "--output_dir", folder / "out")
     finished = run_example(
         *inputs, "--forget_fraction", 0.1, "--retain_size", 12, "--max_steps", 2,

@@ -2,6 +2,7 @@
 
 from .attacks import Attack, DetachAdapter, Quantization, Relearning
 from .figures import plot_report, plot_unlearning
+from .lira import ShadowLosses, shadow_losses, unlearning_lira
 from .measure import per_sample_losses
 from .metrics import CharacterErrorRate, WordErrorRate
 from .privacy import MembershipInference, loss_distance, membership_inference
@@ -22,6 +23,7 @@ __all__ = [
     "Quantization",
     "Relearning",
     "SampleMetric",
+    "ShadowLosses",
     "Tolerances",
     "UnlearningReport",
     "WordErrorRate",
@@ -33,6 +35,8 @@ __all__ = [
     "per_sample_losses",
     "plot_report",
     "plot_unlearning",
+    "shadow_losses",
     "tug_of_war",
     "unlearning_impact_score",
+    "unlearning_lira",
 ]

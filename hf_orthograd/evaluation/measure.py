@@ -41,7 +41,13 @@ def measure(trainer: Trainer, dataset, metric: SampleMetric | None = None) -> Me
             output = trainer.predict(dataset)
         finally:
             trainer.compute_metrics = compute_metrics
-    return Measurement(losses, metric.counts(EvalPrediction(output.predictions, output.label_ids)))
+    # Seq2SeqTrainer keeps the rows with which the last batch of several processes is filled up
+    predictions, labels = (_first_rows(array, len(losses)) for array in (output.predictions, output.label_ids))
+    return Measurement(losses, metric.counts(EvalPrediction(predictions, labels)))
+
+
+def _first_rows(arrays: np.ndarray | tuple, count: int) -> np.ndarray | tuple:
+    return tuple(array[:count] for array in arrays) if isinstance(arrays, tuple) else arrays[:count]
 
 
 def per_sample_losses(trainer: Trainer, dataset) -> np.ndarray:

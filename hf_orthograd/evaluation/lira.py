@@ -1,0 +1,107 @@
+"""U-LiRA: membership inference that knows how each sample looks after being unlearned, and after never being seen."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from scipy import stats
+from torch import nn
+from torch.utils.data import Subset
+
+from .privacy import MembershipInference, membership_inference
+
+
+@dataclass
+class ShadowLosses:
+    """Losses of each candidate under shadow models, in nats, shape (shadows, n); NaN where the other array has one.
+
+    Parameters:
+        unlearned (`numpy.ndarray`): Of shadows that were trained on the candidate and then made to forget it.
+        unseen (`numpy.ndarray`): Of shadows that never saw it, and were made to forget others.
+    """
+
+    unlearned: np.ndarray
+    unseen: np.ndarray
+
+
+def shadow_losses(
+    model: nn.Module,
+    candidates,
+    *,
+    train: Callable[[nn.Module, object], nn.Module],
+    unlearn: Callable[[nn.Module, object], nn.Module],
+    losses: Callable[[nn.Module], np.ndarray],
+    num_shadows: int = 16,
+    lora_config: LoraConfig | None = None,
+    seed: int = 0,
+) -> ShadowLosses:
+    """Trains shadow models, each on a random half of the candidates, and has each unlearn that half again.
+
+    Args:
+        model (`torch.nn.Module`): What shadows start from: the model before it was trained on the forget set.
+        candidates (`datasets.Dataset` or `torch.utils.data.Dataset`): The forget set and samples like it that were never
+            trained on.
+        train (`Callable`): `train(shadow, half)` trains on the half, and on the retain set, and returns the model.
+        unlearn (`Callable`): `unlearn(shadow, half)` is the method under test.
+        losses (`Callable`): `losses(shadow)` gives those of all candidates, shape (n,), as [`per_sample_losses`] does.
+        num_shadows (`int`): An even number: half of them drawn, and the other half their complements, so that each
+            candidate is unlearned by as many shadows as never see it.
+        lora_config (`peft.LoraConfig`, *optional*): Shadows train such an adapter in place of all parameters, which is
+            cheaper, and weaker as far as an adapter memorises less.
+        seed (`int`): Of the halves.
+
+    Raises:
+        ValueError: Fewer than 4 shadows, of which no variance can be taken, or an odd number.
+    """
+    if num_shadows < 4 or num_shadows % 2:
+        raise ValueError(f"`num_shadows` must be even and at least 4, but is {num_shadows}.")
+    generator = np.random.default_rng(seed)
+    count = len(candidates)
+    found = ShadowLosses(*(np.full((num_shadows, count), np.nan) for _ in range(2)))
+    for number in range(num_shadows):
+        if number % 2 == 0:
+            chosen = np.zeros(count, dtype=bool)
+            chosen[generator.permutation(count)[: count // 2]] = True
+        else:
+            chosen = ~chosen
+        rows = np.flatnonzero(chosen).tolist()
+        half = candidates.select(rows) if isinstance(candidates, Dataset) else Subset(candidates, rows)
+        shadow = copy.deepcopy(model)
+        if lora_config is not None:
+            shadow = get_peft_model(shadow, lora_config)
+        values = losses(unlearn(train(shadow, half), half))
+        found.unlearned[number, chosen] = values[chosen]
+        found.unseen[number, ~chosen] = values[~chosen]
+    return found
+
+
+def unlearning_lira(losses: np.ndarray, is_member: np.ndarray, shadows: ShadowLosses) -> MembershipInference:
+    """U-LiRA (arXiv 2403.01218, algorithm 1): can one tell which candidates a model has unlearned?
+
+    Each candidate's score is the log-likelihood ratio of its confidence `log(p / (1 - p))`, p = exp(-loss), under two
+    normal distributions, of shadows that unlearned it and of shadows that never saw it. Take it of the retrained model
+    too: 0.5 is what a perfect method gives, and chance with few candidates.
+
+    Args:
+        losses (`numpy.ndarray`): Shape (n,), of all candidates under the model in question, in nats.
+        is_member (`numpy.ndarray`): Shape (n,), true for those in its forget set.
+        shadows ([`ShadowLosses`]): Of the same candidates.
+    """
+    is_member = np.asarray(is_member, dtype=bool)
+    scores = _log_likelihood(losses, shadows.unlearned) - _log_likelihood(losses, shadows.unseen)
+    return membership_inference(-scores[is_member], -scores[~is_member])
+
+
+def _log_likelihood(losses: np.ndarray, shadows: np.ndarray) -> np.ndarray:
+    confidences = _confidence(shadows)
+    # a floor for the spread: few shadows may agree by chance
+    spread = np.nanstd(confidences, axis=0, ddof=1)
+    return stats.norm.logpdf(_confidence(losses), np.nanmean(confidences, axis=0), np.maximum(spread, 1e-3))
+
+
+def _confidence(losses: np.ndarray) -> np.ndarray:
+    losses = np.maximum(losses, 1e-12)
+    return -losses - np.log(-np.expm1(-losses))
