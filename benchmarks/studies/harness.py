@@ -1,0 +1,70 @@
+"""What the studies share: trained models kept on disk, one JSON record for each run, and resuming from both."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import accelerate
+import torch
+import transformers
+
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+class Records:
+    """Finished runs of a study, by name, in a JSON file that is replaced whole after every one."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.runs: dict[str, dict] = json.loads(path.read_text())["runs"] if path.exists() else {}
+
+    def get(self, name: str, make: Callable[[], dict]) -> dict:
+        """The record of that name, made now if there is none."""
+        if name not in self.runs:
+            started = time.perf_counter()
+            record = make()
+            print(f"{time.strftime('%H:%M:%S')} {name}: {time.perf_counter() - started:.0f} s", flush=True)
+            self.runs[name] = record
+            self._save()
+        return self.runs[name]
+
+    def _save(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_suffix(".partial")
+        lines = [f"{json.dumps(name)}: {json.dumps(record)}" for name, record in self.runs.items()]
+        runs = ",\n".join(lines)  # one line for each run
+        partial.write_text(f'{{"machine": {json.dumps(describe_machine())},\n"runs": {{\n{runs}\n}}}}\n')
+        partial.replace(self._path)
+
+
+def describe_machine() -> dict[str, str]:
+    """Versions and processor, as they stand beside every number."""
+    return {
+        "processor": f"{os.cpu_count()} cores {_processor()}, {torch.get_num_threads()} used",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+    }
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def trained_model(folder: Path, build: Callable, train: Callable, load: Callable):
+    """The model saved in `folder`; built, trained and saved there first if it is missing."""
+    if not (folder / "config.json").exists():
+        started = time.perf_counter()
+        model = build()
+        train(model)
+        partial = folder.with_name(folder.name + ".partial")
+        model.save_pretrained(partial)
+        partial.replace(folder)
+        print(f"trained {folder.name} in {time.perf_counter() - started:.0f} s", flush=True)
+    return load(folder)

@@ -1,0 +1,117 @@
+"""Utterances, models and sets of the speech study: Whisper-tiny.en on the short utterances of 28 speakers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import DatasetDict, concatenate_datasets, load_dataset
+from harness import trained_model
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
+
+from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
+from hf_orthograd.speech import SpeechCollator, prepare_speech_dataset, shorten_whisper
+
+
+SECONDS = 8
+EPOCHS = 3
+SPEAKERS = ("118", "460", "7367")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The speaker to forget; each seed forgets another."""
+
+    seed: int
+    kind: str = "speaker"
+
+    @property
+    def speaker(self) -> str:
+        return SPEAKERS[self.seed % len(SPEAKERS)]
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.seed}"
+
+
+def load_speech(model_folder: Path, data_folder: Path):
+    """The pretrained model's folder, its processor and all utterances of at most `SECONDS`, prepared."""
+    model, processor = load_pretrained(model_folder)
+    corpus = load_dataset(str(data_folder))
+    prepared = {}
+    for name, rows in corpus.items():
+        short = [row for row, seconds in enumerate(rows["duration"]) if seconds <= SECONDS]
+        rows = prepare_speech_dataset(rows.select(short), processor)
+        prepared[name] = rows
+    return processor, DatasetDict(prepared)
+
+
+def load_pretrained(folder: Path):
+    """Whisper with a window of `SECONDS`, and its processor."""
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(folder)
+    if model.config.max_source_positions == 1500:
+        shorten_whisper(model, processor, SECONDS)
+    return model, processor
+
+
+def split(request: Request, corpus: DatasetDict, retain: str) -> dict:
+    """The sets of a run; `retain` is the share of the others' training utterances still at hand.
+
+    Returns:
+        "forget", "others", "retain" (at hand), "retain_measured" (30 that are not at hand unless all are), "forget_unseen"
+        (the speaker's test utterances), and of the others' test utterances one half each "validation" and "test".
+    """
+    by_speaker = {"column": "speaker", "values": [request.speaker]}
+    train, test = split_forget_retain(corpus["train"], **by_speaker), split_forget_retain(corpus["test"], **by_speaker)
+    others, share = train["retain"], float(retain)
+    size = len(others) if share == 1 else max(1, round(share * len(others)))
+    order = others.shuffle(seed=request.seed)
+    return {
+        "forget": train["forget"],
+        "others": others,
+        "retain": order.select(range(size)),
+        "retain_measured": order.select(range(len(order) - 30, len(order))),
+        "forget_unseen": test["forget"],
+        "validation": test["retain"].select(range(1, len(test["retain"]), 2)),
+        "test": test["retain"].select(range(0, len(test["retain"]), 2)),
+    }
+
+
+def collator(processor) -> SpeechCollator:
+    return SpeechCollator(processor, processor.tokenizer.convert_tokens_to_ids("<|startoftranscript|>"))
+
+
+def train_on(sets: list, seed: int, pretrained: Path, output: Path, name: str):
+    """Whisper fine-tuned on these utterances, from the disk if that has been done before."""
+
+    def build():
+        transformers.set_seed(seed)
+        return load_pretrained(pretrained)[0]
+
+    def train(model):
+        _, processor = load_pretrained(pretrained)
+        args = OrthoGradConfig(
+            output_dir=str(output / "training"),
+            num_train_epochs=EPOCHS,
+            per_device_train_batch_size=8,
+            learning_rate=3e-5,
+            warmup_steps=0.1,
+            logging_steps=20,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=seed,
+        )
+        trainer = OrthoGradTrainer(
+            model,
+            args,
+            train_dataset=concatenate_datasets(sets),
+            data_collator=collator(processor),
+            processing_class=processor,
+        )
+        trainer.train()
+
+    def load(folder: Path):
+        return AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=torch.float32)
+
+    return trained_model(output / name, build, train, load)

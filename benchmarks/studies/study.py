@@ -1,0 +1,148 @@
+"""The stages of a study, the same for every modality: reference models, choice of settings, final runs, tables."""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from harness import RESULTS, Records
+from methods import METHODS, Bench, measure_model, run
+from tables import choose, write_report
+from torch import nn
+
+from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
+from hf_orthograd.evaluation import loss_distance
+
+
+SELECTIONS = (2.0, 5.0, 10.0, 30.0)  # SSD's alpha, in place of a learning rate
+CHOSEN_AT = "0.05"  # the share of retain data at which settings are chosen
+
+
+class Study:
+    """Compares the methods on requests, one for each kind and seed; a record is made once and kept.
+
+    Parameters:
+        name (`str`): Of its results.
+        kinds, seeds (`tuple`): What is forgotten.
+        grid (`tuple[float, ...]`): Learning rates to choose from.
+        methods, sized (`tuple[str, ...]`): Those compared, and those compared at other retain sizes too.
+        sizes (`tuple[str, ...]`): The other retain sizes.
+        better (`int`): 1 if more of the metric is better, else -1.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    seeds = (0, 1, 2)
+    grid: tuple[float, ...]
+    methods = tuple(METHODS)
+    sized: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()
+    better = 1
+
+    def __init__(self, records: Records):
+        self.records = records
+
+    def request(self, kind: str, seed: int):
+        raise NotImplementedError
+
+    def bench(self, kind: str) -> Bench:
+        raise NotImplementedError
+
+    def sets(self, request, retain: str) -> dict:
+        raise NotImplementedError
+
+    def original(self, seed: int) -> nn.Module:
+        raise NotImplementedError
+
+    def retrained(self, request) -> nn.Module:
+        raise NotImplementedError
+
+    def attacks(self, request, sets: dict) -> Callable:
+        raise NotImplementedError
+
+    def reference(self, what: str, request) -> dict:
+        """The record of the original or of the retrained model."""
+
+        def make() -> dict:
+            bench, sets = self.bench(request.kind), self.sets(request, CHOSEN_AT)
+            model = self.original(request.seed) if what == "original" else self.retrained(request)
+            config = {name: value for name, value in bench.config.items() if name not in bench.rule}
+            args = OrthoGradConfig(**config, report_to="none", disable_tqdm=True)
+            trainer = OrthoGradTrainer(model, args, **bench.shared)
+            return measure_model(bench, trainer, sets, self.attacks(request, sets))
+
+        return self.records.get(f"{what} {request}", make)
+
+    def unlearn(self, request, name: str, setting: float, retain: str, attacked: bool, extra=None) -> dict:
+        bench, sets = self.bench(request.kind), self.sets(request, retain)
+        attacks = self.attacks(request, sets) if attacked else None
+        record = run(
+            bench, name, setting, self.original(request.seed), sets, request.seed, attacks=attacks, extra=extra
+        )
+        reference = self.reference("retrained", request)
+        record["ks"] = loss_distance(record.pop("forget_losses"), reference["forget_losses"])
+        return record
+
+    def chosen(self, kind: str, name: str) -> float:
+        """The setting whose validation gap to the retrained model is smallest, with the first seed."""
+        request = self.request(kind, self.seeds[0])
+        reference = self.reference("retrained", request)
+        runs = {
+            setting: self.records.get(
+                f"tune {request} {name} {setting:g}",
+                lambda setting=setting: self.unlearn(request, name, setting, CHOSEN_AT, attacked=False),
+            )
+            for setting in (SELECTIONS[: len(self.grid)] if name == "ssd" else self.grid)
+        }
+        return choose(runs, reference)
+
+    def final(self, request, name: str, retain: str) -> dict:
+        setting = self.chosen(request.kind, name)
+        attacked = retain == CHOSEN_AT
+        make = lambda: self.unlearn(request, name, setting, retain, attacked)  # noqa: E731
+        return self.records.get(f"final {request} {retain} {name}", make)
+
+    def stage_models(self) -> None:
+        for kind in self.kinds:
+            for seed in self.seeds:
+                for what in ("original", "retrained"):
+                    self.reference(what, self.request(kind, seed))
+
+    def stage_tune(self) -> None:
+        for name in self.methods:
+            for kind in self.kinds:
+                self.chosen(kind, name)
+
+    def stage_final(self) -> None:
+        for seed in self.seeds:
+            for name in self.methods:
+                for kind in self.kinds:
+                    self.final(self.request(kind, seed), name, CHOSEN_AT)
+
+    def stage_sizes(self) -> None:
+        for retain in self.sizes:
+            for seed in self.seeds:
+                for name in self.sized:
+                    for kind in self.kinds:
+                        self.final(self.request(kind, seed), name, retain)
+
+    def stage_report(self) -> None:
+        for kind in self.kinds:
+            seeds = [seed for seed in self.seeds if self._has_finals(kind, seed)]
+            path = RESULTS / f"study_{self.name}_{kind}"
+            write_report(self.records.runs, path, kind, seeds, (CHOSEN_AT, *self.sizes), self.better)
+
+    def _has_finals(self, kind: str, seed: int) -> bool:
+        finals = (f"final {self.request(kind, seed)} {CHOSEN_AT} {name}" for name in self.methods)
+        return all(name in self.records.runs for name in finals)
+
+
+def main(make_study: Callable[[argparse.Namespace], Study], parser: argparse.ArgumentParser) -> None:
+    """Runs the stages that the command line names."""
+    stages = ["models", "tune", "final", "sizes", "report"]
+    parser.add_argument("--stages", nargs="+", default=stages, choices=stages)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    study = make_study(arguments)
+    for stage in arguments.stages:
+        getattr(study, f"stage_{stage}")()
