@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
+from hf_orthograd.evaluation import Quantization, Relearning, evaluate_unlearning
 
 
 KINDS = ["whisper", "vit", "llama"]
@@ -111,7 +112,7 @@ def train(
     }
     settings = dict(settings)
     scaling, ragged, count = settings.pop("scaling", None), settings.pop("ragged", False), settings.pop("count", 24)
-    poisoned = settings.pop("poisoned", None)
+    poisoned, _ = settings.pop("poisoned", None), settings.pop("examined", None)
     args = OrthoGradConfig(str(folder), **(defaults | settings))
     retain, forget = samples(kind, count, seed=1), samples(kind, count, seed=2)
     if ragged:  # batches as long as their longest sequence
@@ -131,6 +132,19 @@ def train(
     return trainer
 
 
+def examine(trainer: OrthoGradTrainer, kind: str) -> str:
+    """The report on sets that fill no batch of several processes, as JSON."""
+    torch.manual_seed(1)
+    trainer.args.per_device_eval_batch_size = 3
+    sets = {"forget": samples(kind, 13, seed=2), "retain": samples(kind, 7, seed=1), "test": samples(kind, 11, seed=3)}
+    attack = Relearning(samples(kind, 8, seed=4), trainer, max_steps=2, learning_rate=0.05, steps=(1,))
+    report = evaluate_unlearning(
+        trainer, MODELS[kind](), [Quantization(8), attack], datasets=sets, group_column="labels"
+    )
+    report.history, report.cost = [], {}
+    return report.to_json()
+
+
 def main() -> None:
     folder, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
     for name, kind, lora, settings in runs:
@@ -145,9 +159,10 @@ def main() -> None:
         if trainer.args.fsdp:
             trained = {n: p.full_tensor() for n, p in trained.items()}
             trainer.save_model(folder / f"{name}-saved")
+        report = examine(trainer, kind) if "examined" in settings else None
         if trainer.is_world_process_zero():
             logs = [entry for entry in trainer.state.log_history if "kept_signal" in entry]
-            torch.save({"parameters": trained, "logs": logs}, folder / f"{name}.pt")
+            torch.save({"parameters": trained, "logs": logs, "report": report}, folder / f"{name}.pt")
         else:
             torch.save(trained, folder / f"{name}-{trainer.accelerator.process_index}.pt")
     PartialState().wait_for_everyone()

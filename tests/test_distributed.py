@@ -1,8 +1,10 @@
 """One result whatever the launch: processes, accumulation, or neither."""
 
+import json
+
 import pytest
 import torch
-from launched import KINDS, launch, settings, train
+from launched import KINDS, examine, launch, settings, train
 
 
 # with its usual epsilon AdamW makes whole steps of gradients that are nothing but rounding errors
@@ -58,7 +60,32 @@ def unequal(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unequal")
     runs = [("ragged", "llama", False, settings(4, ragged=True))]
     runs.append(("uneven", "llama", False, settings(4, ragged=True, count=21, max_steps=6)))
+    runs.append(("examined", "vit", False, settings(4, examined=True)))
     return folder, launch(folder, 2, runs)
+
+
+def test_report_is_the_same_in_two_processes(unequal, tmp_path):
+    """Sets of 13, 7 and 11 rows in batches of 3, and an attack that trains."""
+    _, launches = unequal
+    trainer = train(tmp_path, "vit", False, settings(8, examined=True))
+    found = json.loads(launches["examined"]["report"])
+    expected = json.loads(examine(trainer, "vit"))
+    assert found["models"]["unlearned"]["forget"]["size"] == 13
+    assert found["relearning"]["relearning"]["unlearned"][2]["step"] == 2
+    assert_close(found, expected)
+
+
+def assert_close(found, expected):
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        found, expected = found.values(), expected.values()
+    if isinstance(expected, (int, float)) and not isinstance(expected, bool):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    elif isinstance(expected, str) or not hasattr(expected, "__iter__"):
+        assert found == expected
+    else:
+        for pair in zip(found, expected, strict=True):
+            assert_close(*pair)
 
 
 def test_sequences_of_other_lengths_in_each_process(unequal, tmp_path):
