@@ -1,5 +1,6 @@
 """Metrics of the evaluation against independent computations, and reports in which a planted leak must show."""
 
+import copy
 import itertools
 import json
 
@@ -7,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import Samples
+from peft import LoraConfig, get_peft_model
 from transformers import EvalPrediction, ViTConfig, ViTForImageClassification
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
 from hf_orthograd.evaluation import (
     Accuracy,
     CharacterErrors,
+    DetachAdapter,
     Quantization,
     Relearning,
     Tolerances,
@@ -114,6 +117,41 @@ def test_per_sample_losses_are_the_models_own(make_model, make_samples, trainer_
     with torch.no_grad():
         own = [model(**{name: value[None] for name, value in example.items()}).loss.item() for example in samples]
     assert found == pytest.approx(own, rel=1e-4)
+
+
+def test_adapter_is_taken_off(make_model):
+    model = make_model("vit")
+    images = torch.randn(2, 3, 16, 16)
+    before = model.eval()(pixel_values=images).logits
+    adapted = get_peft_model(
+        copy.deepcopy(model), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    ).eval()
+    after = adapted(pixel_values=images).logits
+    assert not torch.allclose(before, after, atol=1e-4)
+    assert torch.allclose(DetachAdapter()(adapted)(pixel_values=images).logits, before)
+    assert torch.equal(adapted(pixel_values=images).logits, after)  # the given one keeps its adapter
+    # of a merged model, as `save_model()` writes it, nothing can be taken
+    merged = DetachAdapter()(copy.deepcopy(adapted).merge_and_unload())
+    assert torch.allclose(merged(pixel_values=images).logits, after, atol=1e-5)
+
+
+def test_loss_of_ones_own_needs_no_known_model(make_model, make_samples, tmp_path):
+    def twice(outputs, labels, num_items_in_batch=None):
+        return 2 * torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
+
+    args = OrthoGradConfig(str(tmp_path), report_to="none", disable_tqdm=True)
+    samples, sets = make_samples("vit", 4), {"train_dataset": make_samples("vit", 4, seed=1)}
+    trainer = OrthoGradTrainer(
+        make_model("vit"),
+        args,
+        **sets,
+        forget_dataset=samples,
+        compute_loss_func=twice,
+        eval_dataset={"forget": samples},
+    )
+    plain = OrthoGradTrainer(make_model("vit"), args)
+    assert per_sample_losses(trainer, samples) == pytest.approx(2 * per_sample_losses(plain, samples))
+    assert evaluate_unlearning(trainer).metric is None  # what it predicts is not known
 
 
 def test_quantisation_rounds_to_the_nearest_of_so_many_levels(make_model):
@@ -262,6 +300,8 @@ def test_bad_sets_are_named(planted, trainer_of):
     sets, original, _, _ = planted
     with pytest.raises(ValueError, match="the set 'forget', but is \\['test'\\]"):
         evaluate_unlearning(trainer_of(original, test=sets["test"]))
+    with pytest.raises(ValueError, match="names of their own, but they are int8, int8"):
+        evaluate_unlearning(trainer_of(original, **sets), attacks=[Quantization(8), Quantization(8, 32)])
     with pytest.raises(ValueError, match="without rows: test"):
         evaluate_unlearning(trainer_of(original, forget=sets["forget"], test=Samples([])))
     with pytest.raises(ValueError, match="`group_column` is 'speaker', but the rows have pixel_values, labels"):

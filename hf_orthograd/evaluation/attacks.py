@@ -31,6 +31,7 @@ class Quantization:
         bits (`int`): Of the integers.
         group_size (`int`, *optional*): How many neighbouring weights of an output channel share a scale; the whole
             channel by default, and where this does not divide it.
+        name (`str`, *optional*): Its row in the report; "int4" and so on by default.
 
     Raises:
         ValueError: Fewer than 2 or more than 16 bits.
@@ -38,11 +39,11 @@ class Quantization:
 
     LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
 
-    def __init__(self, bits: int, group_size: int | None = None):
+    def __init__(self, bits: int, group_size: int | None = None, name: str | None = None):
         if not 2 <= bits <= 16:
             raise ValueError(f"`bits` must lie between 2 and 16, but is {bits}.")
         self.bits, self.group_size = bits, group_size
-        self.name = f"int{bits}"
+        self.name = name or f"int{bits}"
 
     def __call__(self, model: nn.Module) -> nn.Module:
         attacked = copy.deepcopy(model)

@@ -1,6 +1,6 @@
 """Measures named sets of data under a trainer: batched, on all its processes, and under other models than its own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -56,10 +56,8 @@ def per_sample_losses(trainer: Trainer, dataset) -> np.ndarray:
     Raises:
         ValueError: The loss of this model is not known per sample; the message says what to pass.
     """
-    own = isinstance(trainer, OrthoGradTrainer) and trainer.forget_dataset is not None
-    function = trainer.per_sample_loss_func if own else trainer.compute_loss_func
     model = trainer.accelerator.unwrap_model(trainer.model)
-    per_sample_loss = PerSampleLoss(model.get_base_model() if isinstance(model, PeftModel) else model, function)
+    per_sample_loss = PerSampleLoss(base_model(trainer), loss_function(trainer))
     forward = trainer.model_wrapped if is_sharded(model) else model
     loader = trainer.get_eval_dataloader(dataset)
     model.to(trainer.args.device)
@@ -72,6 +70,18 @@ def per_sample_losses(trainer: Trainer, dataset) -> np.ndarray:
         check_per_sample(losses, len(batch["labels"]))
         found.append(trainer.accelerator.gather_for_metrics(losses.float()).cpu())
     return torch.cat(found).numpy().astype(float)
+
+
+def base_model(trainer: Trainer) -> nn.Module:
+    """The trainer's model without wrappers, of processes or of an adapter."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def loss_function(trainer: Trainer) -> Callable | None:
+    """The loss that the user passed to the trainer, if any."""
+    own = isinstance(trainer, OrthoGradTrainer) and trainer.forget_dataset is not None
+    return trainer.per_sample_loss_func if own else trainer.compute_loss_func
 
 
 @contextmanager

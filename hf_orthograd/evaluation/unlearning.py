@@ -7,8 +7,9 @@ import numpy as np
 from torch import nn
 from transformers import Trainer
 
+from ..objectives import class_losses, find_family
 from .attacks import Attack, Relearning
-from .measure import Measurement, column_values, examining, measure
+from .measure import Measurement, base_model, column_values, examining, loss_function, measure
 from .privacy import MembershipInference, loss_distance, membership_inference
 from .quality import Accuracy, Quality, SampleMetric, summarize
 from .report import Check, RelearningPoint, UnlearningReport
@@ -86,12 +87,16 @@ def evaluate_unlearning(
         [`UnlearningReport`].
 
     Raises:
-        ValueError: No set "forget", an empty set, an unknown goal, or a loss that is not known per sample.
+        ValueError: No set "forget", an empty set, an unknown goal, two attacks of one name, or a loss that is not known
+            per sample.
     """
     if goal not in ("retrained", "erased"):
         raise ValueError(f"`goal` must be 'retrained' or 'erased', but is {goal!r}.")
+    names = [attack.name for attack in attacks]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`attacks` must have names of their own, but they are {', '.join(names)}. Pass `name`.")
     datasets = _check_datasets(trainer.eval_dataset if datasets is None else datasets)
-    if metric is None and getattr(trainer.model.config, "problem_type", None) != "regression" and _classifies(trainer):
+    if metric is None and _classifies(trainer):
         metric = Accuracy()
     groups = {name: column_values(rows, group_column) for name, rows in datasets.items()} if group_column else {}
     examination = _Examination(trainer, datasets, metric, groups, seed)
@@ -120,12 +125,12 @@ def evaluate_unlearning(
         },
     )
     _summarize(report)
-    report.checks = _checks(report, tolerances or Tolerances(), [attack.name for attack in attacks])
+    report.checks = _checks(report, tolerances or Tolerances(), names)
     return report
 
 
 def _classifies(trainer: Trainer) -> bool:
-    return type(trainer.accelerator.unwrap_model(trainer.model)).__name__.endswith("Classification")
+    return loss_function(trainer) is None and find_family(base_model(trainer)) is class_losses
 
 
 def _check_datasets(datasets) -> dict:
