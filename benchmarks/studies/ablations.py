@@ -35,6 +35,8 @@ VARIANTS = {
     },
     "NPO": ("orthograd_npo", {}),
     "NPO, no projection": ("npo", {}),
+    "SimNPO": ("orthograd", {"forget_loss": "simnpo"}),
+    "SimNPO, no projection": ("simnpo", {}),
     "NPO, update corrected": ("orthograd_npo", {"projection_target": "update"}),
     "LoRA": ("orthograd", {LORA: True}),
     "LoRA, no projection": ("graddiff", {LORA: True}),

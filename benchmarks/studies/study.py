@@ -127,22 +127,21 @@ class Study:
 
     def stage_report(self) -> None:
         for kind in self.kinds:
-            seeds = [seed for seed in self.seeds if self._has_finals(kind, seed)]
+            finished = [f"final {kind}-{seed} {CHOSEN_AT} orthograd" in self.records.runs for seed in self.seeds]
+            seeds = [seed for seed, done in zip(self.seeds, finished, strict=True) if done]
             path = RESULTS / f"study_{self.name}_{kind}"
             write_report(self.records.runs, path, kind, seeds, (CHOSEN_AT, *self.sizes), self.better)
-
-    def _has_finals(self, kind: str, seed: int) -> bool:
-        finals = (f"final {self.request(kind, seed)} {CHOSEN_AT} {name}" for name in self.methods)
-        return all(name in self.records.runs for name in finals)
 
 
 def main(make_study: Callable[[argparse.Namespace], Study], parser: argparse.ArgumentParser) -> None:
     """Runs the stages that the command line names."""
     stages = ["models", "tune", "final", "sizes", "report"]
     parser.add_argument("--stages", nargs="+", default=stages, choices=stages)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="those run now; the study's by default")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     study = make_study(arguments)
+    study.methods = tuple(arguments.methods or study.methods)
     for stage in arguments.stages:
         getattr(study, f"stage_{stage}")()

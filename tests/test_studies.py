@@ -1,0 +1,92 @@
+"""What the studies' tables rest on: resuming, the choice of settings, intervals."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "studies"))
+
+from harness import Records
+from methods import METHODS, Bench
+from tables import choose, gap, mean_and_interval, recovery, write_report
+
+
+def record(forget, retain, test, auc, *, validation=None, steps=5, curve=((0, 0.1), (5, 0.3), (25, 0.9))):
+    quality = {"forget": forget, "at_hand": retain, "retain": retain, "test": test, "validation": validation or test}
+    return {
+        "quality": {name: [value, 1.0] for name, value in quality.items()},
+        "auc": {"test": auc, "validation": auc},
+        "ks": 0.2,
+        "int8": {"forget": [forget, 1.0]},
+        "int4": {"forget": [forget, 1.0]},
+        "relearning": [[step, value, 1.0] for step, value in curve],
+        "seconds": 2.0,
+        "steps": steps,
+        "setting": 1e-4,
+        "failed": None,
+    }
+
+
+def test_finished_runs_are_not_made_again(tmp_path):
+    path = tmp_path / "study.json"
+    first = Records(path)
+    assert first.get("a", lambda: {"value": 1}) == {"value": 1}
+    again = Records(path)
+    assert again.get("a", lambda: pytest.fail("made again")) == {"value": 1}
+    again.get("b", lambda: {"value": [2]})
+    assert json.loads(path.read_text())["runs"] == {"a": {"value": 1}, "b": {"value": [2]}}
+    assert "torch" in json.loads(path.read_text())["machine"]
+
+
+def test_settings_are_chosen_on_validation_data():
+    reference = record(0.5, 0.7, 0.5, 0.5)
+    runs = {
+        1.0: record(0.5, 0.7, 0.1, 0.5, validation=0.5),  # right on validation data alone
+        2.0: record(0.5, 0.7, 0.5, 0.5, validation=0.1),
+        3.0: record(0.5, 0.7, 0.5, 0.5, validation=0.5) | {"failed": "not finite"},
+    }
+    assert choose(runs, reference) == 1.0
+    assert gap(runs[1.0], reference) == pytest.approx(0.1)
+
+
+def test_recovery_is_where_half_is_back():
+    original, reference, unlearned = record(0.9, 1, 1, 0.5), record(0.1, 1, 1, 0.5), record(0.1, 1, 1, 0.5)
+    assert recovery(unlearned, original, reference, 1) == 25  # half is 0.5
+    assert recovery(record(0.1, 1, 1, 0.5, curve=((0, 0.1), (25, 0.4))), original, reference, 1) is None
+    # of an error rate less is better
+    rates = record(0.1, 0, 0, 0.5, curve=((0, 0.8), (5, 0.4)))
+    assert recovery(rates, record(0.0, 0, 0, 0.5), record(0.9, 0, 0, 0.5), -1) == 5
+
+
+def test_interval_is_students():
+    values = [0.2, 0.3, 0.5]
+    low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+    assert mean_and_interval(values) == f"{np.mean(values):.3f} ± {(high - low) / 2:.3f}"
+    assert mean_and_interval([0.25]) == "0.250"
+
+
+def test_report_leaves_out_what_lacks_a_seed(tmp_path):
+    runs = {
+        f"{what} class-{seed}": record(0.5, 0.7, 0.5, 0.5) for what in ("original", "retrained") for seed in (0, 1)
+    }
+    runs |= {f"final class-{seed} 0.05 orthograd": record(0.4, 0.6, 0.5, 0.5) for seed in (0, 1)}
+    runs["final class-0 0.05 npo"] = record(0.4, 0.6, 0.5, 0.5)
+    write_report(runs, tmp_path / "study", "class", [0, 1], ["0.05", "0.2"], 1)
+    text = (tmp_path / "study.md").read_text()
+    assert "means over 2 seeds" in text and "5% of the retain set" in text and "20%" not in text
+    assert "| OrthoGrad | 0.400 ± 0.000 | 0.600 ± 0.000 |" in text and "NPO |" not in text
+    assert (tmp_path / "study.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_valid_configuration(name, tmp_path):
+    rule = {"eval_strategy": "steps", "eval_steps": 2, "forget_target": "reference"}
+    bench = Bench({"output_dir": str(tmp_path), "max_steps": 6, **rule}, tuple(rule), {}, None, {}, {})
+    args = bench.args(METHODS[name], 1e-3, seed=0)
+    assert args.max_steps == 6 * METHODS[name].steps
+    assert (args.forget_target == "reference") == METHODS[name].rule
