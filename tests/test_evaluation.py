@@ -302,6 +302,10 @@ def test_bad_sets_are_named(planted, trainer_of):
         evaluate_unlearning(trainer_of(original, test=sets["test"]))
     with pytest.raises(ValueError, match="names of their own, but they are int8, int8"):
         evaluate_unlearning(trainer_of(original, **sets), attacks=[Quantization(8), Quantization(8, 32)])
+    silent = trainer_of(original, **sets)
+    silent.args.prediction_loss_only = True
+    with pytest.raises(ValueError, match="`prediction_loss_only` is True"):
+        evaluate_unlearning(silent)
     with pytest.raises(ValueError, match="without rows: test"):
         evaluate_unlearning(trainer_of(original, forget=sets["forget"], test=Samples([])))
     with pytest.raises(ValueError, match="`group_column` is 'speaker', but the rows have pixel_values, labels"):

@@ -123,6 +123,7 @@ class Relearning:
             "per_device_train_batch_size": batch_size or trainer.args.per_device_train_batch_size,
             "gradient_accumulation_steps": 1,
             "eval_strategy": "no",
+            "eval_on_start": False,
             "save_strategy": "no",
             "load_best_model_at_end": False,
             "push_to_hub": False,

@@ -31,7 +31,12 @@ def measure(trainer: Trainer, dataset, metric: SampleMetric | None = None) -> Me
     """Measures a set under the trainer's model, in evaluation mode, in the order of its rows.
 
     Predictions are the trainer's own: with `predict_with_generate` they are generated.
+
+    Raises:
+        ValueError: The trainer makes no predictions, from which a metric could be taken.
     """
+    if metric is not None and trainer.args.prediction_loss_only:
+        raise ValueError("`prediction_loss_only` is True, but the report's metric needs predictions. Set it to False.")
     with preserved_random_state(), preserved_modes(trainer.model):
         losses = per_sample_losses(trainer, dataset)
         if metric is None:
