@@ -90,7 +90,7 @@ class Ablations(ImageStudy):
                 for label, (records, runs) in rows.items()
             }
             title = f"## {kind}, {len(seeds)} seeds" if len(seeds) > 1 else f"## {kind}, one seed"
-            parts.append(f"{title}\n\n{to_markdown(shown, COLUMNS[: COLUMNS.index('relearn steps')])}")
+            parts.append(f"{title}\n\n{to_markdown(shown, COLUMNS[: COLUMNS.index('relearn steps')], {})}")
         path = RESULTS / "study_ablations.md"
         path.write_text("# Ablations\n\n" + "\n\n".join(parts) + "\n")
 

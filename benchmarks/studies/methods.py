@@ -104,22 +104,13 @@ class Bench:
         )
 
 
-def run(
-    bench: Bench,
-    name: str,
-    setting: float,
-    model: nn.Module,
-    sets: dict,
-    seed: int,
-    *,
-    attacks: Callable | None = None,
-    extra: dict | None = None,
-) -> dict:
-    """Unlearns with one method and setting, and measures the model.
+def unlearn(
+    bench: Bench, name: str, setting: float, model: nn.Module, sets: dict, seed: int, extra: dict | None = None
+) -> tuple[OrthoGradTrainer, dict]:
+    """Unlearns with one method and setting; returns the trainer and what the run took.
 
     Args:
         setting (`float`): The learning rate; of SSD, which has none, the paper's alpha.
-        attacks (`Callable`, *optional*): From the trainer to the attacks.
         extra (`dict`, *optional*): Further entries of the configuration.
     """
     method = METHODS[name]
@@ -141,8 +132,7 @@ def run(
             failed = str(error)
     seconds = time.perf_counter() - started
     record = {"method": name, "setting": setting, "seed": seed, "extra": extra or {}, "failed": failed}
-    record |= {"seconds": seconds, "steps": trainer.state.global_step}
-    return record | measure_model(bench, trainer, sets, attacks)
+    return trainer, record | {"seconds": seconds, "steps": trainer.state.global_step}
 
 
 def measure_model(bench: Bench, trainer, sets: dict, attacks: Callable | None = None) -> dict:

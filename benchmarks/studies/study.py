@@ -1,11 +1,15 @@
 """The stages of a study, the same for every modality: reference models, choice of settings, final runs, tables."""
 
 import argparse
+import json
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 
 import torch
 from harness import RESULTS, Records
-from methods import METHODS, Bench, measure_model, run
+from methods import METHODS, Bench, measure_model, unlearn
 from tables import choose, write_report
 from torch import nn
 
@@ -37,6 +41,7 @@ class Study:
     sized: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
     better = 1
+    command: list[str]  # that started the study
 
     def __init__(self, records: Records):
         self.records = records
@@ -75,9 +80,8 @@ class Study:
     def unlearn(self, request, name: str, setting: float, retain: str, attacked: bool, extra=None) -> dict:
         bench, sets = self.bench(request.kind), self.sets(request, retain)
         attacks = self.attacks(request, sets) if attacked else None
-        record = run(
-            bench, name, setting, self.original(request.seed), sets, request.seed, attacks=attacks, extra=extra
-        )
+        trainer, record = unlearn(bench, name, setting, self.original(request.seed), sets, request.seed, extra)
+        record |= measure_model(bench, trainer, sets, attacks)
         reference = self.reference("retrained", request)
         record["ks"] = loss_distance(record.pop("forget_losses"), reference["forget_losses"])
         return record
@@ -125,6 +129,23 @@ class Study:
                     for kind in self.kinds:
                         self.final(self.request(kind, seed), name, retain)
 
+    def stage_memory(self) -> None:
+        """Peak memory of a few steps, each method in a process of its own."""
+        for name in self.methods:
+            command = [*self.command, "--stages", "peak", "--methods", name]
+            make = lambda command=command: json.loads(  # noqa: E731
+                subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            )
+            self.records.get(f"memory {name}", make)
+
+    def stage_peak(self) -> None:
+        request = self.request(self.kinds[0], self.seeds[0])
+        bench, sets = self.bench(request.kind), self.sets(request, CHOSEN_AT)
+        steps = {"max_steps": 3, "eval_strategy": "no", "forget_target": None}
+        setting = SELECTIONS[0] if self.methods == ("ssd",) else self.grid[0]
+        unlearn(bench, *self.methods, setting, self.original(request.seed), sets, request.seed, steps)
+        print(json.dumps({"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+
     def stage_report(self) -> None:
         for kind in self.kinds:
             finished = [f"final {kind}-{seed} {CHOSEN_AT} orthograd" in self.records.runs for seed in self.seeds]
@@ -135,13 +156,14 @@ class Study:
 
 def main(make_study: Callable[[argparse.Namespace], Study], parser: argparse.ArgumentParser) -> None:
     """Runs the stages that the command line names."""
-    stages = ["models", "tune", "final", "sizes", "report"]
-    parser.add_argument("--stages", nargs="+", default=stages, choices=stages)
+    stages = ["models", "tune", "final", "sizes", "memory", "report"]
+    parser.add_argument("--stages", nargs="+", default=stages, choices=[*stages, "peak"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="those run now; the study's by default")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     study = make_study(arguments)
     study.methods = tuple(arguments.methods or study.methods)
+    study.command = [sys.executable, *sys.argv]
     for stage in arguments.stages:
         getattr(study, f"stage_{stage}")()

@@ -84,14 +84,19 @@ def _distance(record: Mapping, _, reference: Mapping) -> float:
     return record["ks"] if "ks" in record else loss_distance(record["forget_losses"], reference["forget_losses"])
 
 
-def to_markdown(rows: Mapping[str, tuple[list[str], list[Mapping] | None]], columns: Sequence[str]) -> str:
-    """A table of rows of cells, with what each method's runs took: median time, steps of each seed, setting."""
-    head = ["method", *columns, "time (s)", "steps", "setting"]
+def to_markdown(
+    rows: Mapping[str, tuple[list[str], list[Mapping] | None]],
+    columns: Sequence[str],
+    peaks: Mapping[str, float],
+) -> str:
+    """A table of rows of cells, with what each method's runs took: median time, peak memory, steps, setting."""
+    head = ["method", *columns, "time (s)", "memory (GiB)", "steps", "setting"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for label, (row, records) in rows.items():
-        cost = ["", "", ""]
+        cost = [""] * 4
         if records is not None:
             cost = [f"{np.median([record['seconds'] for record in records]):.1f}"]
+            cost += [f"{peaks[label]:.2f}" if label in peaks else "not measured"]
             cost += [", ".join(str(record["steps"]) for record in records), f"{records[0]['setting']:g}"]
         lines.append("| " + " | ".join([label, *row, *cost]) + " |")
     return "\n".join(lines)
@@ -108,6 +113,8 @@ def write_report(
     """
     originals, references = ([runs[f"{what} {kind}-{seed}"] for seed in seeds] for what in ("original", "retrained"))
     parts, gaps = [], {}
+    measured = {name: runs.get(f"memory {name}") for name in METHODS}
+    peaks = {METHODS[name].label: one["peak_memory_gib"] for name, one in measured.items() if one is not None}
     for size in sizes:
         found = {name: [runs.get(f"final {kind}-{seed} {size} {name}") for seed in seeds] for name in METHODS}
         found = {name: records for name, records in found.items() if None not in records}
@@ -121,7 +128,7 @@ def write_report(
             rows[METHODS[name].label] = (cells(records, originals, references, better), records)
             gaps.setdefault(name, {})[size] = [gap(*pair) for pair in zip(records, references, strict=True)]
         what = "a proxy retain set" if size == "proxy" else f"{float(size):.0%} of the retain set at hand"
-        parts.append(f"## {what}\n\n{to_markdown(rows, COLUMNS)}")
+        parts.append(f"## {what}\n\n{to_markdown(rows, COLUMNS, peaks)}")
     counted = f"means over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
     path.with_suffix(".md").write_text(f"# {kind}: {counted}\n\n" + "\n\n".join(parts) + "\n")
     _plot(gaps, sizes, path.with_suffix(".png"), kind)
