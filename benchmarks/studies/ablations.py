@@ -17,6 +17,7 @@ from tables import COLUMNS, cells, to_markdown
 
 
 LORA = "LoRA"
+WITHOUT_RULE = {"eval_strategy": "no", "forget_target": None}
 
 # name: (method, what changes)
 VARIANTS = {
@@ -38,6 +39,9 @@ VARIANTS = {
     "SimNPO": ("orthograd", {"forget_loss": "simnpo"}),
     "SimNPO, no projection": ("simnpo", {}),
     "NPO, update corrected": ("orthograd_npo", {"projection_target": "update"}),
+    "NPO, all 48 steps": ("orthograd_npo", WITHOUT_RULE),
+    "NPO, no projection, all 48 steps": ("npo", WITHOUT_RULE),
+    "NPO, all 48 steps, k = 128": ("orthograd_npo", WITHOUT_RULE | {"per_device_train_batch_size": 128}),
     "LoRA": ("orthograd", {LORA: True}),
     "LoRA, no projection": ("graddiff", {LORA: True}),
     "LoRA, alpha = 0": ("orthograd", {LORA: True, "alpha": 0.0}),
