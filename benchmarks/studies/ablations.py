@@ -78,25 +78,24 @@ class Ablations(ImageStudy):
             self.lora = False
 
     def stage_report(self) -> None:
-        parts = []
+        """Of each kind the seeds that the first variant has; variants that lack one of them are left out."""
+        parts, columns = [], COLUMNS[: COLUMNS.index("relearn steps")]
         for kind in self.kinds:
-            seeds = [seed for seed in self.seeds if f"{list(VARIANTS)[-1]} {kind}-{seed}" in self.records.runs]
-            known = [
-                [self.reference(what, self.request(kind, seed)) for seed in seeds]
-                for what in ("original", "retrained")
-            ]
+            seeds = [seed for seed in self.seeds if f"{next(iter(VARIANTS))} {kind}-{seed}" in self.records.runs]
+            requests = [self.request(kind, seed) for seed in seeds]
+            known = [[self.reference(what, one) for one in requests] for what in ("original", "retrained")]
             rows = {"original": (known[0], None), "retrained": (known[1], None)}
             for variant in VARIANTS:
-                records = [self.records.runs[f"{variant} {kind}-{seed}"] for seed in seeds]
-                rows[variant] = (records, records)
+                records = [self.records.runs.get(f"{variant} {request}") for request in requests]
+                if None not in records:
+                    rows[variant] = (records, records)
             shown = {
-                label: (cells(records, *known, self.better)[: COLUMNS.index("relearn steps")], runs)
+                label: (cells(records, *known, self.better)[: len(columns)], runs)
                 for label, (records, runs) in rows.items()
             }
             title = f"## {kind}, {len(seeds)} seeds" if len(seeds) > 1 else f"## {kind}, one seed"
-            parts.append(f"{title}\n\n{to_markdown(shown, COLUMNS[: COLUMNS.index('relearn steps')], {})}")
-        path = RESULTS / "study_ablations.md"
-        path.write_text("# Ablations\n\n" + "\n\n".join(parts) + "\n")
+            parts.append(f"{title}\n\n{to_markdown(shown, columns, {})}")
+        (RESULTS / "study_ablations.md").write_text("# Ablations\n\n" + "\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":
