@@ -65,12 +65,19 @@ class ScriptArguments:
     retrain: bool = field(
         default=False, metadata={"help": "Also fine-tune without the forgotten speakers, as the report's reference."}
     )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Measure at most so many utterances of each set; all by default."}
+    )
     use_lora: bool = field(default=False, metadata={"help": "Unlearn by a LoRA adapter on the attention projections."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of the adapter."})
     dry_run: bool = field(default=False, metadata={"help": "Print what a step will take, and stop."})
     compare_projections: list[str] = field(
         default_factory=list, metadata={"help": "Repeat the run with these `projection`s, for the table alone."}
     )
+
+    def __post_init__(self):
+        if self.max_eval_samples is not None and self.max_eval_samples < 1:
+            raise ValueError(f"`--max_eval_samples` must be at least 1, but is {self.max_eval_samples}.")
 
 
 DEMO = {
@@ -144,8 +151,9 @@ def split(corpus: DatasetDict, arguments: ScriptArguments) -> DatasetDict:
 class Recogniser:
     """A model with what its trainers share: data, collator and error rates."""
 
-    def __init__(self, model, processor, sets: DatasetDict):
+    def __init__(self, model, processor, sets: DatasetDict, max_eval_samples: int | None = None):
         self.sets, whisper = sets, is_whisper_like(model)
+        self.measured = {name: sets[name].take(min(max_eval_samples or sys.maxsize, len(sets[name]))) for name in SETS}
         self.transcribe = transcripts(processor, whisper)
         self.rates = (WordErrorRate(keep_in_memory=True), CharacterErrorRate(keep_in_memory=True))
         self.shared = {
@@ -153,7 +161,7 @@ class Recogniser:
             "processing_class": processor,
             "compute_metrics": self.error_rates,
             "preprocess_logits_for_metrics": None if whisper else most_likely_tokens,
-            "eval_dataset": {name: sets[name] for name in SETS},
+            "eval_dataset": self.measured,
         }
         # a model that has forgotten may go on without end: twice the longest transcript is enough to count as wrong
         longest = max(len(labels) for rows in sets.values() for labels in rows["labels"])
@@ -204,7 +212,7 @@ class Recogniser:
             reference,
             [Quantization(8), Quantization(4, group_size=64)],
             original=original,
-            datasets={name: self.sets[name] for name in SETS},
+            datasets=self.measured,
             metric=WordErrors(self.transcribe),
             group_column=arguments.forget_column,
         )
@@ -261,7 +269,7 @@ def main() -> None:
     sets = {
         name: prepare_speech_dataset(rows, processor, **columns) for name, rows in split(corpus, arguments).items()
     }
-    recogniser = Recogniser(model, processor, DatasetDict(sets))
+    recogniser = Recogniser(model, processor, DatasetDict(sets), arguments.max_eval_samples)
     if arguments.dry_run:
         print(recogniser.unlearner(make_student(model, arguments), args).estimate())
         return

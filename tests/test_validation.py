@@ -82,7 +82,7 @@ def test_other_columns(fails_before_any_step):
         ({"projection_solver": "qr"}, "`projection_solver` must be one of exact, cg, kaczmarz, but is 'qr'"),
         ({"projection_solver": "cg", "projection_iterations": 0}, "`projection_iterations`=0"),
         ({"projection_rtol": 2.0}, "`projection_rtol`=2.0"),
-        ({"forget_loss": "simnpo"}, "`forget_loss` must be one of ascent, npo, but is 'simnpo'"),
+        ({"forget_loss": "descent"}, "`forget_loss` must be one of ascent, npo, simnpo, but is 'descent'"),
         ({"projection": "yes"}, "`projection` must be one of orthogonal, mean, none, but is 'yes'"),
         ({"projection_target": "step"}, "`projection_target` must be one of gradient, update, but is 'step'"),
         ({"npo_beta": 0.0}, "`npo_beta` must be positive, but is 0.0"),
