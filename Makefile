@@ -17,7 +17,7 @@ demo: $(BIN)/.installed  # the main job on the embedded default
 		--num_cpu_threads_per_process 2 examples/unlearn_asr.py
 
 test: $(BIN)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
 
 bench: $(BIN)/.installed  # hours on a small machine; skips what is measured already
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[bench]"

@@ -25,6 +25,7 @@ from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoProcess
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
 from hf_orthograd.evaluation import (
     CharacterErrorRate,
+    CharacterErrors,
     Quantization,
     UnlearningReport,
     WordErrorRate,
@@ -214,6 +215,7 @@ class Recogniser:
             original=original,
             datasets=self.measured,
             metric=WordErrors(self.transcribe),
+            further_metrics=[CharacterErrors(self.transcribe)],
             group_column=arguments.forget_column,
         )
 

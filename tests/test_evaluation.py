@@ -247,6 +247,7 @@ def test_model_that_never_unlearned_fails_privacy_and_relearning(planted, traine
     assert report.membership["unlearned"]["test"].auc > 0.75
     assert report.summary["average_gap"] > 0.1
     assert set(report.models["unlearned"]["test"].groups) == {"0", "1", "2", "3", "4"}
+    assert report.hardest_hit["test"].before == report.hardest_hit["test"].after  # by nothing
     assert "| MIA AUC |" in report.to_markdown() and "peak_memory_gib | not measured" in report.to_markdown()
     report.save(tmp_path / "report")
     assert UnlearningReport.load(tmp_path / "report") == report
@@ -262,6 +263,11 @@ def test_another_retrained_model_passes(planted, trainer_of):
     assert not failed
     assert report.recovery_steps["relearning"]["unlearned"] != 0
     assert report.summary["average_gap"] < 0.1
+    before, after = (report.models[model]["test"].groups for model in ("original", "unlearned"))
+    hit = report.hardest_hit["test"]
+    assert (hit.before, hit.after) == (before[hit.group], after[hit.group])
+    assert hit.before - hit.after == max(before[group] - after[group] for group in before)
+    assert f"Hardest hit group of test: {hit.group}, from {hit.before:.3f}" in report.to_markdown()
 
 
 def test_what_was_not_measured_is_not_judged(planted, trainer_of):
@@ -274,6 +280,40 @@ def test_what_was_not_measured_is_not_judged(planted, trainer_of):
     text = report.to_markdown()
     assert text.count("not measured") >= len(report.checks)
     assert not report.distances and not report.relearning
+
+
+class TopTwo:
+    """Share of samples whose label is among the two most likely classes."""
+
+    name, greater_is_better = "top-2", True
+
+    def counts(self, prediction):
+        likely = np.argsort(prediction.predictions, axis=-1)[:, -2:]
+        return (likely == prediction.label_ids[:, None]).any(1).astype(float), np.ones(len(likely))
+
+
+def test_further_metrics_stand_beside_the_main_one(planted, trainer_of, tmp_path):
+    sets, original, _, _ = planted
+    trainer = trainer_of(original, forget=sets["forget"], test=sets["test"])
+    report = evaluate_unlearning(trainer, further_metrics=[TopTwo()])
+    plain = evaluate_unlearning(trainer)
+    quality = report.models["unlearned"]["test"]
+    assert (quality.value, quality.interval) == (
+        plain.models["unlearned"]["test"].value,
+        plain.models["unlearned"]["test"].interval,
+    )
+    top = quality.further["top-2"]
+    likely = torch.topk(
+        original(pixel_values=torch.stack([one["pixel_values"] for one in sets["test"].examples])).logits, 2
+    ).indices
+    labels = torch.stack([one["labels"] for one in sets["test"].examples])
+    assert top.value == pytest.approx((likely == labels[:, None]).any(1).float().mean().item())
+    assert top.value > quality.value and top.interval[0] < top.value < top.interval[1]
+    assert f"top-2 {top.value:.3f} [" in report.to_markdown()
+    report.save(tmp_path / "report")
+    assert UnlearningReport.load(tmp_path / "report") == report
+    with pytest.raises(ValueError, match="names of their own, but they are accuracy, accuracy"):
+        evaluate_unlearning(trainer, further_metrics=[Accuracy()])
 
 
 def test_erased_is_another_goal(planted, trainer_of):

@@ -49,9 +49,9 @@ def check_outputs(output, methods):
     assert (output / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert results["peak_memory_gib"] > 0
     report = UnlearningReport.load(output)
-    assert report.models["unlearned"]["forget"].value == pytest.approx(
-        results["rows"][methods[-1]]["forget"]["wer"] / 100
-    )
+    forgotten, row = report.models["unlearned"]["forget"], results["rows"][methods[-1]]["forget"]
+    assert forgotten.value == pytest.approx(row["wer"] / 100)
+    assert forgotten.further["cer"].value == pytest.approx(row["cer"] / 100)
     assert report.models["unlearned"]["retain"].worst_group is not None
     return results
 

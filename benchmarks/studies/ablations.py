@@ -9,19 +9,23 @@ learning rate of 1e-4 (LoRA: 1e-3). Settings are not chosen anew for each varian
 import argparse
 from pathlib import Path
 
-import torch
+import numpy as np
 from harness import RESULTS, Records
-from images import ImageStudy
+from images import ImageStudy, add_folders
+from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
-from tables import COLUMNS, cells, to_markdown
+from study import main
+from tables import COLUMNS, cells, gap, to_markdown
 
 
+DEFAULT = "OrthoGrad, k = 64, alpha = 0.5"
 LORA = "LoRA"
+RATES = {("scrub", "class"): 3e-5}  # as chosen in the image study; all others do well at 1e-4
 WITHOUT_RULE = {"eval_strategy": "no", "forget_target": None}
 
 # name: (method, what changes)
 VARIANTS = {
-    "OrthoGrad, k = 64, alpha = 0.5": ("orthograd", {}),
+    DEFAULT: ("orthograd", {}),
     "no projection": ("graddiff", {}),
     "mean projection": ("mean_projection", {}),
     "tensor by tensor": ("orthograd", {"projection_scope": "per_tensor"}),
@@ -39,13 +43,34 @@ VARIANTS = {
     "SimNPO": ("orthograd", {"forget_loss": "simnpo"}),
     "SimNPO, no projection": ("simnpo", {}),
     "NPO, update corrected": ("orthograd_npo", {"projection_target": "update"}),
+    "all 48 steps": ("orthograd", WITHOUT_RULE),
+    "no projection, all 48 steps": ("graddiff", WITHOUT_RULE),
     "NPO, all 48 steps": ("orthograd_npo", WITHOUT_RULE),
     "NPO, no projection, all 48 steps": ("npo", WITHOUT_RULE),
     "NPO, all 48 steps, k = 128": ("orthograd_npo", WITHOUT_RULE | {"per_device_train_batch_size": 128}),
+    "NPO, k = 128": ("orthograd_npo", {"per_device_train_batch_size": 128}),
+    "NPO, no projection, 128 retain samples": ("npo", {"per_device_train_batch_size": 128}),
+    "no projection, 128 retain samples": ("graddiff", {"per_device_train_batch_size": 128}),
+    "SCRUB, 128 retain samples": ("scrub", {"per_device_train_batch_size": 128}),
     "LoRA": ("orthograd", {LORA: True}),
     "LoRA, no projection": ("graddiff", {LORA: True}),
     "LoRA, alpha = 0": ("orthograd", {LORA: True, "alpha": 0.0}),
     "LoRA, no projection, alpha = 0": ("gradient_ascent", {LORA: True}),
+}
+
+
+# for the plot: over what, and for each curve the variants on it
+CURVES = {
+    "k, retain samples a step": {
+        "per-sample projection": {k: f"k = {k}" for k in (2, 4, 8, 16, 32)} | {64: DEFAULT, 128: "k = 128"},
+        "mean projection": {8: "mean projection, k = 8", 64: "mean projection", 128: "mean projection, k = 128"},
+        "no projection": {64: "no projection", 128: "no projection, 128 retain samples"},
+    },
+    "alpha, weight of the retain term": {
+        "per-sample projection": {alpha: f"alpha = {alpha}" for alpha in (0.0, 0.1, 0.3)}
+        | {0.5: DEFAULT, 0.7: "alpha = 0.7", 0.9: "alpha = 0.9"},
+        "no projection": {0.5: "no projection", 0.9: "no projection, alpha = 0.9"},
+    },
 }
 
 
@@ -69,19 +94,19 @@ class Ablations(ImageStudy):
                     self.records.get(f"{variant} {request}", lambda m=method, c=changes, r=request: self.vary(m, c, r))
 
     def vary(self, method: str, changes: dict, request) -> dict:
-        self.reference("retrained", request)
         self.lora = LORA in changes
         extra = {name: value for name, value in changes.items() if name != LORA}
+        setting = 1e-3 if self.lora else RATES.get((method, request.kind), 1e-4)
         try:
-            return self.unlearn(request, method, 1e-3 if self.lora else 1e-4, "0.05", attacked=False, extra=extra)
+            return self.unlearn(request, method, setting, "0.05", attacked=False, extra=extra)
         finally:
             self.lora = False
 
     def stage_report(self) -> None:
-        """Of each kind the seeds that the first variant has; variants that lack one of them are left out."""
+        """Of each kind the seeds that the default has; variants that lack one of them are left out."""
         parts, columns = [], COLUMNS[: COLUMNS.index("relearn steps")]
         for kind in self.kinds:
-            seeds = [seed for seed in self.seeds if f"{next(iter(VARIANTS))} {kind}-{seed}" in self.records.runs]
+            seeds = [seed for seed in self.seeds if f"{DEFAULT} {kind}-{seed}" in self.records.runs]
             requests = [self.request(kind, seed) for seed in seeds]
             known = [[self.reference(what, one) for one in requests] for what in ("original", "retrained")]
             rows = {"original": (known[0], None), "retrained": (known[1], None)}
@@ -96,18 +121,39 @@ class Ablations(ImageStudy):
             title = f"## {kind}, {len(seeds)} seeds" if len(seeds) > 1 else f"## {kind}, one seed"
             parts.append(f"{title}\n\n{to_markdown(shown, columns, {})}")
         (RESULTS / "study_ablations.md").write_text("# Ablations\n\n" + "\n\n".join(parts) + "\n")
+        self.plot(RESULTS / "study_ablations.png")
+
+    def plot(self, path: Path) -> None:
+        """The gap to the retrained model over k and over alpha, a row for each kind: means, and the seeds' extremes."""
+        figure = Figure(figsize=(11, 7), layout="constrained")
+        rows = figure.subplots(len(self.kinds), len(CURVES), sharey="row")
+        for panels, kind in zip(rows, self.kinds, strict=True):
+            for axes, (quantity, curves) in zip(panels, CURVES.items(), strict=True):
+                for label, points in curves.items():
+                    found = {at: self.gaps(variant, kind) for at, variant in points.items()}
+                    found = {at: gaps for at, gaps in found.items() if gaps}
+                    means = [np.mean(gaps) for gaps in found.values()]
+                    below = [mean - min(gaps) for mean, gaps in zip(means, found.values(), strict=True)]
+                    above = [max(gaps) - mean for mean, gaps in zip(means, found.values(), strict=True)]
+                    axes.errorbar(list(found), means, [below, above], marker=".", capsize=3, label=label)
+                axes.set(xlabel=quantity, ylabel=f"average gap, {kind}")
+                axes.legend(fontsize="small")
+                if quantity.startswith("k"):
+                    axes.set_xscale("log", base=2)
+        figure.savefig(path, dpi=90)
+
+    def gaps(self, variant: str, kind: str) -> list[float]:
+        requests = [self.request(kind, seed) for seed in self.seeds]
+        records = {request: self.records.runs.get(f"{variant} {request}") for request in requests}
+        return [gap(one, self.reference("retrained", request)) for request, one in records.items() if one is not None]
+
+
+def make_study(arguments: argparse.Namespace) -> Ablations:
+    records = Records(RESULTS / "study_ablations.json"), Records(RESULTS / "study_images.json")
+    return Ablations(arguments.data_folder, arguments.work_folder, *records)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_folder", type=Path, required=True)
-    parser.add_argument("--work_folder", type=Path, default=Path("out/studies/images"))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--stages", nargs="+", default=["final", "report"], choices=["final", "report"])
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    study = Ablations(arguments.data_folder, arguments.work_folder, Records(RESULTS / "study_ablations.json"))
-    study.seeds = tuple(arguments.seeds)
-    for stage in arguments.stages:
-        getattr(study, f"stage_{stage}")()
+    add_folders(parser)
+    main(make_study, parser, ("final", "report"), ())

@@ -40,8 +40,8 @@ class ImageStudy(Study):
     sized = ("graddiff", "npo", "mean_projection", "scrub", "orthograd", "orthograd_update")
     sizes = ("0.01", "0.2", "1", "proxy")
 
-    def __init__(self, data_folder: Path, work_folder: Path, records: Records):
-        super().__init__(records)
+    def __init__(self, data_folder: Path, work_folder: Path, records: Records, references: Records | None = None):
+        super().__init__(records, references)
         self.train, self.test = load_images(data_folder)
         self.work = work_folder
 
@@ -97,8 +97,12 @@ def make_study(arguments: argparse.Namespace) -> ImageStudy:
     return ImageStudy(arguments.data_folder, arguments.work_folder, Records(RESULTS / "study_images.json"))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data_folder", type=Path, required=True)
     parser.add_argument("--work_folder", type=Path, default=Path("out/studies/images"))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_folders(parser)
     main(make_study, parser)

@@ -36,8 +36,15 @@ class SpeechStudy(Study):
     sizes = ("0.01", "0.2", "1")
     better = -1
 
-    def __init__(self, model_folder: Path, data_folder: Path, work_folder: Path, records: Records):
-        super().__init__(records)
+    def __init__(
+        self,
+        model_folder: Path,
+        data_folder: Path,
+        work_folder: Path,
+        records: Records,
+        references: Records | None = None,
+    ):
+        super().__init__(records, references)
         self.pretrained, self.work = model_folder, work_folder
         self.processor, self.corpus = load_speech(model_folder, data_folder)
 
@@ -82,9 +89,13 @@ def make_study(arguments: argparse.Namespace) -> SpeechStudy:
     return SpeechStudy(*folders, Records(RESULTS / "study_speech.json"))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_folder", type=Path, required=True)
     parser.add_argument("--data_folder", type=Path, required=True)
     parser.add_argument("--work_folder", type=Path, default=Path("out/studies/speech"))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_folders(parser)
     main(make_study, parser)

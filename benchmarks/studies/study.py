@@ -43,8 +43,9 @@ class Study:
     better = 1
     command: list[str]  # that started the study
 
-    def __init__(self, records: Records):
+    def __init__(self, records: Records, references: Records | None = None):
         self.records = records
+        self.references = references or records  # of the original and the retrained models
 
     def request(self, kind: str, seed: int):
         raise NotImplementedError
@@ -75,7 +76,7 @@ class Study:
             trainer = OrthoGradTrainer(model, args, **bench.shared)
             return measure_model(bench, trainer, sets, self.attacks(request, sets))
 
-        return self.records.get(f"{what} {request}", make)
+        return self.references.get(f"{what} {request}", make)
 
     def unlearn(self, request, name: str, setting: float, retain: str, attacked: bool, extra=None) -> dict:
         bench, sets = self.bench(request.kind), self.sets(request, retain)
@@ -154,16 +155,25 @@ class Study:
             write_report(self.records.runs, path, kind, seeds, (CHOSEN_AT, *self.sizes), self.better)
 
 
-def main(make_study: Callable[[argparse.Namespace], Study], parser: argparse.ArgumentParser) -> None:
-    """Runs the stages that the command line names."""
-    stages = ["models", "tune", "final", "sizes", "memory", "report"]
-    parser.add_argument("--stages", nargs="+", default=stages, choices=[*stages, "peak"])
+STAGES = ("models", "tune", "final", "sizes", "memory", "report")
+
+
+def main(
+    make_study: Callable[[argparse.Namespace], Study],
+    parser: argparse.ArgumentParser,
+    stages: tuple[str, ...] = STAGES,
+    hidden: tuple[str, ...] = ("peak",),
+) -> None:
+    """Runs the stages that the command line names; `hidden` ones are run only if named."""
+    parser.add_argument("--stages", nargs="+", default=stages, choices=[*stages, *hidden])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="those run now; the study's by default")
+    parser.add_argument("--seeds", type=int, nargs="+", help="those run now; the study's by default")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     study = make_study(arguments)
     study.methods = tuple(arguments.methods or study.methods)
+    study.seeds = tuple(arguments.seeds or study.seeds)
     study.command = [sys.executable, *sys.argv]
     for stage in arguments.stages:
         getattr(study, f"stage_{stage}")()

@@ -135,18 +135,27 @@ def write_report(
 
 
 def _plot(gaps: Mapping[str, Mapping[str, list[float]]], sizes: Sequence[str], path: Path, kind: str) -> None:
+    """Bars of the first size's gaps with a point for each seed, and, if there are more sizes, gaps over size."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    shown = [size for size in sorted(sizes, key=lambda size: (size == "proxy", size)) if size != "proxy"]
-    shown = sorted(shown, key=float) + [size for size in sizes if size == "proxy"]
-    for name, by_size in gaps.items():
-        places = [place for place, size in enumerate(shown) if size in by_size]
-        means = [np.mean(by_size[shown[place]]) for place in places]
-        spread = [np.std(by_size[shown[place]]) for place in places]
-        axes.errorbar(places, means, spread, marker=".", capsize=3, label=METHODS[name].label)
-    axes.set_xticks(range(len(shown)), [size if size == "proxy" else f"{float(size):.0%}" for size in shown])
-    axes.set(xlabel="retain data at hand", ylabel="average gap to the retrained model", title=f"Forgetting: {kind}")
-    axes.legend(fontsize="x-small", ncols=2)
-    figure.savefig(path, dpi=110)
+    by_size = {size: {name: one[size] for name, one in gaps.items() if size in one} for size in sizes}
+    by_size = {size: found for size, found in by_size.items() if found}
+    figure = Figure(figsize=(6 * (1 + (len(by_size) > 1)), 4), layout="constrained")
+    panels = figure.subplots(1, 1 + (len(by_size) > 1), squeeze=False)[0]
+    first = sorted(by_size[sizes[0]].items(), key=lambda item: np.mean(item[1]))
+    panels[0].barh([METHODS[name].label for name, _ in first], [np.mean(values) for _, values in first], color="C0")
+    for place, (_, values) in enumerate(first):
+        panels[0].plot(values, [place] * len(values), "k.")
+    panels[0].invert_yaxis()
+    panels[0].set(
+        xlabel="average gap to the retrained model", title=f"{kind}, {float(sizes[0]):.0%} retain data at hand"
+    )
+    if len(by_size) > 1:
+        shown = sorted(by_size, key=lambda size: float("inf") if size == "proxy" else float(size))
+        for name, one in gaps.items():
+            places = [place for place, size in enumerate(shown) if size in one]
+            panels[1].plot(places, [np.mean(one[shown[place]]) for place in places], ".-", label=METHODS[name].label)
+        panels[1].set_xticks(range(len(shown)), [size if size == "proxy" else f"{float(size):.0%}" for size in shown])
+        panels[1].set(xlabel="retain data at hand", ylabel="average gap to the retrained model")
+        panels[1].legend(fontsize="x-small")
+    figure.savefig(path, dpi=90)

@@ -1,6 +1,7 @@
 """Whether a model has forgotten, what that cost, and whether it stays forgotten."""
 
 from .attacks import Attack, DetachAdapter, Quantization, Relearning
+from .checks import Tolerances
 from .figures import plot_report, plot_unlearning
 from .lira import ShadowLosses, shadow_losses, unlearning_lira
 from .measure import per_sample_losses
@@ -9,7 +10,7 @@ from .privacy import MembershipInference, loss_distance, membership_inference
 from .quality import Accuracy, CharacterErrors, Quality, SampleMetric, WordErrors
 from .report import UnlearningReport
 from .summary import average_gap, tug_of_war, unlearning_impact_score
-from .unlearning import Tolerances, evaluate_unlearning
+from .unlearning import evaluate_unlearning
 
 
 __all__ = [

@@ -21,26 +21,26 @@ from .quality import SampleMetric
 
 @dataclass
 class Measurement:
-    """One set under one model: losses of shape (n,), in nats, and the metric's counts, (n,) each, if there is one."""
+    """One set under one model: losses of shape (n,), in nats, and each metric's counts, (n,) each, by its name."""
 
     losses: np.ndarray
-    counts: tuple[np.ndarray, np.ndarray] | None = None
+    counts: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def measure(trainer: Trainer, dataset, metric: SampleMetric | None = None) -> Measurement:
+def measure(trainer: Trainer, dataset, metrics: Sequence[SampleMetric] = ()) -> Measurement:
     """Measures a set under the trainer's model, in evaluation mode, in the order of its rows.
 
     Predictions are the trainer's own: with `predict_with_generate` they are generated.
 
     Raises:
-        ValueError: The trainer makes no predictions, from which a metric could be taken.
+        ValueError: The trainer makes no predictions, from which metrics could be taken.
     """
-    if metric is not None and trainer.args.prediction_loss_only:
-        raise ValueError("`prediction_loss_only` is True, but the report's metric needs predictions. Set it to False.")
+    if metrics and trainer.args.prediction_loss_only:
+        raise ValueError("`prediction_loss_only` is True, but the report's metrics need predictions. Set it to False.")
     with preserved_random_state(), preserved_modes(trainer.model):
         losses = per_sample_losses(trainer, dataset)
-        if metric is None:
-            return Measurement(losses)
+        if not metrics:
+            return Measurement(losses, {})
         compute_metrics, trainer.compute_metrics = trainer.compute_metrics, None  # the counts are computed below
         try:
             output = trainer.predict(dataset)
@@ -48,7 +48,8 @@ def measure(trainer: Trainer, dataset, metric: SampleMetric | None = None) -> Me
             trainer.compute_metrics = compute_metrics
     # Seq2SeqTrainer keeps the rows with which the last batch of several processes is filled up
     predictions, labels = (_first_rows(array, len(losses)) for array in (output.predictions, output.label_ids))
-    return Measurement(losses, metric.counts(EvalPrediction(predictions, labels)))
+    prediction = EvalPrediction(predictions, labels)
+    return Measurement(losses, {metric.name: metric.counts(prediction) for metric in metrics})
 
 
 def _first_rows(arrays: np.ndarray | tuple, count: int) -> np.ndarray | tuple:

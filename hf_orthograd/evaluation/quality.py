@@ -1,7 +1,7 @@
 """Quality on a set of data, sample by sample, so that it has an interval and a value for each group."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import jiwer
@@ -68,6 +68,14 @@ class CharacterErrors(WordErrors):
 
 
 @dataclass
+class Rate:
+    """A metric's value and its 95 % interval, as in [`Quality`]."""
+
+    value: float
+    interval: tuple[float, float] | None
+
+
+@dataclass
 class Quality:
     """What a model does on one set of data.
 
@@ -78,6 +86,7 @@ class Quality:
         interval (`tuple[float, float]`, *optional*): Its 95 % interval by the percentile bootstrap over samples.
         groups (`dict[str, float]`, *optional*): The metric in each group, a speaker or a class, say.
         worst_group (`str`, *optional*): The group where it is worst.
+        further (`dict[str, Rate]`): Metrics that are reported beside it, by name.
     """
 
     loss: float
@@ -86,6 +95,7 @@ class Quality:
     interval: tuple[float, float] | None = None
     groups: dict[str, float] | None = None
     worst_group: str | None = None
+    further: dict[str, Rate] = field(default_factory=dict)
 
 
 def summarize(
@@ -94,10 +104,13 @@ def summarize(
     *,
     greater_is_better: bool = True,
     groups: Sequence | None = None,
+    further: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
     seed: int = 0,
 ) -> Quality:
-    """Summarises one set's per-sample losses (n,) and, where a metric was measured, its counts, (n,) each."""
+    """Summarises one set's per-sample losses (n,) and, where metrics were measured, their counts, (n,) each."""
     quality = Quality(loss=float(np.mean(losses)), size=len(losses))
+    for name, others in (further or {}).items():
+        quality.further[name] = Rate(_ratio(*others), bootstrap_interval(*others, seed=seed))
     if counts is None:
         return quality
     quality.value, quality.interval = _ratio(*counts), bootstrap_interval(*counts, seed=seed)

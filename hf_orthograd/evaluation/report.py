@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .privacy import MembershipInference
-from .quality import Quality
+from .quality import Quality, Rate
 
 
 REPORT_NAME = "unlearning_report"
@@ -43,6 +43,15 @@ class RelearningPoint:
 
 
 @dataclass
+class HardestHit:
+    """The group of a set whose metric became worse by most: a retained speaker, say, or a class."""
+
+    group: str
+    before: float
+    after: float
+
+
+@dataclass
 class UnlearningReport:
     """What `evaluate_unlearning` found.
 
@@ -52,6 +61,8 @@ class UnlearningReport:
         greater_is_better (`bool`): Whether more of it is better.
         models (`dict[str, dict[str, Quality]]`): For "unlearned", "original", "reference" and, as "unlearned, int8", the
             attacked ones, the quality on each set.
+        hardest_hit (`dict[str, HardestHit]`): For "retain" and "test", measured in groups under the original model too,
+            the group that lost most.
         membership (`dict[str, dict[str, MembershipInference]]`): For each model, forget samples against each set of
             samples that were never trained on.
         distances (`dict[str, dict[str, float]]`): For each model and set, the KS distance of its losses to the
@@ -71,6 +82,7 @@ class UnlearningReport:
     metric: str | None
     greater_is_better: bool
     models: dict[str, dict[str, Quality]]
+    hardest_hit: dict[str, HardestHit] = field(default_factory=dict)
     membership: dict[str, dict[str, MembershipInference]] = field(default_factory=dict)
     distances: dict[str, dict[str, float]] = field(default_factory=dict)
     relearning: dict[str, dict[str, list[RelearningPoint]]] = field(default_factory=dict)
@@ -93,6 +105,7 @@ class UnlearningReport:
         values["relearning"] = _nested(
             values["relearning"], lambda curve: [RelearningPoint(**point) for point in curve]
         )
+        values["hardest_hit"] = {name: HardestHit(**one) for name, one in values["hardest_hit"].items()}
         values["checks"] = [Check(**check) for check in values["checks"]]
         return cls(**values)
 
@@ -149,7 +162,11 @@ class UnlearningReport:
             for name, quality in sets.items()
             if quality.worst_group is not None and name in ("retain", "test") and model in ("unlearned", "reference")
         ]
-        return "\n\n".join([f"({note})", _table(("model", *names), rows), *worst])
+        hit = [
+            f"Hardest hit group of {name}: {one.group}, from {one.before:.3f} to {one.after:.3f}."
+            for name, one in self.hardest_hit.items()
+        ]
+        return "\n\n".join([f"({note})", _table(("model", *names), rows), *worst, *hit])
 
     def _privacy_table(self) -> str:
         rows = [
@@ -202,10 +219,14 @@ def show(value: float | None) -> str:
 
 
 def _show_quality(quality: Quality) -> str:
-    if quality.value is None:
-        return f"{quality.loss:.3f}"
-    interval = "" if quality.interval is None else f" [{quality.interval[0]:.3f}, {quality.interval[1]:.3f}]"
-    return f"{quality.value:.3f}{interval}, {quality.loss:.3f}"
+    rates = {} if quality.value is None else {"": Rate(quality.value, quality.interval)}
+    shown = [f"{name} {_show_rate(rate)}".strip() for name, rate in {**rates, **quality.further}.items()]
+    return ", ".join([*shown, f"{quality.loss:.3f}"])
+
+
+def _show_rate(rate: Rate) -> str:
+    interval = "" if rate.interval is None else f" [{rate.interval[0]:.3f}, {rate.interval[1]:.3f}]"
+    return f"{rate.value:.3f}{interval}"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -220,5 +241,9 @@ def _nested(values: dict, make) -> dict:
 
 
 def _quality(values: dict) -> Quality:
-    interval = values["interval"]
-    return Quality(**{**values, "interval": None if interval is None else tuple(interval)})
+    further = {name: Rate(one["value"], _pair(one["interval"])) for name, one in values["further"].items()}
+    return Quality(**{**values, "interval": _pair(values["interval"]), "further": further})
+
+
+def _pair(interval: list[float] | None) -> tuple[float, float] | None:
+    return None if interval is None else tuple(interval)

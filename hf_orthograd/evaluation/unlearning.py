@@ -1,48 +1,22 @@
 """[`evaluate_unlearning`]: did it forget, what did it cost, does it stay forgotten."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-import numpy as np
 from torch import nn
 from transformers import Trainer
 
 from ..objectives import class_losses, find_family
 from .attacks import Attack, Relearning
+from .checks import NONMEMBERS, Tolerances, check_report, main_auc
 from .measure import Measurement, base_model, column_values, examining, loss_function, measure
 from .privacy import MembershipInference, loss_distance, membership_inference
 from .quality import Accuracy, Quality, SampleMetric, summarize
-from .report import Check, RelearningPoint, UnlearningReport
+from .report import HardestHit, RelearningPoint, UnlearningReport
 from .summary import average_gap, tug_of_war, unlearning_impact_score
 
 
 # what an attack could bring back, and what it costs: attacked models are measured on these sets
 ATTACKED = ("forget", "forget_unseen", "test")
-
-# samples never trained on that forget samples are compared with; the first one present is the report's main one
-NONMEMBERS = ("forget_unseen", "test")
-
-
-@dataclass
-class Tolerances:
-    """How far from the reference a number may lie and still count as the same.
-
-    Two models retrained with different seeds are not equal either: measure two on your data, and take their difference.
-
-    Parameters:
-        quality (`float`): Of the metric; of the loss, in nats, where there is no metric.
-        auc (`float`): Of membership inference.
-        distance (`float`): Of the Kolmogorov-Smirnov distance, whose ideal is 0.
-        relearning (`float`): Of the mean, over watched steps, of the metric (or loss) regained beyond the reference's.
-        erased (`float`): Under the goal "erased", accuracy up to which the forget set counts as failed on; for an error
-            rate, 1 minus the rate.
-    """
-
-    quality: float = 0.05
-    auc: float = 0.05
-    distance: float = 0.15
-    relearning: float = 0.05
-    erased: float = 0.1
 
 
 def evaluate_unlearning(
@@ -53,6 +27,7 @@ def evaluate_unlearning(
     original: nn.Module | None = None,
     datasets: Mapping[str, object] | None = None,
     metric: SampleMetric | None = None,
+    further_metrics: Sequence[SampleMetric] = (),
     group_column: str | None = None,
     goal: str = "retrained",
     tolerances: Tolerances | None = None,
@@ -74,6 +49,8 @@ def evaluate_unlearning(
             Any other name is measured for its quality.
         metric ([`SampleMetric`], *optional*): For image, audio and text classifiers [`Accuracy`] by default; for others
             only losses are measured without one.
+        further_metrics (`Sequence[SampleMetric]`, *optional*): Reported beside it and not judged, as character errors
+            beside word errors.
         group_column (`str`, *optional*): Column of the sets by which quality and membership are also taken in groups,
             as "speaker".
         goal (`str`, *optional*): "retrained", the forget set is to look as it does to the reference, or "erased", the
@@ -87,7 +64,7 @@ def evaluate_unlearning(
         [`UnlearningReport`].
 
     Raises:
-        ValueError: No set "forget", an empty set, an unknown goal, two attacks of one name, or a loss that is not known
+        ValueError: No set "forget", an empty set, an unknown goal, two attacks or two metrics of one name, or a loss that is not known
             per sample.
     """
     if goal not in ("retrained", "erased"):
@@ -98,8 +75,14 @@ def evaluate_unlearning(
     datasets = _check_datasets(trainer.eval_dataset if datasets is None else datasets)
     if metric is None and _classifies(trainer):
         metric = Accuracy()
+    metrics = [*([] if metric is None else [metric]), *further_metrics]
+    if len({one.name for one in metrics}) < len(metrics):
+        raise ValueError(
+            "`metric` and `further_metrics` must have names of their own, but they are "
+            f"{', '.join(one.name for one in metrics)}."
+        )
     groups = {name: column_values(rows, group_column) for name, rows in datasets.items()} if group_column else {}
-    examination = _Examination(trainer, datasets, metric, groups, seed)
+    examination = _Examination(trainer, datasets, metric, further_metrics, groups, seed)
     models = {"unlearned": trainer.model, "original": original, "reference": reference}
     for name, model in models.items():
         if model is not None:
@@ -125,7 +108,8 @@ def evaluate_unlearning(
         },
     )
     _summarize(report)
-    report.checks = _checks(report, tolerances or Tolerances(), names)
+    report.hardest_hit = _hardest_hit(report)
+    report.checks = check_report(report, tolerances or Tolerances(), names)
     return report
 
 
@@ -148,9 +132,17 @@ def _check_datasets(datasets) -> dict:
 class _Examination:
     """Everything measured so far."""
 
-    def __init__(self, trainer: Trainer, datasets: dict, metric: SampleMetric | None, groups: dict, seed: int):
+    def __init__(
+        self,
+        trainer: Trainer,
+        datasets: dict,
+        metric: SampleMetric | None,
+        further: Sequence[SampleMetric],
+        groups: dict,
+        seed: int,
+    ):
         self._trainer, self._datasets, self._metric, self._seed = trainer, datasets, metric, seed
-        self._groups = groups
+        self._metrics, self._groups = [*([] if metric is None else [metric]), *further], groups
         self.measurements: dict[str, dict[str, Measurement]] = {}
         self.qualities: dict[str, dict[str, Quality]] = {}
         self.relearning: dict[str, dict[str, list[RelearningPoint]]] = {}
@@ -160,7 +152,7 @@ class _Examination:
 
     def _measure(self, name: str, model: nn.Module, sets: tuple[str, ...]) -> dict[str, Measurement]:
         with examining(self._trainer, model):
-            found = {of: measure(self._trainer, self._datasets[of], self._metric) for of in sets}
+            found = {of: measure(self._trainer, self._datasets[of], self._metrics) for of in sets}
         self.qualities[name] = {of: self._quality(of, one) for of, one in found.items()}
         return found
 
@@ -175,16 +167,21 @@ class _Examination:
 
         def observe(step: int, attacked: nn.Module) -> None:
             with examining(self._trainer, attacked):
-                quality = self._quality("forget", measure(self._trainer, self._datasets["forget"], self._metric))
+                quality = self._quality("forget", measure(self._trainer, self._datasets["forget"], self._metrics))
             curve.append(RelearningPoint(step, quality.loss, quality.value))
 
         attack(model, observe)
         self.relearning.setdefault(attack.name, {})[name] = curve
 
     def _quality(self, of: str, found: Measurement) -> Quality:
-        better = self._metric is None or self._metric.greater_is_better
+        better, main = self._metric is None or self._metric.greater_is_better, getattr(self._metric, "name", None)
         return summarize(
-            found.losses, found.counts, greater_is_better=better, groups=self._groups.get(of), seed=self._seed
+            found.losses,
+            found.counts.get(main),
+            greater_is_better=better,
+            groups=self._groups.get(of),
+            further={name: counts for name, counts in found.counts.items() if name != main},
+            seed=self._seed,
         )
 
     def membership(self) -> dict[str, dict[str, MembershipInference]]:
@@ -229,12 +226,7 @@ def _rates(report: UnlearningReport, model: str) -> dict[str, float]:
     """Rates in [0, 1] on forget, retain and test, where measured, and the AUC."""
     sets = report.models.get(model, {})
     rates = {name: min(sets[name].value, 1.0) for name in ("forget", "retain", "test") if name in sets}
-    return rates | ({"auc": auc} if (auc := _auc(report, model)) is not None else {})
-
-
-def _auc(report: UnlearningReport, model: str) -> float | None:
-    found = report.membership.get(model, {})
-    return next((found[name].auc for name in NONMEMBERS if name in found), None)
+    return rates | ({"auc": auc} if (auc := main_auc(report, model)) is not None else {})
 
 
 def _summarize(report: UnlearningReport) -> None:
@@ -265,91 +257,19 @@ def _summarize(report: UnlearningReport) -> None:
         }
 
 
+def _hardest_hit(report: UnlearningReport) -> dict[str, HardestHit]:
+    """Of the retained sets, the group that lost most."""
+    sign, found = 1 if report.greater_is_better else -1, {}
+    for name in ("retain", "test"):
+        before, after = (
+            getattr(report.models.get(model, {}).get(name), "groups", None) for model in ("original", "unlearned")
+        )
+        if before and after:
+            group = max(before, key=lambda group: sign * (before[group] - after[group]))
+            found[name] = HardestHit(group, before[group], after[group])
+    return found
+
+
 def _first_back(curve: list[RelearningPoint], level: float, greater_is_better: bool) -> int | None:
     sign = 1 if greater_is_better else -1
     return next((point.step for point in curve if sign * (point.value - level) >= 0), None)
-
-
-def _checks(report: UnlearningReport, tolerances: Tolerances, attacks: list[str]) -> list[Check]:
-    goodness = _Goodness(report)
-    unlearned, reference = report.models["unlearned"], report.models.get("reference", {})
-    distance = report.distances.get("unlearned", {}).get("forget")
-    checks = [_forget_check(report, goodness, tolerances)]
-    for name in ("retain", "test"):
-        if name in unlearned:
-            rule = "no worse than the reference's"
-            pair = goodness(unlearned, name), goodness(reference, name)
-            holds = _holds(*pair, lambda a, b: b - a <= tolerances.quality)
-            checks.append(goodness.check(f"{name} {goodness.name}", rule, *pair, tolerances.quality, holds))
-    aucs = _auc(report, "unlearned"), _auc(report, "reference")
-    holds = _holds(*aucs, lambda a, b: abs(a - b) <= tolerances.auc)
-    checks.append(_check("MIA AUC", "equal to the reference's", *aucs, tolerances.auc, holds))
-    holds = _holds(distance, 0.0, lambda a, _: a <= tolerances.distance)
-    against = None if distance is None else 0.0
-    rule = "losses distributed as the reference's"
-    checks.append(_check("KS distance of forget losses", rule, distance, against, tolerances.distance, holds))
-    for attack in attacks:
-        if attack in report.relearning:
-            checks.append(_relearning_check(report, goodness, attack, tolerances.relearning))
-            continue
-        rule = "the forget set no better than the reference's after the same"
-        pair = tuple(
-            goodness(report.models.get(f"{who}, {attack}", {}), "forget") for who in ("unlearned", "reference")
-        )
-        holds = _holds(*pair, lambda a, b: a - b <= tolerances.quality)
-        name = f"forget {goodness.name} after {attack}"
-        checks.append(goodness.check(name, rule, *pair, tolerances.quality, holds))
-    return checks
-
-
-class _Goodness:
-    """The metric, or minus the loss where there is none, with its sign such that more is better."""
-
-    def __init__(self, report: UnlearningReport):
-        self.name = report.metric or "loss"
-        self.sign = 1 if report.metric is not None and report.greater_is_better else -1
-        self._is_loss = report.metric is None
-
-    def __call__(self, sets: Mapping[str, Quality], name: str) -> float | None:
-        return self.of(sets[name]) if name in sets else None
-
-    def of(self, one: Quality | RelearningPoint) -> float:
-        return self.sign * (one.loss if self._is_loss else one.value)
-
-    def check(self, name: str, rule: str, value, compared_with, tolerance: float, holds: bool | None) -> Check:
-        """With the metric's own sign."""
-        signed = (None if one is None else self.sign * one for one in (value, compared_with))
-        return _check(name, rule, *signed, tolerance, holds)
-
-
-def _forget_check(report: UnlearningReport, goodness: _Goodness, tolerances: Tolerances) -> Check:
-    value, name = goodness(report.models["unlearned"], "forget"), f"forget {goodness.name}"
-    if report.goal == "retrained":
-        reference = goodness(report.models.get("reference", {}), "forget")
-        holds = _holds(value, reference, lambda a, b: abs(a - b) <= tolerances.quality)
-        return goodness.check(name, "equal to the reference's", value, reference, tolerances.quality, holds)
-    if report.metric is None:  # no level of a loss means failure
-        return goodness.check(name, "failed on", value, None, 0.0, None)
-    level = tolerances.erased if report.greater_is_better else tolerances.erased - 1
-    rule = "at most this" if report.greater_is_better else "at least this"
-    return goodness.check(name, rule, value, level, 0.0, value <= level)
-
-
-def _relearning_check(report: UnlearningReport, goodness: _Goodness, attack: str, tolerance: float) -> Check:
-    curves = report.relearning[attack]
-    means = [
-        float(np.mean([goodness.of(point) for point in curves[who]])) if who in curves else None
-        for who in ("unlearned", "reference")
-    ]
-    holds = _holds(*means, lambda a, b: a - b <= tolerance)
-    rule = "the mean over its curve no better than the reference's"
-    return goodness.check(f"forget {goodness.name} under {attack}", rule, *means, tolerance, holds)
-
-
-def _holds(value: float | None, compared_with: float | None, rule) -> bool | None:
-    return None if value is None or compared_with is None else bool(rule(value, compared_with))
-
-
-def _check(name: str, rule: str, value, compared_with, tolerance: float, holds: bool | None) -> Check:
-    within = f" within {tolerance:g}" if tolerance else ""
-    return Check(name, rule + within, value, compared_with, tolerance, holds)

@@ -1,0 +1,131 @@
+"""A report's numbers against the reference's: which hold, which do not, and which nothing is known of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from .quality import Quality
+from .report import Check, RelearningPoint, UnlearningReport
+
+
+# samples never trained on that forget samples are compared with; the first one present is the report's main one
+NONMEMBERS = ("forget_unseen", "test")
+
+
+@dataclass
+class Tolerances:
+    """How far from the reference a number may lie and still count as the same.
+
+    Two models retrained with different seeds are not equal either: measure two on your data, and take their difference.
+
+    Parameters:
+        quality (`float`): Of the metric; of the loss, in nats, where there is no metric.
+        auc (`float`): Of membership inference.
+        distance (`float`): Of the Kolmogorov-Smirnov distance, whose ideal is 0.
+        relearning (`float`): Of the mean, over watched steps, of the metric (or loss) regained beyond the reference's.
+        erased (`float`): Under the goal "erased", accuracy up to which the forget set counts as failed on; for an error
+            rate, 1 minus the rate.
+    """
+
+    quality: float = 0.05
+    auc: float = 0.05
+    distance: float = 0.15
+    relearning: float = 0.05
+    erased: float = 0.1
+
+
+def check_report(report: UnlearningReport, tolerances: Tolerances, attacks: list[str]) -> list[Check]:
+    """Each number that tells of forgetting against the reference's, in the order of the report's first table.
+
+    Args:
+        attacks (`list[str]`): Names of those that were made.
+    """
+    goodness = _Goodness(report)
+    unlearned, reference = report.models["unlearned"], report.models.get("reference", {})
+    distance = report.distances.get("unlearned", {}).get("forget")
+    checks = [_forget_check(report, goodness, tolerances)]
+    for name in ("retain", "test"):
+        if name in unlearned:
+            rule = "no worse than the reference's"
+            pair = goodness(unlearned, name), goodness(reference, name)
+            holds = _holds(*pair, lambda a, b: b - a <= tolerances.quality)
+            checks.append(goodness.check(f"{name} {goodness.name}", rule, *pair, tolerances.quality, holds))
+    aucs = main_auc(report, "unlearned"), main_auc(report, "reference")
+    holds = _holds(*aucs, lambda a, b: abs(a - b) <= tolerances.auc)
+    checks.append(_check("MIA AUC", "equal to the reference's", *aucs, tolerances.auc, holds))
+    holds = _holds(distance, 0.0, lambda a, _: a <= tolerances.distance)
+    against = None if distance is None else 0.0
+    rule = "losses distributed as the reference's"
+    checks.append(_check("KS distance of forget losses", rule, distance, against, tolerances.distance, holds))
+    for attack in attacks:
+        if attack in report.relearning:
+            checks.append(_relearning_check(report, goodness, attack, tolerances.relearning))
+            continue
+        rule = "the forget set no better than the reference's after the same"
+        pair = tuple(
+            goodness(report.models.get(f"{who}, {attack}", {}), "forget") for who in ("unlearned", "reference")
+        )
+        holds = _holds(*pair, lambda a, b: a - b <= tolerances.quality)
+        name = f"forget {goodness.name} after {attack}"
+        checks.append(goodness.check(name, rule, *pair, tolerances.quality, holds))
+    return checks
+
+
+class _Goodness:
+    """The metric, or minus the loss where there is none, with its sign such that more is better."""
+
+    def __init__(self, report: UnlearningReport):
+        self.name = report.metric or "loss"
+        self.sign = 1 if report.metric is not None and report.greater_is_better else -1
+        self._is_loss = report.metric is None
+
+    def __call__(self, sets: Mapping[str, Quality], name: str) -> float | None:
+        return self.of(sets[name]) if name in sets else None
+
+    def of(self, one: Quality | RelearningPoint) -> float:
+        return self.sign * (one.loss if self._is_loss else one.value)
+
+    def check(self, name: str, rule: str, value, compared_with, tolerance: float, holds: bool | None) -> Check:
+        """With the metric's own sign."""
+        signed = (None if one is None else self.sign * one for one in (value, compared_with))
+        return _check(name, rule, *signed, tolerance, holds)
+
+
+def _forget_check(report: UnlearningReport, goodness: _Goodness, tolerances: Tolerances) -> Check:
+    value, name = goodness(report.models["unlearned"], "forget"), f"forget {goodness.name}"
+    if report.goal == "retrained":
+        reference = goodness(report.models.get("reference", {}), "forget")
+        holds = _holds(value, reference, lambda a, b: abs(a - b) <= tolerances.quality)
+        return goodness.check(name, "equal to the reference's", value, reference, tolerances.quality, holds)
+    if report.metric is None:  # no level of a loss means failure
+        return goodness.check(name, "failed on", value, None, 0.0, None)
+    level = tolerances.erased if report.greater_is_better else tolerances.erased - 1
+    rule = "at most this" if report.greater_is_better else "at least this"
+    return goodness.check(name, rule, value, level, 0.0, value <= level)
+
+
+def _relearning_check(report: UnlearningReport, goodness: _Goodness, attack: str, tolerance: float) -> Check:
+    curves = report.relearning[attack]
+    means = [
+        float(np.mean([goodness.of(point) for point in curves[who]])) if who in curves else None
+        for who in ("unlearned", "reference")
+    ]
+    holds = _holds(*means, lambda a, b: a - b <= tolerance)
+    rule = "the mean over its curve no better than the reference's"
+    return goodness.check(f"forget {goodness.name} under {attack}", rule, *means, tolerance, holds)
+
+
+def _holds(value: float | None, compared_with: float | None, rule) -> bool | None:
+    return None if value is None or compared_with is None else bool(rule(value, compared_with))
+
+
+def _check(name: str, rule: str, value, compared_with, tolerance: float, holds: bool | None) -> Check:
+    within = f" within {tolerance:g}" if tolerance else ""
+    return Check(name, rule + within, value, compared_with, tolerance, holds)
+
+
+def main_auc(report: UnlearningReport, model: str) -> float | None:
+    """AUC against the best non-members that were measured."""
+    found = report.membership.get(model, {})
+    return next((found[name].auc for name in NONMEMBERS if name in found), None)
