@@ -20,7 +20,7 @@ from .trainer import OrthoGradTrainer
 
 
 BASELINES = {
-    "finetune": {"projection": "none", "alpha": 1.0},
+    "finetune": {"projection": "none", "forget_loss": "ascent", "alpha": 1.0},
     "gradient_ascent": {"projection": "none", "forget_loss": "ascent", "alpha": 0.0},
     "graddiff": {"projection": "none", "forget_loss": "ascent", "alpha": 0.5},  # NegGrad+ under another name
     "npo": {"projection": "none", "forget_loss": "npo", "alpha": 0.5},

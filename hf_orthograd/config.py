@@ -33,9 +33,11 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
         alpha (`float`, *optional*, defaults to `0.5`):
             Weight of the retain mean in the update; the projected forget gradient has weight 1 - alpha. 0 is pure
             projection, 1 trains on the retain set alone (arXiv 2503.02312, equation 5).
-        forget_loss (`str`, *optional*, defaults to `"ascent"`):
-            What is ascended on the forget set: "ascent", the loss itself, unbounded, "npo", the bounded negative
-            preference optimisation (arXiv 2404.05868), or "simnpo", the same without a reference (arXiv 2410.07163).
+        forget_loss (`str`, *optional*, defaults to `"npo"`):
+            What is ascended on the forget set: "npo", the bounded negative preference optimisation (arXiv 2404.05868),
+            "simnpo", the same without a reference (arXiv 2410.07163), or "ascent", the loss itself, unbounded, as in
+            the paper. The first step of "npo" is that of "ascent". Bounded by default, because there is no stopping
+            rule by default: `docs/choosing_settings.md` has the numbers.
         npo_beta (`float`, *optional*, defaults to `1.0`):
             Inverse temperature of NPO and SimNPO, in 1 / nats of per-sample loss. The larger, the sooner a sample
             counts as forgotten.
@@ -107,8 +109,8 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
         },
     )
     forget_loss: str = field(
-        default="ascent",
-        metadata={"help": "What is ascended on the forget set: 'ascent', or the bounded 'npo' or 'simnpo'."},
+        default="npo",
+        metadata={"help": "What is ascended on the forget set: the bounded 'npo' or 'simnpo', or 'ascent'."},
     )
     npo_beta: float = field(
         default=1.0, metadata={"help": "Inverse temperature of NPO and SimNPO, in 1 / nats of per-sample loss."}

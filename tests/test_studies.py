@@ -79,7 +79,7 @@ def test_report_leaves_out_what_lacks_a_seed(tmp_path):
     write_report(runs, tmp_path / "study", "class", [0, 1], ["0.05", "0.2"], 1)
     text = (tmp_path / "study.md").read_text()
     assert "means over 2 seeds" in text and "5% of the retain set" in text and "20%" not in text
-    assert "| OrthoGrad | 0.400 ± 0.000 | 0.600 ± 0.000 |" in text and "NPO |" not in text
+    assert "| OrthoGrad, ascent | 0.400 ± 0.000 | 0.600 ± 0.000 |" in text and "NPO |" not in text
     assert (tmp_path / "study.png").read_bytes()[:4] == b"\x89PNG"
 
 

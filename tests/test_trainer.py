@@ -168,7 +168,7 @@ def test_npo_second_step_by_hand(tmp_path):
 
 
 def test_logged_loss_is_that_of_graddiff(tmp_path):
-    _, trainer = toy_trainer(tmp_path, alpha=0.25)
+    _, trainer = toy_trainer(tmp_path, alpha=0.25, forget_loss="ascent")
     trainer.train()
     logged = trainer.state.log_history[0]
     assert logged["loss"] == pytest.approx(0.25 * 2 - 0.75 * 7)

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from harness import RESULTS, Records
+from harness import RESULTS, Records, machine_note
 from images import ImageStudy, add_folders
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
@@ -120,7 +120,7 @@ class Ablations(ImageStudy):
             }
             title = f"## {kind}, {len(seeds)} seeds" if len(seeds) > 1 else f"## {kind}, one seed"
             parts.append(f"{title}\n\n{to_markdown(shown, columns, {})}")
-        (RESULTS / "study_ablations.md").write_text("# Ablations\n\n" + "\n\n".join(parts) + "\n")
+        (RESULTS / "study_ablations.md").write_text("# Ablations\n\n" + "\n\n".join([*parts, machine_note()]) + "\n")
         self.plot(RESULTS / "study_ablations.png")
 
     def plot(self, path: Path) -> None:

@@ -8,7 +8,7 @@ counts is how much worse the other speakers are understood by then. Methods at o
 
 import argparse
 
-from harness import RESULTS, Records
+from harness import RESULTS, Records, machine_note
 from methods import Bench
 from speech import SpeechStudy, add_folders
 from study import main
@@ -81,7 +81,9 @@ class Erasure(SpeechStudy):
                     lines.append("| " + " | ".join([variant, *_cells(records), *cost]) + " |")
             parts.append(f"## {float(share):.0%} of the retain set at hand\n\n" + "\n".join(lines))
         counted = f"means over {len(seeds)} speakers" if len(seeds) > 1 else "one speaker"
-        text = f"# Making a recogniser fail on a speaker: word error rates, {counted}\n\n" + "\n\n".join(parts)
+        text = f"# Making a recogniser fail on a speaker: word error rates, {counted}\n\n" + "\n\n".join(
+            [*parts, machine_note()]
+        )
         (RESULTS / "study_erasure.md").write_text(text + "\n")
 
 

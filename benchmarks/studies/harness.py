@@ -52,6 +52,13 @@ def describe_machine() -> dict[str, str]:
     }
 
 
+def machine_note() -> str:
+    """What a table says below itself."""
+    machine = describe_machine()
+    versions = ", ".join(f"{name} {version}" for name, version in machine.items() if name != "processor")
+    return f"({machine['processor']}; {versions}. Other runs shared the machine: times are rough.)"
+
+
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -37,7 +37,7 @@ def accuracy(prediction) -> dict[str, float]:
 class ImageStudy(Study):
     name, kinds = "images", ("random", "class")
     grid = (3e-5, 1e-4, 3e-4, 1e-3)
-    sized = ("graddiff", "npo", "mean_projection", "scrub", "orthograd", "orthograd_update")
+    sized = ("graddiff", "npo", "mean_projection", "scrub", "orthograd", "orthograd_update", "orthograd_npo")
     sizes = ("0.01", "0.2", "1", "proxy")
 
     def __init__(self, data_folder: Path, work_folder: Path, records: Records, references: Records | None = None):

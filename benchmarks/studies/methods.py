@@ -56,11 +56,11 @@ METHODS = {
     "random_labels": Method("random labels", trainer=RandomLabelTrainer),
     "salun": Method("SalUn", trainer=_salun),
     "ssd": Method("SSD", rule=False),
-    "orthograd": Method("OrthoGrad", BASELINES["orthograd"]),
+    "orthograd": Method("OrthoGrad, ascent", BASELINES["orthograd"]),
     "orthograd_update": Method(
-        "OrthoGrad, update corrected", BASELINES["orthograd"] | {"projection_target": "update"}
+        "OrthoGrad, ascent, update corrected", BASELINES["orthograd"] | {"projection_target": "update"}
     ),
-    "orthograd_npo": Method("OrthoGrad + NPO", BASELINES["orthograd_npo"]),
+    "orthograd_npo": Method("OrthoGrad + NPO (default)", BASELINES["orthograd_npo"]),
 }
 
 

@@ -31,8 +31,16 @@ MEASURED = {
 class SpeechStudy(Study):
     name, kinds = "speech", ("speaker",)
     grid = (1e-5, 3e-5)
-    methods = ("orthograd", "graddiff", "scrub", "mean_projection", "npo", "gradient_ascent")
-    sized = ("graddiff", "scrub", "orthograd")
+    methods = (
+        "orthograd",
+        "graddiff",
+        "scrub",
+        "mean_projection",
+        "npo",
+        "gradient_ascent",
+        "orthograd_npo",
+    )
+    sized = ("graddiff", "scrub", "orthograd_npo")
     sizes = ("0.01", "0.2", "1")
     better = -1
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from harness import machine_note
 from methods import METHODS
 from scipy import stats
 
@@ -130,7 +131,7 @@ def write_report(
         what = "a proxy retain set" if size == "proxy" else f"{float(size):.0%} of the retain set at hand"
         parts.append(f"## {what}\n\n{to_markdown(rows, COLUMNS, peaks)}")
     counted = f"means over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
-    path.with_suffix(".md").write_text(f"# {kind}: {counted}\n\n" + "\n\n".join(parts) + "\n")
+    path.with_suffix(".md").write_text(f"# {kind}: {counted}\n\n" + "\n\n".join([*parts, machine_note()]) + "\n")
     _plot(gaps, sizes, path.with_suffix(".png"), kind)
 
 
