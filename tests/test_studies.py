@@ -11,6 +11,8 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "studies"))
 
+import ablations
+import erasure
 from harness import Records
 from methods import METHODS, Bench
 from tables import choose, gap, mean_and_interval, recovery, write_report
@@ -90,3 +92,17 @@ def test_every_method_has_a_valid_configuration(name, tmp_path):
     args = bench.args(METHODS[name], 1e-3, seed=0)
     assert args.max_steps == 6 * METHODS[name].steps
     assert (args.forget_target == "reference") == METHODS[name].rule
+
+
+VARIANTS = [*ablations.VARIANTS.values()]
+VARIANTS += [(method, changes) for variants in erasure.VARIANTS.values() for method, _, changes in variants.values()]
+
+
+@pytest.mark.parametrize(("method", "changes"), VARIANTS)
+def test_every_variant_has_a_valid_configuration(method, changes, tmp_path):
+    rule = {"eval_strategy": "steps", "eval_steps": 2, "forget_target": "reference"}
+    bench = Bench({"output_dir": str(tmp_path), "max_steps": 6, **rule}, tuple(rule), {}, None, {}, {})
+    changes = {name: value for name, value in changes.items() if name != ablations.LORA}
+    args = bench.args(METHODS[method], 1e-4, seed=0, extra=changes)
+    for name, value in changes.items():
+        assert getattr(args, name) == (value * METHODS[method].steps if name == "max_steps" else value)
