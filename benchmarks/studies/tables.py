@@ -155,7 +155,9 @@ def _plot(gaps: Mapping[str, Mapping[str, list[float]]], sizes: Sequence[str], p
         shown = sorted(by_size, key=lambda size: float("inf") if size == "proxy" else float(size))
         for name, one in gaps.items():
             places = [place for place, size in enumerate(shown) if size in one]
-            panels[1].plot(places, [np.mean(one[shown[place]]) for place in places], ".-", label=METHODS[name].label)
+            if len(places) > 1:
+                means = [np.mean(one[shown[place]]) for place in places]
+                panels[1].plot(places, means, ".-", label=METHODS[name].label)
         panels[1].set_xticks(range(len(shown)), [size if size == "proxy" else f"{float(size):.0%}" for size in shown])
         panels[1].set(xlabel="retain data at hand", ylabel="average gap to the retrained model")
         panels[1].legend(fontsize="x-small")
