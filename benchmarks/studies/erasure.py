@@ -55,8 +55,8 @@ class Erasure(SpeechStudy):
         return bench
 
     def stage_final(self) -> None:
-        for seed in self.seeds:
-            for share, variants in VARIANTS.items():
+        for share, variants in VARIANTS.items():
+            for seed in self.seeds:
                 for name, (method, learning_rate, changes) in variants.items():
                     run = self.request("speaker", seed), method, learning_rate, share, False, changes
                     self.records.get(f"{name} speaker-{seed} {share}", lambda run=run: self.unlearn(*run))
