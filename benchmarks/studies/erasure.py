@@ -62,23 +62,23 @@ class Erasure(SpeechStudy):
                     self.records.get(f"{name} speaker-{seed} {share}", lambda run=run: self.unlearn(*run))
 
     def stage_report(self) -> None:
-        """Variants that lack a seed that the first one has are left out."""
-        first = next(iter(VARIANTS["0.05"]))
-        seeds = [seed for seed in self.seeds if f"{first} speaker-{seed} 0.05" in self.records.runs]
-        counted = f"means over {len(seeds)} speakers" if len(seeds) > 1 else "one speaker"
-        parts = [f"# Making a recogniser fail on a speaker: word error rates, {counted}"]
+        """Of each share the seeds for which all its variants were run."""
+        runs, parts = self.records.runs, ["# Making a recogniser fail on a speaker: word error rates"]
         for share, variants in VARIANTS.items():
+            seeds = [s for s in self.seeds if all(f"{name} speaker-{s} {share}" in runs for name in variants)]
+            if not seeds:
+                continue
             head = ["method", *COLUMNS, "steps", "time (s)"]
             lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
             for what in ("original", "retrained"):
                 records = [self.reference(what, self.request("speaker", seed)) for seed in seeds]
                 lines.append("| " + " | ".join([what, *_cells(records), "", ""]) + " |")
             for name in variants:
-                records = [self.records.runs.get(f"{name} speaker-{seed} {share}") for seed in seeds]
-                if None not in records:
-                    cost = [", ".join(f"{record[key]:.0f}" for record in records) for key in ("steps", "seconds")]
-                    lines.append("| " + " | ".join([name, *_cells(records), *cost]) + " |")
-            parts.append(f"## {float(share):.0%} of the retain set at hand\n\n" + "\n".join(lines))
+                records = [runs[f"{name} speaker-{seed} {share}"] for seed in seeds]
+                cost = [", ".join(f"{record[key]:.0f}" for record in records) for key in ("steps", "seconds")]
+                lines.append("| " + " | ".join([name, *_cells(records), *cost]) + " |")
+            counted = f"means over {len(seeds)} speakers" if len(seeds) > 1 else "one speaker"
+            parts.append(f"## {float(share):.0%} of the retain set at hand, {counted}\n\n" + "\n".join(lines))
         (RESULTS / "study_erasure.md").write_text("\n\n".join([*parts, machine_note()]) + "\n")
 
 

@@ -88,8 +88,8 @@ class Study:
         return record
 
     def chosen(self, kind: str, name: str) -> float:
-        """The setting whose validation gap to the retrained model is smallest, with the first seed."""
-        request = self.request(kind, self.seeds[0])
+        """The setting whose validation gap to the retrained model is smallest, with the first seed of the study."""
+        request = self.request(kind, type(self).seeds[0])
         reference = self.reference("retrained", request)
         runs = {
             setting: self.records.get(
