@@ -68,7 +68,7 @@ class Erasure(SpeechStudy):
             seeds = [s for s in self.seeds if all(f"{name} speaker-{s} {share}" in runs for name in variants)]
             if not seeds:
                 continue
-            head = ["method", *COLUMNS, "steps", "time (s)"]
+            head = ["method", *COLUMNS, "test loss (nats)", "steps", "time (s)"]
             lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
             for what in ("original", "retrained"):
                 records = [self.reference(what, self.request("speaker", seed)) for seed in seeds]
@@ -86,7 +86,9 @@ COLUMNS = ("forget", "forget_unseen", "retain", "test")
 
 
 def _cells(records: list[dict]) -> list[str]:
-    return [mean_and_interval([record["quality"][name][0] for record in records]) for name in COLUMNS]
+    """Word error rates, in which one endless transcript counts for many words, and the loss, in which it does not."""
+    rates = [mean_and_interval([record["quality"][name][0] for record in records]) for name in COLUMNS]
+    return [*rates, mean_and_interval([record["quality"]["test"][1] for record in records])]
 
 
 def make_study(arguments: argparse.Namespace) -> Erasure:
