@@ -43,6 +43,8 @@ def test_finished_runs_are_not_made_again(tmp_path):
     again.get("b", lambda: {"value": [2]})
     assert json.loads(path.read_text())["runs"] == {"a": {"value": 1}, "b": {"value": [2]}}
     assert "torch" in json.loads(path.read_text())["machine"]
+    assert again.get("a", lambda: {"value": 3, "int4": 0}, complete="int4") == {"value": 3, "int4": 0}
+    assert Records(path).get("a", lambda: pytest.fail("made again"), complete="int4")["value"] == 3
 
 
 def test_settings_are_chosen_on_validation_data():
@@ -92,6 +94,11 @@ def test_every_method_has_a_valid_configuration(name, tmp_path):
     args = bench.args(METHODS[name], 1e-3, seed=0)
     assert args.max_steps == 6 * METHODS[name].steps
     assert (args.forget_target == "reference") == METHODS[name].rule
+
+
+def test_plotted_variants_exist():
+    plotted = [name for curves in ablations.CURVES.values() for points in curves.values() for name in points.values()]
+    assert set(plotted) <= set(ablations.VARIANTS)
 
 
 VARIANTS = [*ablations.VARIANTS.values()]

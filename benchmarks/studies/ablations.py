@@ -18,14 +18,14 @@ from study import main
 from tables import COLUMNS, cells, gap, to_markdown
 
 
-DEFAULT = "OrthoGrad, k = 64, alpha = 0.5"
+BASE = "OrthoGrad, k = 64, alpha = 0.5"
 LORA = "LoRA"
 RATES = {("scrub", "class"): 3e-5}  # as chosen in the image study; all others do well at 1e-4
 WITHOUT_RULE = {"eval_strategy": "no", "forget_target": None}
 
 # name: (method, what changes)
 VARIANTS = {
-    DEFAULT: ("orthograd", {}),
+    BASE: ("orthograd", {}),
     "no projection": ("graddiff", {}),
     "mean projection": ("mean_projection", {}),
     "tensor by tensor": ("orthograd", {"projection_scope": "per_tensor"}),
@@ -50,7 +50,7 @@ VARIANTS = {
     "NPO, all 48 steps, k = 128": ("orthograd_npo", WITHOUT_RULE | {"per_device_train_batch_size": 128}),
     "NPO, k = 128": ("orthograd_npo", {"per_device_train_batch_size": 128}),
     "NPO, no projection, 128 retain samples": ("npo", {"per_device_train_batch_size": 128}),
-    "no projection, 128 retain samples": ("graddiff", {"per_device_train_batch_size": 128}),
+    **{f"no projection, {k} retain samples": ("graddiff", {"per_device_train_batch_size": k}) for k in (2, 8, 128)},
     "SCRUB, 128 retain samples": ("scrub", {"per_device_train_batch_size": 128}),
     "LoRA": ("orthograd", {LORA: True}),
     "LoRA, no projection": ("graddiff", {LORA: True}),
@@ -62,20 +62,20 @@ VARIANTS = {
 # for the plot: over what, and for each curve the variants on it
 CURVES = {
     "k, retain samples a step": {
-        "per-sample projection": {k: f"k = {k}" for k in (2, 4, 8, 16, 32)} | {64: DEFAULT, 128: "k = 128"},
+        "per-sample projection": {k: f"k = {k}" for k in (2, 4, 8, 16, 32)} | {64: BASE, 128: "k = 128"},
         "mean projection": {8: "mean projection, k = 8", 64: "mean projection", 128: "mean projection, k = 128"},
-        "no projection": {64: "no projection", 128: "no projection, 128 retain samples"},
+        "no projection": {k: f"no projection, {k} retain samples" for k in (2, 8, 128)} | {64: "no projection"},
     },
     "alpha, weight of the retain term": {
         "per-sample projection": {alpha: f"alpha = {alpha}" for alpha in (0.0, 0.1, 0.3)}
-        | {0.5: DEFAULT, 0.7: "alpha = 0.7", 0.9: "alpha = 0.9"},
+        | {0.5: BASE, 0.7: "alpha = 0.7", 0.9: "alpha = 0.9"},
         "no projection": {0.5: "no projection", 0.9: "no projection, alpha = 0.9"},
     },
 }
 
 
 class Ablations(ImageStudy):
-    """Each variant on each request; `stage_final` and `stage_report` are all there is."""
+    """Each variant on each request; only the stages `final` and `report` differ from the image study."""
 
     lora = False
 
@@ -87,38 +87,27 @@ class Ablations(ImageStudy):
         return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets))
 
     def stage_final(self) -> None:
-        for seed in self.seeds:
-            for variant, (method, changes) in VARIANTS.items():
-                for kind in self.kinds:
-                    request = self.request(kind, seed)
-                    self.records.get(f"{variant} {request}", lambda m=method, c=changes, r=request: self.vary(m, c, r))
-
-    def stage_attacks(self) -> None:
-        """Repeats the runs whose models were not attacked, which takes about twice as long as they took."""
         for variant, (method, changes) in VARIANTS.items():
             for seed in self.seeds:
                 for kind in self.kinds:
-                    request = self.request(kind, seed)
-                    name = f"{variant} {request}"
-                    if "int4" not in self.records.runs.get(name, {}):
-                        record = self.vary(method, changes, request, attacked=True)
-                        self.records.runs.pop(name, None)
-                        self.records.get(name, lambda record=record: record)
+                    run = method, changes, self.request(kind, seed)
+                    # records from before variants were attacked are made again
+                    self.records.get(f"{variant} {run[-1]}", lambda run=run: self.vary(*run), complete="int4")
 
-    def vary(self, method: str, changes: dict, request, attacked: bool = False) -> dict:
+    def vary(self, method: str, changes: dict, request) -> dict:
         self.lora = LORA in changes
         extra = {name: value for name, value in changes.items() if name != LORA}
         setting = 1e-3 if self.lora else RATES.get((method, request.kind), 1e-4)
         try:
-            return self.unlearn(request, method, setting, "0.05", attacked=attacked, extra=extra)
+            return self.unlearn(request, method, setting, "0.05", attacked=True, extra=extra)
         finally:
             self.lora = False
 
     def stage_report(self) -> None:
-        """Of each kind the seeds that the default has; variants that lack one of them are left out."""
+        """Of each kind the seeds that the base has; variants that lack one of them are left out."""
         parts = []
         for kind in self.kinds:
-            seeds = [seed for seed in self.seeds if f"{DEFAULT} {kind}-{seed}" in self.records.runs]
+            seeds = [seed for seed in self.seeds if f"{BASE} {kind}-{seed}" in self.records.runs]
             requests = [self.request(kind, seed) for seed in seeds]
             known = [[self.reference(what, one) for one in requests] for what in ("original", "retrained")]
             rows = {"original": (known[0], None), "retrained": (known[1], None)}
@@ -140,7 +129,7 @@ class Ablations(ImageStudy):
             for axes, (quantity, curves) in zip(panels, CURVES.items(), strict=True):
                 for label, points in curves.items():
                     found = {at: self.gaps(variant, kind) for at, variant in points.items()}
-                    found = {at: gaps for at, gaps in found.items() if gaps}
+                    found = {at: gaps for at, gaps in sorted(found.items()) if gaps}
                     means = [np.mean(gaps) for gaps in found.values()]
                     below = [mean - min(gaps) for mean, gaps in zip(means, found.values(), strict=True)]
                     above = [max(gaps) - mean for mean, gaps in zip(means, found.values(), strict=True)]
@@ -165,4 +154,4 @@ def make_study(arguments: argparse.Namespace) -> Ablations:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_folders(parser)
-    main(make_study, parser, ("final", "report"), ("attacks",))
+    main(make_study, parser, ("final", "report"), ())

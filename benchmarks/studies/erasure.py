@@ -37,7 +37,7 @@ VARIANTS = {
 
 
 class Erasure(SpeechStudy):
-    """Each variant on each request and share of retain data; `stage_final` and `stage_report` are all there is."""
+    """Each variant on each request and share of retain data, in stages `final` and `report` of its own."""
 
     def bench(self, kind: str) -> Bench:
         bench = super().bench(kind)

@@ -22,9 +22,9 @@ class Records:
         self._path = path
         self.runs: dict[str, dict] = json.loads(path.read_text())["runs"] if path.exists() else {}
 
-    def get(self, name: str, make: Callable[[], dict]) -> dict:
-        """The record of that name, made now if there is none."""
-        if name not in self.runs:
+    def get(self, name: str, make: Callable[[], dict], complete: str | None = None) -> dict:
+        """The record of that name, made now if there is none, or none with an entry `complete`."""
+        if name not in self.runs or (complete is not None and complete not in self.runs[name]):
             started = time.perf_counter()
             record = make()
             print(f"{time.strftime('%H:%M:%S')} {name}: {time.perf_counter() - started:.0f} s", flush=True)

@@ -82,7 +82,7 @@ def evaluate_unlearning(
             f"{', '.join(one.name for one in metrics)}."
         )
     groups = {name: column_values(rows, group_column) for name, rows in datasets.items()} if group_column else {}
-    examination = _Examination(trainer, datasets, metric, further_metrics, groups, seed)
+    examination = _Examination(trainer, datasets, metric, metrics, groups, seed)
     models = {"unlearned": trainer.model, "original": original, "reference": reference}
     for name, model in models.items():
         if model is not None:
@@ -137,12 +137,12 @@ class _Examination:
         trainer: Trainer,
         datasets: dict,
         metric: SampleMetric | None,
-        further: Sequence[SampleMetric],
+        metrics: Sequence[SampleMetric],
         groups: dict,
         seed: int,
     ):
         self._trainer, self._datasets, self._metric, self._seed = trainer, datasets, metric, seed
-        self._metrics, self._groups = [*([] if metric is None else [metric]), *further], groups
+        self._metrics, self._groups = metrics, groups
         self.measurements: dict[str, dict[str, Measurement]] = {}
         self.qualities: dict[str, dict[str, Quality]] = {}
         self.relearning: dict[str, dict[str, list[RelearningPoint]]] = {}
@@ -174,7 +174,8 @@ class _Examination:
         self.relearning.setdefault(attack.name, {})[name] = curve
 
     def _quality(self, of: str, found: Measurement) -> Quality:
-        better, main = self._metric is None or self._metric.greater_is_better, getattr(self._metric, "name", None)
+        better = self._metric is None or self._metric.greater_is_better
+        main = None if self._metric is None else self._metric.name
         return summarize(
             found.losses,
             found.counts.get(main),
@@ -261,10 +262,9 @@ def _hardest_hit(report: UnlearningReport) -> dict[str, HardestHit]:
     """Of the retained sets, the group that lost most."""
     sign, found = 1 if report.greater_is_better else -1, {}
     for name in ("retain", "test"):
-        before, after = (
-            getattr(report.models.get(model, {}).get(name), "groups", None) for model in ("original", "unlearned")
-        )
-        if before and after:
+        pair = [report.models.get(model, {}).get(name) for model in ("original", "unlearned")]
+        if None not in pair and all(one.groups for one in pair):
+            before, after = (one.groups for one in pair)
             group = max(before, key=lambda group: sign * (before[group] - after[group]))
             found[name] = HardestHit(group, before[group], after[group])
     return found
