@@ -19,10 +19,10 @@ REQUIRED = [
     "scipy>=1.15",
     "soundfile>=0.13",
 ]
-BENCH = ["matplotlib>=3.9", "opacus>=1.6", "torchjd>=0.18"]
+BENCH = ["filelock>=3.12", "matplotlib>=3.9", "opacus>=1.6", "torchjd>=0.18"]
 DEMO = ["espeakng-loader>=0.2.4", "matplotlib>=3.9"]
 QUALITY = ["ruff==0.17.6"]
-TESTS = ["pytest>=8.0", "pytest-cov>=6.0", "pytest-xdist>=3.6"]
+TESTS = ["filelock>=3.12", "pytest>=8.0", "pytest-cov>=6.0", "pytest-xdist>=3.6"]
 
 setup(
     name="hf-orthograd",

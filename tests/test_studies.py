@@ -47,6 +47,15 @@ def test_finished_runs_are_not_made_again(tmp_path):
     assert Records(path).get("a", lambda: pytest.fail("made again"), complete="int4")["value"] == 3
 
 
+def test_two_processes_keep_each_others_runs(tmp_path):
+    path = tmp_path / "study.json"
+    first, second = Records(path), Records(path)
+    first.get("a", lambda: {"value": 1})
+    second.get("b", lambda: {"value": 2})  # which had read the file before "a" was there
+    assert json.loads(path.read_text())["runs"] == {"a": {"value": 1}, "b": {"value": 2}}
+    assert first.get("b", lambda: pytest.fail("made again")) == {"value": 2}
+
+
 def test_settings_are_chosen_on_validation_data():
     reference = record(0.5, 0.7, 0.5, 0.5)
     runs = {

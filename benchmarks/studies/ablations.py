@@ -3,10 +3,13 @@
     python benchmarks/studies/ablations.py --data_folder <CIFAR-10 as parquet>
 
 The image study's models, sets, steps and stopping rule, at 5 % retain data; each variant changes one thing in OrthoGrad with ascent at a
-learning rate of 1e-4 (LoRA: 1e-3). Settings are not chosen anew for each variant.
+learning rate of 1e-4 (LoRA: 1e-3). Settings are not chosen anew for each variant. Several processes, each with other `--variants` or
+`--seeds`, may work on the same results.
 """
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from images import ImageStudy, add_folders
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
 from study import main
-from tables import COLUMNS, cells, gap, to_markdown
+from tables import COLUMNS, cells, gap, peaks_of, to_markdown
 
 
 BASE = "OrthoGrad, k = 64, alpha = 0.5"
@@ -75,8 +78,9 @@ CURVES = {
 
 
 class Ablations(ImageStudy):
-    """Each variant on each request; only the stages `final` and `report` differ from the image study."""
+    """Each variant on each request; only stages differ from the image study: `final`, `memory` and `report`."""
 
+    variants = tuple(VARIANTS)  # those run now
     lora = False
 
     def original(self, seed: int):
@@ -87,25 +91,39 @@ class Ablations(ImageStudy):
         return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets))
 
     def stage_final(self) -> None:
-        for variant, (method, changes) in VARIANTS.items():
+        for variant in self.variants:
             for seed in self.seeds:
                 for kind in self.kinds:
-                    run = method, changes, self.request(kind, seed)
+                    run = variant, self.request(kind, seed)
                     # records from before variants were attacked are made again
-                    self.records.get(f"{variant} {run[-1]}", lambda run=run: self.vary(*run), complete="int4")
+                    self.records.get(f"{variant} {run[1]}", lambda run=run: self.vary(*run), complete="int4")
 
-    def vary(self, method: str, changes: dict, request) -> dict:
+    def vary(self, variant: str, request) -> dict:
+        with self.settings(variant, request.kind) as (method, setting, extra):
+            return self.unlearn(request, method, setting, "0.05", attacked=True, extra=extra)
+
+    @contextmanager
+    def settings(self, variant: str, kind: str) -> Iterator[tuple[str, float, dict]]:
+        """A variant's method, learning rate and changed entries; within it original models get its adapter, if any."""
+        method, changes = VARIANTS[variant]
         self.lora = LORA in changes
         extra = {name: value for name, value in changes.items() if name != LORA}
-        setting = 1e-3 if self.lora else RATES.get((method, request.kind), 1e-4)
         try:
-            return self.unlearn(request, method, setting, "0.05", attacked=True, extra=extra)
+            yield method, 1e-3 if self.lora else RATES.get((method, kind), 1e-4), extra
         finally:
             self.lora = False
 
+    def stage_memory(self) -> None:
+        for variant in self.variants:
+            self.memory(variant, "--variants")
+
+    def stage_peak(self) -> None:
+        with self.settings(*self.variants, self.kinds[0]) as settings:
+            self.peak(*settings)
+
     def stage_report(self) -> None:
         """Of each kind the seeds that the base has; variants that lack one of them are left out."""
-        parts = []
+        parts, peaks = [], peaks_of(self.records.runs, {variant: variant for variant in VARIANTS})
         for kind in self.kinds:
             seeds = [seed for seed in self.seeds if f"{BASE} {kind}-{seed}" in self.records.runs]
             requests = [self.request(kind, seed) for seed in seeds]
@@ -117,7 +135,7 @@ class Ablations(ImageStudy):
                     rows[variant] = (records, records)
             shown = {label: (cells(records, *known, self.better), runs) for label, (records, runs) in rows.items()}
             title = f"## {kind}, {len(seeds)} seeds" if len(seeds) > 1 else f"## {kind}, one seed"
-            parts.append(f"{title}\n\n{to_markdown(shown, COLUMNS, {})}")
+            parts.append(f"{title}\n\n{to_markdown(shown, COLUMNS, peaks)}")
         (RESULTS / "study_ablations.md").write_text("# Ablations\n\n" + "\n\n".join([*parts, machine_note()]) + "\n")
         self.plot(RESULTS / "study_ablations.png")
 
@@ -148,10 +166,15 @@ class Ablations(ImageStudy):
 
 def make_study(arguments: argparse.Namespace) -> Ablations:
     records = Records(RESULTS / "study_ablations.json"), Records(RESULTS / "study_images.json")
-    return Ablations(arguments.data_folder, arguments.work_folder, *records)
+    study = Ablations(arguments.data_folder, arguments.work_folder, *records)
+    study.variants = tuple(arguments.variants or study.variants)
+    return study
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_folders(parser)
-    main(make_study, parser, ("final", "report"), ())
+    parser.add_argument(
+        "--variants", nargs="+", choices=list(VARIANTS), metavar="VARIANT", help="run now; all by default"
+    )
+    main(make_study, parser, ("final", "memory", "report"))

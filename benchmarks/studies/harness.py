@@ -10,35 +10,49 @@ from pathlib import Path
 import accelerate
 import torch
 import transformers
+from filelock import FileLock
 
 
 RESULTS = Path(__file__).parent.parent / "results"
 
 
 class Records:
-    """Finished runs of a study, by name, in a JSON file that is replaced whole after every one."""
+    """Finished runs of a study, by name, in a JSON file that is replaced whole after every one.
+
+    Several processes may share the file, each making records of other names.
+    """
 
     def __init__(self, path: Path):
         self._path = path
-        self.runs: dict[str, dict] = json.loads(path.read_text())["runs"] if path.exists() else {}
+        self.runs = self._read()
 
     def get(self, name: str, make: Callable[[], dict], complete: str | None = None) -> dict:
         """The record of that name, made now if there is none, or none with an entry `complete`."""
-        if name not in self.runs or (complete is not None and complete not in self.runs[name]):
+        if not self._has(name, complete):
+            self.runs = self._read()  # another process may have made it by now
+        if not self._has(name, complete):
             started = time.perf_counter()
             record = make()
             print(f"{time.strftime('%H:%M:%S')} {name}: {time.perf_counter() - started:.0f} s", flush=True)
-            self.runs[name] = record
-            self._save()
+            self._keep(name, record)
         return self.runs[name]
 
-    def _save(self) -> None:
+    def _has(self, name: str, complete: str | None) -> bool:
+        return name in self.runs and (complete is None or complete in self.runs[name])
+
+    def _read(self) -> dict[str, dict]:
+        return json.loads(self._path.read_text())["runs"] if self._path.exists() else {}
+
+    def _keep(self, name: str, record: dict) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_suffix(".partial")
-        lines = [f"{json.dumps(name)}: {json.dumps(record)}" for name, record in self.runs.items()]
-        runs = ",\n".join(lines)  # one line for each run
-        partial.write_text(f'{{"machine": {json.dumps(describe_machine())},\n"runs": {{\n{runs}\n}}}}\n')
-        partial.replace(self._path)
+        with FileLock(self._path.with_suffix(".lock")):
+            self.runs = self._read()
+            self.runs[name] = record
+            partial = self._path.with_suffix(".partial")
+            lines = [f"{json.dumps(name)}: {json.dumps(record)}" for name, record in self.runs.items()]
+            runs = ",\n".join(lines)  # one line for each run
+            partial.write_text(f'{{"machine": {json.dumps(describe_machine())},\n"runs": {{\n{runs}\n}}}}\n')
+            partial.replace(self._path)
 
 
 def describe_machine() -> dict[str, str]:

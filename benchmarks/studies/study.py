@@ -2,10 +2,11 @@
 
 import argparse
 import json
-import resource
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from harness import RESULTS, Records
@@ -131,21 +132,30 @@ class Study:
                         self.final(self.request(kind, seed), name, retain)
 
     def stage_memory(self) -> None:
-        """Peak memory of a few steps, each method in a process of its own."""
         for name in self.methods:
-            command = [*self.command, "--stages", "peak", "--methods", name]
-            make = lambda command=command: json.loads(  # noqa: E731
-                subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-            )
-            self.records.get(f"memory {name}", make)
+            self.memory(name, "--methods")
+
+    def memory(self, name: str, option: str) -> None:
+        """Peak memory of a few steps of what `option` selects by name, in a process of its own."""
+        command = [*self.command, "--stages", "peak", option, name]
+        make = lambda: json.loads(  # noqa: E731
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+        )
+        self.records.get(f"memory {name}", make)
 
     def stage_peak(self) -> None:
+        self.peak(*self.methods, SELECTIONS[0] if self.methods == ("ssd",) else self.grid[0], {})
+
+    def peak(self, name: str, setting: float, extra: dict) -> None:
         request = self.request(self.kinds[0], self.seeds[0])
         bench, sets = self.bench(request.kind), self.sets(request, CHOSEN_AT)
         steps = {"max_steps": 3, "eval_strategy": "no", "forget_target": None}
-        setting = SELECTIONS[0] if self.methods == ("ssd",) else self.grid[0]
-        unlearn(bench, *self.methods, setting, self.original(request.seed), sets, request.seed, steps)
-        print(json.dumps({"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+        model = self.original(request.seed)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here: loading the data held more
+        unlearn(bench, name, setting, model, sets, request.seed, extra | steps)
+        status = Path("/proc/self/status").read_text()
+        peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
+        print(json.dumps({"peak_memory_gib": peak}))
 
     def stage_report(self) -> None:
         for kind in self.kinds:

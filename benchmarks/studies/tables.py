@@ -85,6 +85,12 @@ def _distance(record: Mapping, _, reference: Mapping) -> float:
     return record["ks"] if "ks" in record else loss_distance(record["forget_losses"], reference["forget_losses"])
 
 
+def peaks_of(runs: Mapping[str, Mapping], labels: Mapping[str, str]) -> dict[str, float]:
+    """Peak memory in GiB by label, of those for which it was measured."""
+    measured = {label: runs.get(f"memory {name}") for name, label in labels.items()}
+    return {label: one["peak_memory_gib"] for label, one in measured.items() if one is not None}
+
+
 def to_markdown(
     rows: Mapping[str, tuple[list[str], list[Mapping] | None]],
     columns: Sequence[str],
@@ -114,8 +120,7 @@ def write_report(
     """
     originals, references = ([runs[f"{what} {kind}-{seed}"] for seed in seeds] for what in ("original", "retrained"))
     parts, gaps = [], {}
-    measured = {name: runs.get(f"memory {name}") for name in METHODS}
-    peaks = {METHODS[name].label: one["peak_memory_gib"] for name, one in measured.items() if one is not None}
+    peaks = peaks_of(runs, {name: method.label for name, method in METHODS.items()})
     for size in sizes:
         found = {name: [runs.get(f"final {kind}-{seed} {size} {name}") for seed in seeds] for name in METHODS}
         found = {name: records for name, records in found.items() if None not in records}
