@@ -6,7 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
+from transformers import TrainerCallback
+
+from hf_orthograd import OrthoGradConfig
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "studies"))
@@ -15,6 +19,7 @@ import ablations
 import erasure
 from harness import Records
 from methods import METHODS, Bench
+from retain_memory import RetainMemoryTrainer
 from tables import choose, gap, mean_and_interval, recovery, write_report
 
 
@@ -103,6 +108,36 @@ def test_every_method_has_a_valid_configuration(name, tmp_path):
     args = bench.args(METHODS[name], 1e-3, seed=0)
     assert args.max_steps == 6 * METHODS[name].steps
     assert (args.forget_target == "reference") == METHODS[name].rule
+
+
+class Gradients(TrainerCallback):
+    """Keeps what reaches the optimizer, step by step."""
+
+    def __init__(self):
+        self.gradients = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_retain_memory_projects_out_earlier_gradients_too(make_model, make_samples, tmp_path, alpha):
+    args = OrthoGradConfig(
+        str(tmp_path), max_steps=2, optim="sgd", learning_rate=0.1, max_grad_norm=0, alpha=alpha, forget_loss="ascent",
+        per_device_train_batch_size=3, per_device_forget_batch_size=3, save_strategy="no", report_to="none",
+        disable_tqdm=True, monitor_steps=0,
+    )  # fmt: skip
+    sets = {"train_dataset": make_samples("vit", 6, seed=1), "forget_dataset": make_samples("vit", 6, seed=2)}
+    seen = Gradients()
+    trainer = RetainMemoryTrainer(make_model("vit"), args, **sets, remembered_steps=2, callbacks=[seen])
+    trainer.train()
+    second, first = (torch.cat([own.flatten(1) for own in rows.values()], dim=1) for rows in trainer._engine.past)
+    for gradient, rows in zip(seen.gradients, (first, torch.cat([second, first])), strict=True):
+        ascended = (alpha * rows[:3].mean(0) - gradient) / (1 - alpha)
+        cosines = torch.cosine_similarity(rows, ascended[None])
+        assert ascended.norm() > 1e-3 and cosines.abs().max() < 1e-4
+    # what the second step took from the first one's samples is not nothing
+    assert torch.cosine_similarity(first, second).abs().max() > 1e-2
 
 
 def test_plotted_variants_exist():

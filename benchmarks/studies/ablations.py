@@ -54,6 +54,8 @@ VARIANTS = {
     "NPO, k = 128": ("orthograd_npo", {"per_device_train_batch_size": 128}),
     "NPO, no projection, 128 retain samples": ("npo", {"per_device_train_batch_size": 128}),
     **{f"no projection, {k} retain samples": ("graddiff", {"per_device_train_batch_size": k}) for k in (2, 8, 128)},
+    "retain gradients of 3 steps before, too": ("orthograd_memory", {}),
+    "NPO, retain gradients of 3 steps before, too": ("orthograd_memory", {"forget_loss": "npo"}),
     "SCRUB, 128 retain samples": ("scrub", {"per_device_train_batch_size": 128}),
     "LoRA": ("orthograd", {LORA: True}),
     "LoRA, no projection": ("graddiff", {LORA: True}),

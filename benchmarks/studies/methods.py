@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import transformers
+from retain_memory import RetainMemoryTrainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -30,6 +31,7 @@ class Method:
         trainer (`Callable`): Its class.
         rule (`bool`): Whether it ends by the study's stopping rule. A method with a schedule of its own does not.
         steps (`int`): How many times the study's steps it takes.
+        compared (`bool`): Whether it is in the studies' tables, or only among the ablations.
     """
 
     label: str
@@ -37,6 +39,7 @@ class Method:
     trainer: Callable = OrthoGradTrainer
     rule: bool = True
     steps: int = 1
+    compared: bool = True
 
 
 def _salun(*args, **kwargs) -> RandomLabelTrainer:
@@ -61,6 +64,9 @@ METHODS = {
         "OrthoGrad, ascent, update corrected", BASELINES["orthograd"] | {"projection_target": "update"}
     ),
     "orthograd_npo": Method("OrthoGrad + NPO (default)", BASELINES["orthograd_npo"]),
+    "orthograd_memory": Method(
+        "OrthoGrad, ascent, with a retain memory", BASELINES["orthograd"], trainer=RetainMemoryTrainer, compared=False
+    ),
 }
 
 

@@ -38,7 +38,7 @@ class Study:
     kinds: tuple[str, ...]
     seeds = (0, 1, 2)
     grid: tuple[float, ...]
-    methods = tuple(METHODS)
+    methods = tuple(name for name, method in METHODS.items() if method.compared)
     sized: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
     better = 1
