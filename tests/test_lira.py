@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 from torch.utils.data import ConcatDataset
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
-from hf_orthograd.evaluation import ShadowLosses, per_sample_losses, shadow_losses, unlearning_lira
+from hf_orthograd.evaluation import ShadowLosses, attack_shadows, per_sample_losses, shadow_losses, unlearning_lira
 
 
 def test_ratio_by_hand():
@@ -36,6 +36,28 @@ def test_missing_shadows_do_not_count():
     padded = ShadowLosses(np.concatenate([full.unlearned, holes]), np.concatenate([holes, full.unseen]))
     losses, member = generator.gamma(3.0, 0.3, 6), np.array([1, 1, 1, 0, 0, 0])
     assert unlearning_lira(losses, member, padded) == unlearning_lira(losses, member, full)
+
+
+@pytest.mark.parametrize(("left", "least", "most"), [(0.0, 0.45, 0.55), (0.5, 0.7, 1.0)])
+def test_shadows_are_attacked_by_the_others(left, least, most):
+    """What unlearned samples keep of a lower loss is found, though samples differ by far more than that."""
+    generator = np.random.default_rng(0)
+    level, number = generator.uniform(0.5, 4.0, 400), 8
+    losses = level + generator.normal(0, 0.3, (number, 400)).clip(-0.4, 0.4)
+    chosen = np.zeros((number, 400), dtype=bool)
+    for pair in range(0, number, 2):
+        chosen[pair, generator.permutation(400)[:200]] = True
+        chosen[pair + 1] = ~chosen[pair]
+    losses = np.where(chosen, (1 - left) * losses, losses)
+    shadows = ShadowLosses(np.where(chosen, losses, np.nan), np.where(chosen, np.nan, losses))
+    found = attack_shadows(shadows)
+    assert len(found) == number and least < np.mean([one.auc for one in found]) < most
+    # an attacker knows neither the losses of the one that is attacked nor those of its complement
+    others = ShadowLosses(shadows.unlearned[2:], shadows.unseen[2:])
+    own = np.where(chosen[0], shadows.unlearned[0], shadows.unseen[0])
+    assert found[0] == unlearning_lira(own, chosen[0], others)
+    with pytest.raises(ValueError, match="at least 6 shadow models to attack each by the others, but holds 4"):
+        attack_shadows(ShadowLosses(shadows.unlearned[:4], shadows.unseen[:4]))
 
 
 def test_method_that_does_nothing_is_found_out(make_model, make_samples, tmp_path):

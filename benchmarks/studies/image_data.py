@@ -16,6 +16,7 @@ from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
 
 NUM_CLASSES = 10
 EPOCHS = 16
+FURTHER_EPOCHS = 8  # of a trained model that is fine-tuned on a few more images
 
 
 class Images(Dataset):
@@ -125,20 +126,31 @@ def train_on(images: Images, seed: int, output: Path, name: str) -> ViTForImageC
         return build_model()
 
     def train(model):
-        args = OrthoGradConfig(
-            output_dir=str(output / "training"),
-            num_train_epochs=EPOCHS,
-            per_device_train_batch_size=128,
-            learning_rate=1e-3,
-            weight_decay=0.05,
-            warmup_steps=0.1,
-            lr_scheduler_type="cosine",
-            logging_steps=200,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=seed,
-        )
-        OrthoGradTrainer(model, args, train_dataset=images).train()
+        _train(model, images, seed, output, num_train_epochs=EPOCHS, learning_rate=1e-3, warmup_steps=0.1)
 
     return trained_model(output / name, build, train, ViTForImageClassification.from_pretrained)
+
+
+def fine_tune(model: ViTForImageClassification, images: Images, seed: int, output: Path, name: str):
+    """A trained model, trained further on these images, from the disk if it has been before."""
+
+    def train(model):
+        _train(model, images, seed, output, num_train_epochs=FURTHER_EPOCHS, learning_rate=3e-4)
+
+    return trained_model(output / name, lambda: model, train, ViTForImageClassification.from_pretrained)
+
+
+def _train(model: ViTForImageClassification, images: Images, seed: int, output: Path, **settings) -> None:
+    args = OrthoGradConfig(
+        output_dir=str(output / "training"),
+        per_device_train_batch_size=128,
+        weight_decay=0.05,
+        lr_scheduler_type="cosine",
+        logging_steps=200,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+        **settings,
+    )
+    OrthoGradTrainer(model, args, train_dataset=images).train()

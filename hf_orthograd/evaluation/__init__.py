@@ -3,7 +3,7 @@
 from .attacks import Attack, DetachAdapter, Quantization, Relearning
 from .checks import Tolerances
 from .figures import plot_report, plot_unlearning
-from .lira import ShadowLosses, shadow_losses, unlearning_lira
+from .lira import ShadowLosses, attack_shadows, shadow_losses, unlearning_lira
 from .measure import per_sample_losses
 from .metrics import CharacterErrorRate, WordErrorRate
 from .privacy import MembershipInference, loss_distance, membership_inference
@@ -29,6 +29,7 @@ __all__ = [
     "UnlearningReport",
     "WordErrorRate",
     "WordErrors",
+    "attack_shadows",
     "average_gap",
     "evaluate_unlearning",
     "loss_distance",

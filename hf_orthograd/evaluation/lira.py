@@ -95,6 +95,37 @@ def unlearning_lira(losses: np.ndarray, is_member: np.ndarray, shadows: ShadowLo
     return membership_inference(-scores[is_member], -scores[~is_member])
 
 
+def attack_shadows(shadows: ShadowLosses) -> list[MembershipInference]:
+    """U-LiRA on each shadow in turn, by one who knows the others: of the method and not of one model it made.
+
+    What is told apart is the half that the shadow has unlearned from the half it never saw. Its complement is left out
+    with it. Otherwise each candidate would be known from one shadow fewer on the side that it is on, and look as if it were
+    on the other: a method that hides everything would come out below 0.5.
+
+    Args:
+        shadows ([`ShadowLosses`]): As [`shadow_losses`] returns them, each shadow beside its complement; at least 6.
+
+    Returns:
+        One for each shadow. They share shadows, so that an interval over them is too narrow.
+
+    Raises:
+        ValueError: Fewer than 6 shadows: without a pair no variance could be taken of the others.
+    """
+    number = len(shadows.unlearned)
+    if number < 6:
+        raise ValueError(
+            f"`shadows` must hold at least 6 shadow models to attack each by the others, but holds {number}."
+        )
+    found = []
+    for attacked in range(number):
+        pair = [attacked, attacked ^ 1]
+        others = ShadowLosses(*(np.delete(losses, pair, axis=0) for losses in (shadows.unlearned, shadows.unseen)))
+        unlearned, unseen = shadows.unlearned[attacked], shadows.unseen[attacked]
+        is_member = ~np.isnan(unlearned)
+        found.append(unlearning_lira(np.where(is_member, unlearned, unseen), is_member, others))
+    return found
+
+
 def _log_likelihood(losses: np.ndarray, shadows: np.ndarray) -> np.ndarray:
     confidences = _confidence(shadows)
     # a floor for the spread: few shadows may agree by chance

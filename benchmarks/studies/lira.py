@@ -1,0 +1,112 @@
+"""Can a strong attacker tell which images a small ViT has unlearned? U-LiRA, with shadow models that unlearn by the same method.
+
+    python benchmarks/studies/lira.py --data_folder <CIFAR-10 as parquet>
+
+Candidates are 500 training images, which the model that shadows start from never saw, and 500 test images. Each shadow is
+fine-tuned on half of them and on retained images, and unlearns that half at the image study's settings, with 5 % of the
+retain set at hand. Each shadow in turn is then attacked by one who knows the others.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+from harness import RESULTS, Records, machine_note
+from image_data import Images, Request, fine_tune
+from images import ImageStudy, add_folders
+from methods import METHODS, unlearn
+from study import CHOSEN_AT, main
+
+from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
+from hf_orthograd.evaluation import attack_shadows, membership_inference, per_sample_losses, shadow_losses
+
+
+NUM_SHADOWS = 16
+RETAINED = 1500  # retained images that a shadow is trained on beside its half of the candidates
+CONTROLS = {"nothing": "nothing unlearned", "never": "never trained on"}
+
+
+class ShadowStudy(ImageStudy):
+    """The image study's models, sets and settings; `attacked` holds the records of this one."""
+
+    kinds, seeds = ("random",), (0,)
+    methods = ("graddiff", "npo", "mean_projection", "scrub", "orthograd", "orthograd_npo")
+
+    def __init__(self, data_folder: Path, work_folder: Path, records: Records, attacked: Records):
+        super().__init__(data_folder, work_folder, records)
+        self.attacked = attacked
+
+    def stage_final(self) -> None:
+        for name in (*CONTROLS, *self.methods):
+            for seed in self.seeds:
+                request = self.request("random", seed)
+                self.attacked.get(f"{name} {request}", lambda name=name, request=request: self.attack(name, request))
+
+    def attack(self, name: str, request: Request) -> dict[str, list[float]]:
+        """Of each shadow: the attack's AUC and TPR at 1 % FPR, and the AUC of a threshold on the loss."""
+        bench, sets = self.bench("random"), self.sets(request, CHOSEN_AT)
+        candidates = _joined(sets["forget"], sets["proxy"])
+        retained = sets["others"].select(np.arange(RETAINED))
+        start = self.retrained(request)
+        setting = None if name in CONTROLS else self.chosen("random", name)
+        numbers = itertools.count()
+
+        def train(shadow, half):
+            number = next(numbers)
+            of = "never" if name == "never" else "shadow"
+            images = retained if name == "never" else _joined(half, retained)
+            return fine_tune(shadow, images, number, self.work, f"{of}-{request}-{number}")
+
+        def forget(shadow, half):
+            if name in CONTROLS:
+                return shadow
+            return unlearn(bench, name, setting, shadow, sets | {"forget": half}, request.seed)[0].model
+
+        def losses(shadow):
+            args = OrthoGradConfig(str(self.work / "run"), per_device_eval_batch_size=250, report_to="none")
+            args.disable_tqdm = True
+            return per_sample_losses(OrthoGradTrainer(shadow, args), candidates)
+
+        found = shadow_losses(
+            start, candidates, train=train, unlearn=forget, losses=losses, num_shadows=NUM_SHADOWS, seed=request.seed
+        )
+        attacks, pairs = attack_shadows(found), zip(found.unlearned, found.unseen, strict=True)
+        return {
+            "auc": [one.auc for one in attacks],
+            "tpr": [one.tpr_at_1_percent_fpr for one in attacks],
+            "threshold": [membership_inference(*(losses[~np.isnan(losses)] for losses in pair)).auc for pair in pairs],
+        }
+
+    def stage_report(self) -> None:
+        lines = [
+            "| method | U-LiRA AUC | U-LiRA TPR at 1 % FPR | AUC of a threshold on the loss |",
+            "|---|---|---|---|",
+        ]
+        for name, label in (CONTROLS | {name: METHODS[name].label for name in type(self).methods}).items():
+            runs = [self.attacked.runs.get(f"{name} random-{seed}") for seed in self.seeds]
+            if None not in runs:
+                cells = [np.concatenate([run[key] for run in runs]) for key in ("auc", "tpr", "threshold")]
+                shown = [f"{values.mean():.3f} ({values.std(ddof=1):.3f})" for values in cells]
+                lines.append("| " + " | ".join([label, *shown]) + " |")
+        head = f"# Which images were unlearned? Mean (standard deviation) over {NUM_SHADOWS * len(self.seeds)} shadow models"
+        (RESULTS / "study_lira.md").write_text("\n\n".join([head, "\n".join(lines), machine_note()]) + "\n")
+
+
+def _joined(first: Images, second: Images) -> Images:
+    pixels, labels = (
+        [getattr(images, name)[images.rows] for images in (first, second)] for name in ("pixels", "labels")
+    )
+    return Images(torch.cat(pixels), torch.cat(labels))
+
+
+def make_study(arguments: argparse.Namespace) -> ShadowStudy:
+    records = Records(RESULTS / "study_images.json"), Records(RESULTS / "study_lira.json")
+    return ShadowStudy(arguments.data_folder, arguments.work_folder, *records)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_folders(parser)
+    main(make_study, parser, ("final", "report"), ())
