@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
 from study import main
 from tables import COLUMNS, cells, gap, peaks_of, to_markdown
+from transformers import set_seed
 
 
 BASE = "OrthoGrad, k = 64, alpha = 0.5"
@@ -89,6 +90,7 @@ class Ablations(ImageStudy):
         model = super().original(seed)
         if not self.lora:
             return model
+        set_seed(seed)  # an adapter is drawn
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
         return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets))
 

@@ -131,7 +131,7 @@ def train_on(images: Images, seed: int, output: Path, name: str) -> ViTForImageC
     return trained_model(output / name, build, train, ViTForImageClassification.from_pretrained)
 
 
-def fine_tune(model: ViTForImageClassification, images: Images, seed: int, output: Path, name: str):
+def fine_tune(model: ViTForImageClassification, images: Dataset, seed: int, output: Path, name: str):
     """A trained model, trained further on these images, from the disk if it has been before."""
 
     def train(model):
@@ -140,7 +140,7 @@ def fine_tune(model: ViTForImageClassification, images: Images, seed: int, outpu
     return trained_model(output / name, lambda: model, train, ViTForImageClassification.from_pretrained)
 
 
-def _train(model: ViTForImageClassification, images: Images, seed: int, output: Path, **settings) -> None:
+def _train(model: ViTForImageClassification, images: Dataset, seed: int, output: Path, **settings) -> None:
     args = OrthoGradConfig(
         output_dir=str(output / "training"),
         per_device_train_batch_size=128,

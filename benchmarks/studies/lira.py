@@ -12,12 +12,12 @@ import itertools
 from pathlib import Path
 
 import numpy as np
-import torch
 from harness import RESULTS, Records, machine_note
-from image_data import Images, Request, fine_tune
+from image_data import Request, fine_tune
 from images import ImageStudy, add_folders
 from methods import METHODS, unlearn
 from study import CHOSEN_AT, main
+from torch.utils.data import ConcatDataset
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
 from hf_orthograd.evaluation import attack_shadows, membership_inference, per_sample_losses, shadow_losses
@@ -47,7 +47,7 @@ class ShadowStudy(ImageStudy):
     def attack(self, name: str, request: Request) -> dict[str, list[float]]:
         """Of each shadow: the attack's AUC and TPR at 1 % FPR, and the AUC of a threshold on the loss."""
         bench, sets = self.bench("random"), self.sets(request, CHOSEN_AT)
-        candidates = _joined(sets["forget"], sets["proxy"])
+        candidates = ConcatDataset([sets["forget"], sets["proxy"]])
         retained = sets["others"].select(np.arange(RETAINED))
         start = self.retrained(request)
         setting = None if name in CONTROLS else self.chosen("random", name)
@@ -56,7 +56,7 @@ class ShadowStudy(ImageStudy):
         def train(shadow, half):
             number = next(numbers)
             of = "never" if name == "never" else "shadow"
-            images = retained if name == "never" else _joined(half, retained)
+            images = retained if name == "never" else ConcatDataset([half, retained])
             return fine_tune(shadow, images, number, self.work, f"{of}-{request}-{number}")
 
         def forget(shadow, half):
@@ -92,13 +92,6 @@ class ShadowStudy(ImageStudy):
                 lines.append("| " + " | ".join([label, *shown]) + " |")
         head = f"# Which images were unlearned? Mean (standard deviation) over {NUM_SHADOWS * len(self.seeds)} shadow models"
         (RESULTS / "study_lira.md").write_text("\n\n".join([head, "\n".join(lines), machine_note()]) + "\n")
-
-
-def _joined(first: Images, second: Images) -> Images:
-    pixels, labels = (
-        [getattr(images, name)[images.rows] for images in (first, second)] for name in ("pixels", "labels")
-    )
-    return Images(torch.cat(pixels), torch.cat(labels))
 
 
 def make_study(arguments: argparse.Namespace) -> ShadowStudy:
