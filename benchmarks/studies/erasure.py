@@ -35,7 +35,6 @@ VARIANTS = {
         "OrthoGrad + NPO, k = 32, update corrected": ("orthograd_npo", 1e-4, WIDE | {"projection_target": "update"}),
         "NPO, 32 retain samples, learning rate 3e-5": ("npo", 3e-5, WIDE),
         "OrthoGrad + NPO, k = 32, learning rate 3e-5": ("orthograd_npo", 3e-5, WIDE),
-        "OrthoGrad + NPO, k = 64": ("orthograd_npo", 1e-4, {"per_device_train_batch_size": 64}),
     },
 }
 
