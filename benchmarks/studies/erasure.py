@@ -12,7 +12,7 @@ from harness import RESULTS, Records, machine_note
 from methods import Bench
 from speech import SpeechStudy, add_folders
 from study import main
-from tables import mean_and_interval
+from tables import mean_and_interval, plot_means
 
 from hf_orthograd.evaluation import WordErrorRate
 from hf_orthograd.speech import transcripts
@@ -67,6 +67,7 @@ class Erasure(SpeechStudy):
     def stage_report(self) -> None:
         """Of each share the seeds for which all its variants were run."""
         runs, parts = self.records.runs, ["# Making a recogniser fail on a speaker: word error rates"]
+        panels = {}
         for share, variants in VARIANTS.items():
             seeds = [s for s in self.seeds if all(f"{name} speaker-{s} {share}" in runs for name in variants)]
             if not seeds:
@@ -80,9 +81,14 @@ class Erasure(SpeechStudy):
                 records = [runs[f"{name} speaker-{seed} {share}"] for seed in seeds]
                 cost = [", ".join(f"{record[key]:.0f}" for record in records) for key in ("steps", "seconds")]
                 lines.append("| " + " | ".join([name, *_cells(records), *cost]) + " |")
+            panels[f"test WER, {float(share):.0%} of the retain set at hand"] = {
+                name: [runs[f"{name} speaker-{seed} {share}"]["quality"]["test"][0] for seed in seeds]
+                for name in variants
+            }
             counted = f"means over {len(seeds)} speakers" if len(seeds) > 1 else "one speaker"
             parts.append(f"## {float(share):.0%} of the retain set at hand, {counted}\n\n" + "\n".join(lines))
         (RESULTS / "study_erasure.md").write_text("\n\n".join([*parts, machine_note()]) + "\n")
+        plot_means(panels, RESULTS / "study_erasure.png")
 
 
 COLUMNS = ("forget", "forget_unseen", "retain", "test")

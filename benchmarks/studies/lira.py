@@ -17,6 +17,7 @@ from image_data import Request, fine_tune
 from images import ImageStudy, add_folders
 from methods import METHODS, unlearn
 from study import CHOSEN_AT, main
+from tables import plot_means
 from torch.utils.data import ConcatDataset
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
@@ -84,14 +85,20 @@ class ShadowStudy(ImageStudy):
             "| method | U-LiRA AUC | U-LiRA TPR at 1 % FPR | AUC of a threshold on the loss |",
             "|---|---|---|---|",
         ]
+        panels = {"AUC, U-LiRA": {}, "AUC, threshold on the loss": {}}
         for name, label in (CONTROLS | {name: METHODS[name].label for name in type(self).methods}).items():
             runs = [self.attacked.runs.get(f"{name} random-{seed}") for seed in self.seeds]
-            if None not in runs:
-                cells = [np.concatenate([run[key] for run in runs]) for key in ("auc", "tpr", "threshold")]
-                shown = [f"{values.mean():.3f} ({values.std(ddof=1):.3f})" for values in cells]
-                lines.append("| " + " | ".join([label, *shown]) + " |")
-        head = f"# Which images were unlearned? Mean (standard deviation) over {NUM_SHADOWS * len(self.seeds)} shadow models"
+            if None in runs:
+                continue
+            values = {key: np.concatenate([run[key] for run in runs]) for key in ("auc", "tpr", "threshold")}
+            shown = [f"{one.mean():.3f} ({one.std(ddof=1):.3f})" for one in values.values()]
+            lines.append("| " + " | ".join([label, *shown]) + " |")
+            for panel, key in zip(panels.values(), ("auc", "threshold"), strict=True):
+                panel[label] = values[key]
+        count = NUM_SHADOWS * len(self.seeds)
+        head = f"# Which images were unlearned? Mean (standard deviation) over {count} shadow models"
         (RESULTS / "study_lira.md").write_text("\n\n".join([head, "\n".join(lines), machine_note()]) + "\n")
+        plot_means(panels, RESULTS / "study_lira.png")
 
 
 def make_study(arguments: argparse.Namespace) -> ShadowStudy:

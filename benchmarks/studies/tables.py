@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 from harness import machine_note
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from methods import METHODS
 from scipy import stats
 
@@ -140,19 +142,32 @@ def write_report(
     _plot(gaps, sizes, path.with_suffix(".png"), kind)
 
 
+def plot_means(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
+    """For each quantity a panel of bars, one for each label: the mean of its values, and a point for each of them."""
+    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+    for axes, (quantity, values) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        _draw_means(axes, values)
+        axes.set(xlabel=quantity)
+    figure.savefig(path, dpi=90)
+
+
+def _draw_means(axes: Axes, values: Mapping[str, Sequence[float]]) -> None:
+    axes.barh(list(values), [np.mean(one) for one in values.values()], color="C0")
+    for place, one in enumerate(values.values()):
+        axes.plot(one, [place] * len(one), "k.")
+    axes.invert_yaxis()
+
+
 def _plot(gaps: Mapping[str, Mapping[str, list[float]]], sizes: Sequence[str], path: Path, kind: str) -> None:
     """Bars of the first size's gaps with a point for each seed, and, if there are more sizes, gaps over size."""
-    from matplotlib.figure import Figure
-
     by_size = {size: {name: one[size] for name, one in gaps.items() if size in one} for size in sizes}
     by_size = {size: found for size, found in by_size.items() if found}
     figure = Figure(figsize=(6 * (1 + (len(by_size) > 1)), 4), layout="constrained")
     panels = figure.subplots(1, 1 + (len(by_size) > 1), squeeze=False)[0]
     first = sorted(by_size[sizes[0]].items(), key=lambda item: np.mean(item[1]))
-    panels[0].barh([METHODS[name].label for name, _ in first], [np.mean(values) for _, values in first], color="C0")
-    for place, (_, values) in enumerate(first):
-        panels[0].plot(values, [place] * len(values), "k.")
-    panels[0].invert_yaxis()
+    _draw_means(panels[0], {METHODS[name].label: values for name, values in first})
     panels[0].set(
         xlabel="average gap to the retrained model", title=f"{kind}, {float(sizes[0]):.0%} retain data at hand"
     )
