@@ -68,6 +68,8 @@ class Preparation:
         self._engine = self._choose_engine(model)
         self._engine.exchange = Exchange(self.accelerator.num_processes, self.accelerator.process_index)
         self._check_agreement(self._engine.name)
+        if self.is_world_process_zero() and self._has_retain:
+            validation.warn_of_few_retain_samples(self.args, self._train_batch_size, self.train_dataset)
         for callback in (self._correction, self._monitor):
             if callback is not None:
                 self.remove_callback(callback)

@@ -1,5 +1,6 @@
 """Bad input: an error before the first step that names the argument, what was given and what to do."""
 
+import logging
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -241,3 +242,19 @@ def test_launches_that_cannot_be_exact_are_refused(plugin, settings, message, tm
     args = OrthoGradConfig(str(tmp_path), report_to="none", **settings)
     with pytest.raises(ValueError, match=message):
         check_launch(args, SimpleNamespace(**plugin))
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "warned"),
+    [
+        (20, {}, True),
+        (20, {"gradient_accumulation_steps": 6}, False),
+        (20, {"projection": "none"}, False),
+        (3, {}, False),  # there are no more
+    ],
+)
+def test_few_retain_samples_are_warned_of(rows, settings, warned, tmp_path, make_model, make_samples, caplog):
+    sets = {"train_dataset": make_samples("vit", rows, seed=1), "forget_dataset": make_samples("vit", 3, seed=2)}
+    with caplog.at_level(logging.WARNING):
+        OrthoGradTrainer(make_model("vit"), args(tmp_path, max_steps=1, **settings), **sets).train()
+    assert ("protects the gradients of only 3 retain samples" in caplog.text) == warned
