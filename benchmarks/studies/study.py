@@ -147,11 +147,12 @@ class Study:
         self.peak(*self.methods, SELECTIONS[0] if self.methods == ("ssd",) else self.grid[0], {})
 
     def peak(self, name: str, setting: float, extra: dict) -> None:
+        """Prints the peak resident memory of this process while it unlearns, as Linux counts it."""
         request = self.request(self.kinds[0], self.seeds[0])
         bench, sets = self.bench(request.kind), self.sets(request, CHOSEN_AT)
         steps = {"max_steps": 3, "eval_strategy": "no", "forget_target": None}
         model = self.original(request.seed)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here: loading the data held more
+        Path("/proc/self/clear_refs").write_text("5")  # counts the peak from here: loading the data held more
         unlearn(bench, name, setting, model, sets, request.seed, extra | steps)
         status = Path("/proc/self/status").read_text()
         peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20

@@ -96,7 +96,7 @@ def unlearning_lira(losses: np.ndarray, is_member: np.ndarray, shadows: ShadowLo
 
 
 def attack_shadows(shadows: ShadowLosses) -> list[MembershipInference]:
-    """U-LiRA on each shadow in turn, by one who knows the others: of the method and not of one model it made.
+    """U-LiRA (arXiv 2403.01218) on each shadow in turn, by one who knows the others: of the method, not of one model it made.
 
     What is told apart is the half that the shadow has unlearned from the half it never saw. Its complement is left out
     with it. Otherwise each candidate would be known from one shadow fewer on the side that it is on, and look as if it were
@@ -109,12 +109,12 @@ def attack_shadows(shadows: ShadowLosses) -> list[MembershipInference]:
         One for each shadow. They share shadows, so that an interval over them is too narrow.
 
     Raises:
-        ValueError: Fewer than 6 shadows: without a pair no variance could be taken of the others.
+        ValueError: Fewer than 6 shadows, as without a pair no variance could be taken of the others, or an odd number.
     """
     number = len(shadows.unlearned)
-    if number < 6:
+    if number < 6 or number % 2:
         raise ValueError(
-            f"`shadows` must hold at least 6 shadow models to attack each by the others, but holds {number}."
+            f"`shadows` must hold pairs of shadow models, at least 6 to attack each by the others, but holds {number}."
         )
     found = []
     for attacked in range(number):
