@@ -8,16 +8,18 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from hf_orthograd.data import Batch
 from hf_orthograd.gradients import (
     ForgetBatch,
     FunctionalEngine,
     GramEngine,
     LoopEngine,
-    Parameters,
     PlainEngine,
+    summarize_step,
 )
 from hf_orthograd.objectives import PerSampleLoss
-from hf_orthograd.projection import solve_projections
+from hf_orthograd.parallel import Parameters
+from hf_orthograd.projection import solve_projection, solve_projections, update_weights
 
 
 ALPHA = 0.5
@@ -28,7 +30,7 @@ LORA_RANK = 16
 class Case:
     """A model and what it reads.
 
-    Parameters:
+    Attributes:
         make (`Callable`): Builds the model.
         inputs (`dict[str, tuple]`): Shape of one sample's tensors, and for integers the range they are drawn from.
         reads (`str`): The same in words, for the table.
@@ -106,7 +108,7 @@ CASES = {
 class Setup:
     """One model with both its batches.
 
-    Parameters:
+    Attributes:
         model (`torch.nn.Module`): In training mode, possibly with an adapter.
         parameters ([`Parameters`]): Those that are trained.
         losses (`PerSampleLoss`): Of the model.
@@ -135,20 +137,18 @@ def make_setup(name: str, lora: bool, samples: int, device: str) -> Setup:
 
 def _engine_step(engine_class, parts: int | None = None) -> Callable[[Setup], Callable[[], None]]:
     def prepare(setup: Setup) -> Callable[[], None]:
-        engine, forget = engine_class(setup.parameters, setup.losses), setup.forget
+        engine, size = engine_class(setup.parameters, setup.losses), len(setup.retain["labels"])
+        forget, device = setup.forget, setup.parameters.device
         if parts is not None:  # retain samples in the memory of a part of them; forget samples have to fit it
-            engine.chunk_size = max(1, len(setup.retain["labels"]) // parts)
+            engine.chunk_size = max(1, size // parts)
             forget = {name: tensor[: engine.chunk_size] for name, tensor in forget.items()}
 
         def step() -> None:
-            gradients = engine.measure(setup.model, [ForgetBatch(forget)], [setup.retain])
-            coefficients = {}
-            if gradients.grams:
-                solved, _ = solve_projections(gradients.grams, per_tensor=False)
-                coefficients = {name: (1 - ALPHA) * values for name, values in solved.items()}
-            gradients.combine(-(1 - ALPHA), ALPHA, coefficients).backward()
-
-        return step
+            batches = [ForgetBatch(forget, len(forget["labels"]))], [Batch(setup.retain, size)]
+            gradients = engine.measure(setup.model, *batches)
+            grams = summarize_step(gradients, per_tensor=False).grams
+            projection = solve_projections(grams) if grams else None
+            gradients.combine(update_weights(ALPHA, projection, gradients.grams, device=device)).backward()
 
     return prepare
 
@@ -173,8 +173,8 @@ def _weights(gram: Tensor, num_forget: int) -> Tensor:
     rows = torch.zeros(1 + num_retain, len(gram), dtype=torch.float64, device=gram.device)
     rows[0, :num_forget] = 1 / num_forget
     rows[1:, num_forget:] = torch.eye(num_retain)
-    solved, _ = solve_projections({"all": rows @ gram.double() @ rows.T}, per_tensor=False)
-    retain = ALPHA / num_retain + (1 - ALPHA) * solved["all"]
+    coefficients = solve_projection(rows @ gram.double() @ rows.T).coefficients
+    retain = ALPHA / num_retain + (1 - ALPHA) * coefficients
     return torch.cat((-(1 - ALPHA) * rows[0, :num_forget], retain.to(rows))).float()
 
 
@@ -229,7 +229,9 @@ def gram_errors(setup: Setup, methods: list[str]) -> dict[str, float]:
 
     def retain_block(engine_class) -> Tensor:
         engine = engine_class(setup.parameters, setup.losses)
-        return engine.measure(setup.model, [ForgetBatch(setup.forget)], [setup.retain]).gram[1:, 1:]
+        sizes = len(setup.forget["labels"]), len(setup.retain["labels"])
+        batches = [ForgetBatch(setup.forget, sizes[0])], [Batch(setup.retain, sizes[1])]
+        return engine.measure(setup.model, *batches).gram[1:, 1:]
 
     found = {}
     if "gram" in methods:

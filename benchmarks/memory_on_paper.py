@@ -22,9 +22,10 @@ from step_cost import collect, read
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from hf_orthograd.data import Batch
 from hf_orthograd.estimate import Estimate, estimate_step
-from hf_orthograd.gradients import Parameters
 from hf_orthograd.objectives import PerSampleLoss
+from hf_orthograd.parallel import Parameters
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -57,7 +58,7 @@ AttentionInterface.register("fused_on_paper", _attend)
 class Row:
     """A model as it would be trained.
 
-    Parameters:
+    Attributes:
         name (`str`): For the table.
         make (`Callable`): Makes the model on the current device.
         inputs (`dict[str, tuple]`): Shape of one sample's tensors; those with limits are integers.
@@ -94,7 +95,7 @@ class Row:
             batch["labels"] = batch["input_ids"].clone()
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         return estimate_step(
-            *(model, PerSampleLoss(base), Parameters(trained, {}), batch, batch),
+            *(model, PerSampleLoss(base), Parameters(trained, {}), Batch(batch, 2), Batch(batch, 2)),
             engine="gram",
             num_forget=self.samples,
             num_retain=self.samples,

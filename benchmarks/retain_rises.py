@@ -21,7 +21,7 @@ from step_cost import machine
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
-from hf_orthograd.speech import SpeechCollator, prepare_speech_dataset, shorten_whisper
+from hf_orthograd.data.speech import SpeechCollator, prepare_speech_dataset, shorten_whisper
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from cost_cases import CASES, METHODS, gram_errors, make_setup
 
+from hf_orthograd.data import Batch
 from hf_orthograd.estimate import estimate_step
 
 
@@ -146,7 +147,8 @@ def error_of_method(name: str, method: str, arguments) -> dict:
 def estimate_of_method(name: str, lora: bool, samples: int, method: str, arguments) -> dict:
     """What `OrthoGradTrainer.estimate()` would say: ratio of times, and bytes at the peak."""
     setup = make_setup(name, lora, samples, arguments.device)
-    forget, retain = ({key: value[:2] for key, value in batch.items()} for batch in (setup.forget, setup.retain))
+    both = ({key: value[:2] for key, value in batch.items()} for batch in (setup.forget, setup.retain))
+    forget, retain = (Batch(inputs, len(inputs["labels"])) for inputs in both)
     estimate = estimate_step(
         *(setup.model, setup.losses, setup.parameters, forget, retain),
         engine="none" if method == _BASELINE else method,

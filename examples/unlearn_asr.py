@@ -23,6 +23,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoProcessor, HfArgumentParser
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
+from hf_orthograd.data.speech import (
+    SpeechCollator,
+    is_whisper_like,
+    most_likely_tokens,
+    prepare_speech_dataset,
+    shorten_whisper,
+    transcripts,
+)
 from hf_orthograd.evaluation import (
     CharacterErrorRate,
     CharacterErrors,
@@ -32,14 +40,6 @@ from hf_orthograd.evaluation import (
     WordErrors,
     evaluate_unlearning,
     plot_unlearning,
-)
-from hf_orthograd.speech import (
-    SpeechCollator,
-    is_whisper_like,
-    most_likely_tokens,
-    prepare_speech_dataset,
-    shorten_whisper,
-    transcripts,
 )
 
 

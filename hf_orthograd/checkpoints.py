@@ -1,71 +1,156 @@
-"""What is saved, and that all of it comes back."""
+"""What is saved, what of it can be gone on from, and that all of it comes back."""
 
 import copy
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
+import torch
 from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
+
+from .config import OrthoGradConfig
 
 
 logger = logging.get_logger(__name__)
 
+ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
-class Checkpoints:
-    """What [`OrthoGradTrainer`] adds to Trainer's saving and loading; it expects to be mixed into a Trainer."""
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in Trainer; a LoRA model is merged first, unless this is a checkpoint or `merge_adapter` is False.
+# ---- Which checkpoint is whole: a run may be killed, or a disk full, in the middle of a save ----
 
-        Under FSDP the adapter is saved as it is, with a warning.
-        """
-        final = self._publishing or not _internal_call
-        merge = self.forget_dataset is not None and self.args.merge_adapter and isinstance(self.model, PeftModel)
-        if final and merge and self.is_fsdp_enabled:
-            logger.warning(
-                "A sharded LoRA model cannot be merged here: saving the adapter alone, without which the model remembers. "
-                "Before it is published, load it with `AutoPeftModel...from_pretrained` in one process, call "
-                "`merge_and_unload()` and save the result."
-            )
-        elif final and merge:
-            merged = copy.deepcopy(self.model).merge_and_unload(safe_merge=True)
-            with self._replaced("model", merged):
-                return super().save_model(output_dir, _internal_call)
-        super().save_model(output_dir, _internal_call)
 
-    def push_to_hub(self, *args, **kwargs):
-        """As in Trainer, with the model that `save_model()` writes."""
-        with self._replaced("_publishing", True):
-            return super().push_to_hub(*args, **kwargs)
+def find_last_checkpoint(folder: str, num_processes: int = 1) -> str | None:
+    """The newest whole checkpoint in a folder; says which newer ones are not whole.
 
-    # Trainer loads a checkpoint into a model by the names that it finds there. transformers may have saved others: for
-    # some architectures (ViT in 5.23) it writes those of older versions, which `from_pretrained` knows to translate. What
-    # is not found stays as it is, with a warning: a resumed or restored model would be half another one.
+    Args:
+        folder (`str`): The run's `output_dir`.
+        num_processes (`int`): That a checkpoint is to hold the random numbers of.
 
-    def _issue_warnings_after_load(self, load_result) -> None:
-        ignored = set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
-        if set(load_result.missing_keys) - ignored - tied:
-            self._loaded_in_part = True
-        else:
-            super()._issue_warnings_after_load(load_result)
+    Returns:
+        Its path, or `None` if there is none that is whole.
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._complete_loading(resume_from_checkpoint, model or self.model)
+    Raises:
+        ValueError: There is no checkpoint at all.
+    """
+    found = sorted(_checkpoints(folder), reverse=True)
+    if not found:
+        raise ValueError(
+            f"`resume_from_checkpoint` is True, but `output_dir` {folder!r} holds no checkpoint. Leave it out to start from "
+            "the beginning, or pass the folder of a checkpoint."
+        )
+    for number, (_, path) in enumerate(found):
+        if is_whole(path, num_processes):
+            if number:
+                logger.warning(
+                    f"{', '.join(path.name for _, path in found[:number])} in {folder!r} was not saved to its end, by a kill or "
+                    f"a full disk: going on from {path.name}."
+                )
+            return str(path)
+    logger.warning(
+        f"No checkpoint in {folder!r} was saved to its end ({', '.join(path.name for _, path in found)}): starting from the "
+        "beginning."
+    )
+    return None
 
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._complete_loading(self.state.best_model_checkpoint, self.model)
 
-    def _complete_loading(self, folder: str, model) -> None:
-        """Loads a checkpoint once more, by `from_pretrained`, if some of its names were not the model's.
+def _checkpoints(folder: str) -> Iterator[tuple[int, Path]]:
+    if os.path.isdir(folder):
+        for path in Path(folder).iterdir():
+            match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
+            if match and path.is_dir():
+                yield int(match.group(1)), path
+
+
+def is_whole(folder: str | Path, num_processes: int = 1) -> bool:
+    """Whether a checkpoint was saved to its end: the trainer's state is what Trainer writes last."""
+    folder = Path(folder)
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return num_processes == 1 or all((folder / f"rng_state_{i}.pth").exists() for i in range(num_processes))
+
+
+def begin_checkpoint(folder: str | Path) -> None:
+    """Before a folder is written to: an older state in it would make half a checkpoint look whole."""
+    Path(folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
+
+
+# ---- Adapters: deleting one undoes the unlearning it holds ----
+
+
+def merges(model: nn.Module, args: OrthoGradConfig, *, sharded: bool) -> bool:
+    """Whether an adapter is to be merged when its model is saved for good; under FSDP it cannot be, and says so."""
+    if not (args.merge_adapter and isinstance(model, PeftModel)):
+        return False
+    if sharded:
+        logger.warning(
+            "A sharded LoRA model cannot be merged here: saving the adapter alone, without which the model remembers. "
+            "Before it is published, load it with `AutoPeftModel...from_pretrained` in one process, call "
+            "`merge_and_unload()` and save the result."
+        )
+    return not sharded
+
+
+def merged_copy(model: PeftModel) -> nn.Module:
+    """The base model with the adapter merged into it, a copy on the CPU; the model itself stays as it is."""
+    # the copy is told what each tensor becomes, so that none is copied on the device first
+    tensors = [*model.parameters(), *model.buffers()]
+    memo = {id(tensor): _on_cpu(tensor) for tensor in tensors}
+    return copy.deepcopy(model, memo).merge_and_unload(safe_merge=True)
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    copied = tensor.detach().to("cpu", copy=True)
+    return nn.Parameter(copied, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+
+
+def remove_adapter_files(folder: str | Path) -> None:
+    """Before merged weights are saved: an adapter beside them would be put on top of them once more when they load."""
+    for name in ADAPTER_FILES:
+        path = Path(folder, name)
+        if path.exists():
+            logger.warning(f"Removing {str(path)!r}: the adapter is merged into the weights that are saved beside it.")
+            path.unlink()
+
+
+# ---- Names: Trainer loads a checkpoint into a model by the names that it finds there ----
+
+
+class CompleteLoading:
+    """Loads a checkpoint once more, by `from_pretrained`, if some of its names were not the model's.
+
+    For some architectures (ViT in 5.23) transformers saves the names of older versions, which `from_pretrained` knows to
+    translate. What Trainer does not find stays as it is, with a warning: a resumed model would be half another one.
+    """
+
+    def __init__(self):
+        self._in_part = False
+
+    def is_in_part(self, load_result, model: nn.Module) -> bool:
+        """Whether weights were missing that are neither tied nor left out on purpose; [`complete`] then loads them."""
+        ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        self._in_part = bool(set(load_result.missing_keys) - ignored - tied)
+        return self._in_part
+
+    def complete(self, folder: str, model: nn.Module) -> None:
+        """Loads what was missing.
 
         Raises:
             ValueError: The model has no `from_pretrained`.
         """
-        if not self._loaded_in_part:
+        in_part, self._in_part = self._in_part, False
+        if not in_part:
             return
-        self._loaded_in_part = False
         if not isinstance(model, PreTrainedModel):
             raise ValueError(
                 f"The checkpoint {folder!r} lacks weights of the model ({type(model).__name__}). Was it saved from another?"

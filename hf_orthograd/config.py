@@ -1,8 +1,12 @@
 """Every knob of the method, its unit, its default and why."""
 
-from dataclasses import dataclass, field
+import copy
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from numbers import Integral, Real
 
-from transformers import Seq2SeqTrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .objectives import FORGET_LOSSES
 from .projection import SOLVERS, check_solver
@@ -20,6 +24,24 @@ CHOICES = {
     "projection_solver": SOLVERS,
     "gradient_engine": ("auto", "gram", "func", "loop"),
 }
+
+# smallest and largest value, and whether None is one too
+_NUMBERS = {
+    "alpha": (0.0, 1.0, False),
+    "npo_beta": (0.0, math.inf, False),
+    "simnpo_gamma": (-math.inf, math.inf, False),
+    "retain_budget": (0.0, math.inf, True),
+    "projection_rtol": (0.0, 1.0, True),
+}
+_INTEGERS = {
+    "per_device_forget_batch_size": (1, False),
+    "projection_iterations": (1, True),
+    "func_chunk_size": (1, True),
+    "retain_chunk_size": (1, True),
+    "monitor_steps": (0, True),
+    "stop_patience": (0, False),
+}
+_SWITCHES = ("check_overlap", "freeze_batch_norm", "merge_adapter", "stop_greater_is_better")
 
 
 @dataclass
@@ -60,8 +82,10 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
             then makes, by the smallest change after which, to first order, no retain sample of the step is worse (for
             alpha = 0: neither worse nor better). It takes one more copy of the parameters.
         projection_solver (`str`, *optional*, defaults to `"exact"`):
-            How the projection is solved: "exact", by eigenvalues in float64, "cg", by conjugate gradients, or
-            "kaczmarz", by sweeps over the retain samples.
+            How the k x k system of inner products is solved: "exact", by eigenvalues in float64, "cg", by conjugate
+            gradients, or "kaczmarz", by sweeps over the retain samples. The last two are there to study what an
+            approximation does: they save nothing, as all inner products are found before, and solving takes
+            microseconds. Where gradients are at hand as vectors they do save, in [`project_orthogonal`].
         projection_iterations (`int`, *optional*):
             Most iterations of "cg" or sweeps of "kaczmarz"; 100 by default.
         projection_rtol (`float`, *optional*):
@@ -76,6 +100,9 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
         retain_chunk_size (`int`, *optional*):
             How many retain samples memory holds at once under the "gram" engine, for batches of more. The projection stays
             that on all of them; time grows with the square of the number of chunks. All by default.
+        check_overlap (`bool`, *optional*, defaults to `True`):
+            Whether rows that stand in both sets are looked for when the trainer is made: by what the model reads of a row,
+            whatever its other columns or padding. It reads every row once, in the first process.
         freeze_batch_norm (`bool`, *optional*, defaults to `False`):
             Keeps BatchNorm layers in evaluation mode while training. In training mode they couple the samples of a
             batch, and per-sample gradients do not exist.
@@ -86,14 +113,14 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
             Every how many steps the change of the retain losses that a step really made is measured and logged beside
             the one predicted, for two more forward passes over its retain samples; 0 for never. `logging_steps` by
             default.
-        forget_target (`str` or `float`, *optional*):
+        forget_target (`float` or `"reference"`, *optional*):
             What `stop_metric` on the forget set is to reach for training to stop: a number, or "reference", its value
             before the first step on `eval_dataset["reference"]`, data of the kind to forget that the model never saw.
         retain_budget (`float`, *optional*):
             By how much `stop_metric` may become worse on `eval_dataset["retain"]`, or an `eval_dataset` that is not a
             dict. In the end the model is that of the evaluation inside the budget at which most was forgotten, also
-            if losses stop being finite. Sets `save_strategy="best"` and `load_best_model_at_end`: checkpoints are of
-            such evaluations alone.
+            if losses stop being finite. The trainer's own copy of the arguments gets `save_strategy="best"` and
+            `load_best_model_at_end`: checkpoints are of such evaluations alone.
         stop_metric (`str`, *optional*, defaults to `"loss"`):
             "loss", or a metric that `compute_metrics` returns, as "wer".
         stop_greater_is_better (`bool`, *optional*, defaults to `False`):
@@ -155,6 +182,9 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
         default=None,
         metadata={"help": "Retain samples that memory holds at once under the 'gram' engine; all by default."},
     )
+    check_overlap: bool = field(
+        default=True, metadata={"help": "Whether rows that stand in both sets are looked for at the start."}
+    )
     freeze_batch_norm: bool = field(
         default=False, metadata={"help": "Keeps BatchNorm layers in evaluation mode while training."}
     )
@@ -168,7 +198,7 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
             "help": "Every how many steps the real change of retain losses is logged; `logging_steps` by default."
         },
     )
-    forget_target: str | None = field(
+    forget_target: float | str | None = field(
         default=None,
         metadata={"help": "Level of `stop_metric` on the forget set to stop at: a number, or 'reference'."},
     )
@@ -184,16 +214,38 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
     )
 
     def __post_init__(self):
+        self.check_unlearning()
+        super().__post_init__()
+
+    @property
+    def solver_settings(self) -> dict:
+        """How a projection is solved: arguments of `projection.solve_projection`."""
+        return {
+            "solver": self.projection_solver,
+            "num_iterations": self.projection_iterations,
+            "rtol": self.projection_rtol,
+        }
+
+    def check_unlearning(self) -> None:
+        """Checks the fields that unlearning adds.
+
+        Raises:
+            ValueError: A value of the wrong type or out of its range, or two that contradict each other.
+        """
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {getattr(self, name)!r}.")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"`alpha` must lie in [0, 1], but is {self.alpha}.")
-        if not self.npo_beta > 0:
-            raise ValueError(f"`npo_beta` must be positive, but is {self.npo_beta}.")
-        for name in ("per_device_forget_batch_size", "func_chunk_size", "retain_chunk_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
+        for name, (low, high, optional) in _NUMBERS.items():
+            _check_number(name, getattr(self, name), low, high, optional)
+        for name, (low, optional) in _INTEGERS.items():
+            _check_integer(name, getattr(self, name), low, optional)
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, but is {getattr(self, name)!r}.")
+        if self.npo_beta == 0:
+            raise ValueError("`npo_beta` must be positive, but is 0: nothing would count as forgotten.")
+        if not isinstance(self.stop_metric, str):
+            raise ValueError(f"`stop_metric` must be the name of a metric, but is {self.stop_metric!r}.")
         self._check_solver()
         self._check_chunks()
         self._check_stopping()
@@ -202,28 +254,24 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
                 f"`projection_target` is 'update', which needs projection='orthogonal' and projection_scope='global', but "
                 f"they are {self.projection!r} and {self.projection_scope!r}."
             )
-        super().__post_init__()
 
     def _check_stopping(self) -> None:
-        for name in ("monitor_steps", "stop_patience", "retain_budget"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"`{name}` must not be negative, but is {getattr(self, name)}.")
         if self.forget_target not in (None, "reference"):
             try:
-                float(self.forget_target)
-            except ValueError as error:
+                self.forget_target = float(self.forget_target)
+            except (TypeError, ValueError) as error:
                 raise ValueError(
                     f"`forget_target` must be a number or 'reference', but is {self.forget_target!r}."
                 ) from error
+            _check_number("forget_target", self.forget_target, -math.inf, math.inf, False)
         if self.retain_budget is None:
             return
-        if self.metric_for_best_model not in (None, SCORE):
+        if self.metric_for_best_model not in (None, SCORE) or self.greater_is_better is False:
             raise ValueError(
                 f"`retain_budget` restores the best model inside of it, but `metric_for_best_model` is "
-                f"{self.metric_for_best_model!r}, which asks for another. Leave one of them out."
+                f"{self.metric_for_best_model!r} and `greater_is_better` {self.greater_is_better}, which ask for another. "
+                "Leave one of them out."
             )
-        self.metric_for_best_model, self.greater_is_better, self.load_best_model_at_end = SCORE, True, True
-        self.save_strategy = "best"
 
     def _check_solver(self) -> None:
         try:
@@ -249,3 +297,71 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
                     f"`retain_chunk_size` is {self.retain_chunk_size}, which needs `{name}` to be {' or '.join(values)}, "
                     f"but it is {getattr(self, name)!r}. Leave `retain_chunk_size` out, or change that."
                 )
+
+
+def _check_number(name: str, value: object, low: float, high: float, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"`{name}` must be a number, but is {value!r} ({type(value).__name__}).")
+    if not math.isfinite(value) or not low <= value <= high:
+        bounds = f" from {low:g} to {high:g}" if math.isfinite(high) else f" of {low:g} or more" * math.isfinite(low)
+        raise ValueError(f"`{name}` must be a finite number{bounds}, but is {value!r}.")
+
+
+def _check_integer(name: str, value: object, low: int, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
+        raise ValueError(f"`{name}` must be a whole number of {low} or more, but is {value!r}.")
+
+
+def with_unlearning(args: TrainingArguments) -> OrthoGradConfig:
+    """Arguments of any class with the fields of [`OrthoGradConfig`] beside their own.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): Left as they are. An [`OrthoGradConfig`] is returned itself.
+
+    Returns:
+        A copy that is an instance of the class of `args` and of [`OrthoGradConfig`]; what `args` lack has its default.
+
+    Raises:
+        ValueError: The class has a field of its own with the name of one of [`OrthoGradConfig`]'s.
+    """
+    if isinstance(args, OrthoGradConfig):
+        return args
+    if not isinstance(args, TrainingArguments):
+        raise ValueError(
+            f"`args` must be TrainingArguments or a subclass, as OrthoGradConfig, but is a {type(args).__name__}."
+        )
+    inherited = {f.name for f in fields(Seq2SeqTrainingArguments)}
+    own = {f.name for f in fields(args)} - inherited
+    shared = sorted(own & {f.name for f in fields(OrthoGradConfig)})
+    if shared:
+        raise ValueError(
+            f"`args` is a {type(args).__name__}, whose own fields {', '.join(shared)} have the names of fields of "
+            "OrthoGradConfig that mean something else. Make it a subclass of OrthoGradConfig, or rename them."
+        )
+    combined = copy.copy(args)
+    combined.__class__ = _combined_class(type(args))
+    known = {f.name for f in fields(args)}
+    for f in fields(OrthoGradConfig):
+        if f.name not in known:
+            setattr(combined, f.name, f.default if f.default is not MISSING else f.default_factory())
+    combined.check_unlearning()
+    return combined
+
+
+@cache
+def _combined_class(arguments_class: type) -> type:
+    if issubclass(OrthoGradConfig, arguments_class):
+        return OrthoGradConfig
+    # made anew by pickle, which knows no class by the name of one that was made on the spot
+    body = {"__reduce__": lambda self: (_restore, (arguments_class, self.__dict__)), "__module__": __name__}
+    return dataclass(type(f"{arguments_class.__name__}WithUnlearning", (arguments_class, OrthoGradConfig), body))
+
+
+def _restore(arguments_class: type, state: dict) -> OrthoGradConfig:
+    restored = object.__new__(_combined_class(arguments_class))
+    restored.__dict__.update(state)
+    return restored

@@ -9,13 +9,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from .gradients import Parameters
-from .gradients.base import PerSampleLosses
-from .gradients.calls import Call, SpreadCall
-from .gradients.gram import FORWARD_PART, find_uses
-from .gradients.layers import RULES
-from .gradients.recording import Recorder
-from .gradients.shares import BLOCK_BYTES, Cost, Use, count_cost
+from .data import Batch
+from .gradients.gram.accumulation import BLOCK_BYTES, Cost, Use, count_cost
+from .gradients.gram.calls import Call, SpreadCall
+from .gradients.gram.chunks import split_samples
+from .gradients.gram.engine import FORWARD_PART, find_uses
+from .gradients.gram.recording import Recorder
+from .gradients.gram.rules import RULES
+from .objectives import PerSampleLosses
+from .parallel import Parameters
+from .trials import preserved_modes, preserved_random_state
 
 
 _GIB = 1 << 30
@@ -25,7 +28,7 @@ _GIB = 1 << 30
 class RuleCount:
     """Parameters that are treated alike.
 
-    Parameters:
+    Attributes:
         function (`str`): The torch function that uses them.
         rule (`str`): Where their per-sample gradients come from: "own rule", "autograd" or "vmap".
         form (`str`): How inner products are taken and what is kept for the update.
@@ -44,7 +47,7 @@ class RuleCount:
 class Estimate:
     """What [`OrthoGradTrainer.estimate`] returns; `print` shows it as a table.
 
-    Parameters:
+    Attributes:
         engine (`str`): The gradient engine that will be used.
         projected, unprojected, frozen (`int`): Numbers in the parameters under the projection, trained without it, and
             not trained.
@@ -100,7 +103,7 @@ class _Pass:
 class _Sampled:
     """What forward and backward passes over a few samples showed, per sample.
 
-    Parameters:
+    Attributes:
         plain ([`_Pass`]): Of ordinary training, whose backward pass goes wherever the graph leads: from Wav2Vec2's
             adapters on through the frozen feature extractor.
         needed ([`_Pass`]): Of a backward pass that ends at the trained parameters, as those of the engines do.
@@ -114,12 +117,51 @@ class _Sampled:
     functions: dict[str, tuple[str, str]]
 
 
+def estimate_run(trainer) -> Estimate:
+    """Counts a step of a trainer, without making one.
+
+    From forward and backward passes over two samples of each set, padded as the first batch is. Time counts the
+    multiplications of matrix products alone. Activations are taken to grow with the number of samples, and the state of
+    optimizers that are not known counts as nothing.
+
+    Args:
+        trainer ([`OrthoGradTrainer`]): With a forget set.
+
+    Returns:
+        [`Estimate`], which prints as a table.
+
+    Raises:
+        ValueError: There is no `forget_dataset`, or the model or samples would be refused by `train()`.
+    """
+    if trainer.forget_dataset is None:
+        raise ValueError("`estimate()` needs a `forget_dataset`: without one the trainer is Trainer.")
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    num_retain = args.train_batch_size if trainer.has_retain else 0
+    with preserved_random_state(), preserved_modes(model), trainer.compute_loss_context_manager():
+        engine = trainer.make_gradient_engine(model)
+        forget = trainer.first_batch("forget_dataset", args.per_device_forget_batch_size)
+        retain = trainer.first_batch("train_dataset", max(num_retain, 1))
+        return estimate_step(
+            model,
+            engine.per_sample_losses,
+            engine.parameters,
+            # padded as the batch is
+            split_samples([forget], 2)[0],
+            split_samples([retain], 2)[0],
+            engine=engine.name,
+            num_forget=args.per_device_forget_batch_size,
+            num_retain=num_retain,
+            chunk_size=args.retain_chunk_size,
+            optimizer_bytes=optimizer_state_bytes(args.optim.value),
+        )
+
+
 def estimate_step(
     model: nn.Module,
     per_sample_losses: PerSampleLosses,
     parameters: Parameters,
-    forget: Mapping,
-    retain: Mapping,
+    forget: Batch,
+    retain: Batch,
     *,
     engine: str,
     num_forget: int,
@@ -133,7 +175,7 @@ def estimate_step(
         model (`torch.nn.Module`): In training mode.
         per_sample_losses (`Callable`): Losses of a batch.
         parameters ([`Parameters`]): What is trained and what is projected.
-        forget, retain (`Mapping`): Inputs of a few samples each.
+        forget, retain ([`Batch`]): A few samples each.
         engine (`str`): "gram", "func", "loop", "mean" or "none".
         num_forget, num_retain (`int`): Samples in a step, m and k.
         chunk_size (`int`, *optional*): Retain samples that memory holds at once.
@@ -201,16 +243,16 @@ def _scaled(uses: list[Use], num_samples: int) -> list[Use]:
     return [Use(round(use.positions * num_samples), use.factors, use.one_hot) for use in uses]
 
 
-def _sample(model: nn.Module, losses: PerSampleLosses, parameters: Parameters, inputs: Mapping) -> _Sampled:
+def _sample(model: nn.Module, losses: PerSampleLosses, parameters: Parameters, batch: Batch) -> _Sampled:
     trainable = list(parameters.trainable.values())
     before = [parameter.grad for parameter in trainable]
     for parameter in trainable:
         parameter.grad = None
-    recorder = Recorder(parameters.trainable)
+    recorder, inputs = Recorder(parameters.trainable), batch.inputs
     try:
         with recorder:
             recorder.begin(inputs)
-            count = len(losses(model, inputs))
+            count = len(batch.losses(model, losses))
         calls = list(recorder.calls)
         recorder.close()
         # not under the recorder: what is checkpointed would have to run again under it

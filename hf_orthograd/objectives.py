@@ -9,9 +9,13 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
 
+
+# maps (model, inputs) to the losses of the batch's samples, shape (B,)
+PerSampleLosses = Callable[[nn.Module, Mapping], Tensor]
 
 FORGET_LOSSES = ("ascent", "npo", "simnpo")
 IGNORED_LABEL = -100
@@ -60,7 +64,7 @@ def ctc_losses(outputs, inputs: Mapping, model: nn.Module) -> Tensor:
     if attention_mask is None:
         frames = torch.full((len(labels),), outputs.logits.shape[1], dtype=torch.long, device=labels.device)
     else:
-        frames = model._get_feat_extract_output_lengths(attention_mask.sum(dim=-1)).long()
+        frames = _output_frames(model, attention_mask)
     target_lengths = present.sum(dim=-1)
     # summed over thousands of alignments, float32 would leave an error of 3e-5 in the gradient
     log_probabilities = F.log_softmax(outputs.logits.double(), dim=-1).transpose(0, 1)
@@ -77,6 +81,20 @@ def ctc_losses(outputs, inputs: Mapping, model: nn.Module) -> Tensor:
         )
     losses = losses.float()
     return losses / target_lengths if config.ctc_loss_reduction == "mean" else losses
+
+
+def _output_frames(model: nn.Module, attention_mask: Tensor) -> Tensor:
+    """How many frames of logits each sample has, shape (B,), by the model's own count."""
+    lengths = attention_mask.sum(dim=-1)
+    if hasattr(model, "_get_feat_extract_output_lengths"):  # Wav2Vec2 and its kin
+        return model._get_feat_extract_output_lengths(lengths).long()
+    encoder = getattr(model, "encoder", None)
+    if hasattr(encoder, "_get_subsampling_output_length"):  # Parakeet, LASR
+        return encoder._get_subsampling_output_length(lengths).long()
+    raise ValueError(
+        f"{type(model).__name__} does not say how many frames an utterance has under its `attention_mask`. Pass a "
+        "`compute_loss_func` that returns one CTC loss for each sample, shape (batch size,)."
+    )
 
 
 Family = Callable[[object, Mapping, nn.Module], Tensor]
@@ -116,36 +134,43 @@ def _flatten(names) -> set[str]:
     return {name for entry in names for name in ([entry] if isinstance(entry, str) else entry)}
 
 
-def find_unlabelled_rows(labels: Tensor, shifted: bool) -> list[int]:
-    """Rows of a batch without a single label that counts.
-
-    Args:
-        labels (`torch.Tensor`): Shape (B,) or (B, T).
-        shifted (`bool`): Whether the first position is never predicted, as in causal language models.
-    """
-    if labels.ndim < 2 or labels.is_floating_point():
-        return []
-    counted = labels[:, 1:] if shifted else labels
-    return (~(counted >= 0).any(dim=1)).nonzero().flatten().tolist()
-
-
 class PerSampleLoss:
     """The losses of a batch's samples under a model.
 
     Args:
-        model (`torch.nn.Module`): The model, unwrapped, whose class tells the family of its loss.
+        model (`torch.nn.Module`): The model, unwrapped, whose class (or that of an adapter's base) tells the family of its
+            loss.
         compute_loss_func (`Callable`, *optional*): The user's own, with the signature that `Trainer` documents; it
             must return shape (B,) here.
     """
 
     def __init__(self, model: nn.Module, compute_loss_func: Callable | None = None):
-        self._model = model
+        self.model = model.get_base_model() if isinstance(model, PeftModel) else model
         self._compute_loss_func = compute_loss_func
-        self._family = find_family(model) if compute_loss_func is None else None
+        self._family = find_family(self.model) if compute_loss_func is None else None
 
     @property
     def shifts_labels(self) -> bool:
+        """Whether position t predicts label t + 1, so that the first label is never predicted."""
         return self._family is causal_token_losses
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether batches must hold labels: a loss of the user's own may do without."""
+        return self._compute_loss_func is None
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many values a label may have, where the family and the model's configuration say."""
+        if self._family is None:
+            return None
+        config = self.model.config.get_text_config(decoder=True)
+        return getattr(config, "num_labels" if self._family is class_losses else "vocab_size", None)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether each sample has one class."""
+        return self._family is class_losses
 
     def __call__(self, model: nn.Module, inputs: Mapping) -> Tensor:
         """Runs `model`, wrapped or not, on the inputs; returns losses of shape (B,), in nats for the built-in ones."""
@@ -156,21 +181,11 @@ class PerSampleLoss:
         """Also returns the model's outputs, which hold the loss that the model itself computed."""
         if self._compute_loss_func is None:
             outputs = model(**inputs)
-            return self._family(outputs, inputs, self._model), outputs
+            return self._family(outputs, inputs, self.model), outputs
         inputs = dict(inputs)
-        labels = inputs.pop("labels")
+        labels = inputs.pop("labels", None)
         outputs = model(**inputs)
         return self._compute_loss_func(outputs, labels, num_items_in_batch=None), outputs
-
-
-def check_per_sample(losses: object, batch_size: int) -> None:
-    """Raises `ValueError` unless `losses` is one number for each sample."""
-    if not isinstance(losses, Tensor) or losses.shape != (batch_size,):
-        found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
-        raise ValueError(
-            f"The loss must be one number for each sample, shape ({batch_size},), but `compute_loss_func` returned "
-            f'{found}: use reduction="none" and take the mean over each sample\'s own tokens.'
-        )
 
 
 class Ascent:
@@ -232,3 +247,17 @@ class SimpleNegativePreference:
     def value(self, losses: Tensor) -> Tensor:
         """What is ascended: minus the mean of what SimNPO minimises."""
         return -(2 / self._beta * F.softplus(self._gamma - self._beta * losses)).mean()
+
+
+ForgetObjective = Ascent | NegativePreference | SimpleNegativePreference
+
+
+def forget_objective(
+    name: str, *, beta: float, gamma: float, reference_losses: Tensor | None = None
+) -> ForgetObjective:
+    """What is ascended on some forget samples: one of `FORGET_LOSSES`, for "npo" with their reference losses, (m,)."""
+    if name == "ascent":
+        return Ascent()
+    if name == "simnpo":
+        return SimpleNegativePreference(beta, gamma)
+    return NegativePreference(reference_losses, beta)

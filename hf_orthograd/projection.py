@@ -6,7 +6,7 @@ factorisation of G^T). Only inner products enter `c`, so it can be found without
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -25,17 +25,61 @@ _COLUMNS_AT_ONCE = 1 << 20
 class Projection:
     """The solution of one projection, for k retain rows.
 
-    Parameters:
+    Attributes:
         coefficients (`torch.Tensor`): Shape (k,), float64, on the CPU. The projected gradient is `g_u - sum_i coefficients[i] * g_i`.
+            Where each tensor is projected alone, shape (number of tensors, k).
         kept_signal (`float`): `||g_perp|| / ||g_u||`, in [0, 1]; 0 when the forget gradient is zero.
-        rank (`int`): Number of independent retain directions, by the eigenvalue cut.
+        rank (`int`, *optional*): Number of independent retain directions, by the eigenvalue cut of the solver "exact"; the
+            iterative ones find no eigenvalues.
         residual (`float`): Largest `|cos(g_perp, g_i)|` over the retain rows, computed from the same inner products.
     """
 
     coefficients: Tensor
     kept_signal: float
-    rank: int
+    rank: int | None
     residual: float
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What there is to log of it; nothing of an overflow."""
+        found = {"kept_signal": self.kept_signal, "projection_rank": self.rank, "projection_residual": self.residual}
+        return {name: value for name, value in found.items() if value is not None and math.isfinite(self.kept_signal)}
+
+
+@dataclass(frozen=True)
+class UpdateWeights:
+    """With which weights gradients add up to an update (arXiv 2503.02312, equation 5).
+
+    Attributes:
+        forget (`float`): Of the forget gradient: -(1 - alpha), which ascends it.
+        retain_mean (`float`): Of the mean of the retain gradients, for parameters without a projection: alpha.
+        projected (`dict[str, torch.Tensor]`): For each projected parameter, those of its k retain gradients, shape (k,):
+            alpha / k + (1 - alpha) c_i, as the projection takes `sum_i c_i g_i` out of what is ascended.
+    """
+
+    forget: float
+    retain_mean: float
+    projected: dict[str, Tensor]
+
+
+def update_weights(
+    alpha: float, projection: "Projection | None", names: Iterable[str], *, device: torch.device | None = None
+) -> UpdateWeights:
+    """The weights of `alpha * mean_i g_i - (1 - alpha) * g_perp`.
+
+    Args:
+        alpha (`float`): Weight of the retain mean, in [0, 1].
+        projection ([`Projection`], *optional*): None where nothing is projected.
+        names (`Iterable[str]`): The projected parameters.
+        device (`torch.device`, *optional*): Where the weights are needed; they go there in one piece.
+    """
+    if projection is None:
+        return UpdateWeights(-(1 - alpha), alpha, {})
+    coefficients = projection.coefficients
+    weights = (alpha / coefficients.shape[-1] + (1 - alpha) * coefficients).float().to(device)
+    names = list(names)
+    each = weights.unbind() if weights.ndim == 2 else [weights] * len(names)
+    return UpdateWeights(-(1 - alpha), alpha, dict(zip(names, each, strict=True)))
 
 
 def check_solver(solver: str, num_iterations: int | None, rtol: float | None) -> None:
@@ -79,7 +123,7 @@ def solve_projection(
     gram = gram.detach().to("cpu", torch.float64)  # k numbers: one transfer, and no device without float64 matters
     k = gram.shape[0] - 1
     if not torch.isfinite(gram).all():
-        return Projection(gram.new_full((k,), math.nan), math.nan, 0, math.nan)
+        return Projection(gram.new_full((k,), math.nan), math.nan, None, math.nan)
 
     # columns may be scaled freely: with unit rows the eigenvalue cut does not depend on the scale of a sample's loss
     norms = gram.diagonal().clamp_min(0).sqrt()
@@ -88,12 +132,9 @@ def solve_projection(
     system = gram[1:, 1:] * scale * scale[:, None]
     target = gram[1:, 0] * scale
 
-    cut = rtol if solver == "exact" and rtol is not None else max(k, 1) * input_precision
-    eigenvalues, eigenvectors = torch.linalg.eigh(system)
-    independent = eigenvalues > cut * eigenvalues[-1:].clamp_min(0) if k else eigenvalues.bool()
+    rank = None
     if solver == "exact":
-        basis = eigenvectors[:, independent]
-        solution = basis @ ((basis.T @ target) / eigenvalues[independent])
+        solution, rank = _solve_by_eigenvalues(system, target, max(k, 1) * input_precision if rtol is None else rtol)
     elif solver == "cg":
         solution = conjugate_gradients(lambda v: system @ v, target, num_iterations, rtol)
     else:
@@ -107,37 +148,44 @@ def solve_projection(
     return Projection(
         coefficients=solution * scale,
         kept_signal=kept_norm / forget_norm if forget_norm > 0 else 0.0,
-        rank=int(independent.sum()),
+        rank=rank,
         residual=remainder.abs().max().item() / kept_norm if measurable else 0.0,
     )
 
 
-def solve_projections(grams: dict[str, Tensor], per_tensor: bool, **settings) -> tuple[dict[str, Tensor], Projection]:
+def _solve_by_eigenvalues(system: Tensor, target: Tensor, cut: float) -> tuple[Tensor, int]:
+    """The least-norm solution over eigenvalues above `cut` times the largest, and how many they are."""
+    if not len(system):
+        return target, 0
+    eigenvalues, eigenvectors = torch.linalg.eigh(system)
+    independent = eigenvalues > cut * eigenvalues[-1].clamp_min(0)
+    basis = eigenvectors[:, independent]
+    return basis @ ((basis.T @ target) / eigenvalues[independent]), int(independent.sum())
+
+
+def solve_projections(grams: dict[str, Tensor], **settings) -> Projection:
     """Solves for all parameters as one vector, or for each tensor alone.
 
     Args:
-        grams (`dict[str, torch.Tensor]`): Each parameter's share of the Gram matrix, shape (1 + k, 1 + k).
-        per_tensor (`bool`): Whether each tensor is projected alone.
+        grams (`dict[str, torch.Tensor]`): Gram matrices, shape (1 + k, 1 + k), on the CPU: one, over all parameters, or that
+            of each.
         settings: Passed to [`solve_projection`].
 
     Returns:
-        The coefficients (k,) for each parameter, and a summary: kept signal of the whole gradient, largest rank and
+        [`Projection`]; of several matrices the coefficients of each, kept signal of the whole gradient, largest rank and
         largest residual.
     """
-    if not per_tensor:
-        projection = solve_projection(torch.stack(list(grams.values())).sum(dim=0), **settings)
-        return dict.fromkeys(grams, projection.coefficients), projection
-    projections = {name: solve_projection(gram, **settings) for name, gram in grams.items()}
-    squared = {name: gram[0, 0].item() for name, gram in grams.items()}
-    kept = sum(projection.kept_signal**2 * squared[name] for name, projection in projections.items())
-    total = sum(squared.values())
-    summary = Projection(
-        coefficients=torch.empty(0),
-        kept_signal=math.sqrt(kept / total) if total > 0 else 0.0,
-        rank=max(projection.rank for projection in projections.values()),
-        residual=max(projection.residual for projection in projections.values()),
+    projections = [solve_projection(gram, **settings) for gram in grams.values()]
+    if len(projections) == 1:
+        return projections[0]
+    squared = [gram[0, 0].item() for gram in grams.values()]
+    kept = sum(projection.kept_signal**2 * own for projection, own in zip(projections, squared, strict=True))
+    return Projection(
+        coefficients=torch.stack([projection.coefficients for projection in projections]),
+        kept_signal=math.sqrt(kept / sum(squared)) if sum(squared) > 0 else 0.0,
+        rank=max((projection.rank for projection in projections if projection.rank is not None), default=None),
+        residual=max(projection.residual for projection in projections),
     )
-    return {name: projection.coefficients for name, projection in projections.items()}, summary
 
 
 def project_orthogonal(
@@ -234,16 +282,17 @@ def _kaczmarz_on_gram(system: Tensor, target: Tensor, num_iterations: int | None
 
 def _kaczmarz_on_rows(forget_gradient: Tensor, rows: Tensor, num_iterations: int | None, rtol: float | None) -> Tensor:
     """The same sweeps on the vectors: each step is one Gram-Schmidt step against a row as it is, not orthonormalised."""
-    norms = rows.norm(dim=1)
+    norms = _norms(rows)
     used = [i for i in range(len(rows)) if norms[i] > 0]
-    projected = forget_gradient.clone()
-    target = (rows @ forget_gradient)[used] / norms[used]
+    projected = forget_gradient.to(torch.float64)
+    target = _products(rows, projected)[used] / norms[used]
     for _ in range(num_iterations or DEFAULT_ITERATIONS["kaczmarz"]):
         for i in used:
-            projected -= (rows[i] @ projected) / norms[i] ** 2 * rows[i]
-        if ((rows @ projected)[used] / norms[used]).norm() <= (rtol or DEFAULT_ITERATIVE_RTOL) * target.norm():
+            row = rows[i].to(torch.float64)
+            projected = torch.sub(projected, row, alpha=((row @ projected) / norms[i] ** 2).item())
+        if (_products(rows, projected)[used] / norms[used]).norm() <= (rtol or DEFAULT_ITERATIVE_RTOL) * target.norm():
             break
-    return projected
+    return projected.to(forget_gradient.dtype)
 
 
 def _project_exactly(forget_gradient: Tensor, rows: Tensor, rtol: float | None) -> Tensor:
@@ -266,6 +315,11 @@ def _project_exactly(forget_gradient: Tensor, rows: Tensor, rtol: float | None) 
     return projected
 
 
+def _norms(rows: Tensor) -> Tensor:
+    slices = _column_slices(rows.shape[1])
+    return sum(rows[:, columns].to(torch.float64).square().sum(dim=1) for columns in slices).sqrt()
+
+
 def _products(rows: Tensor, vector: Tensor) -> Tensor:
     """Inner products of each row with a vector, shape (k,), summed in float64."""
     slices = _column_slices(rows.shape[1])
@@ -275,7 +329,7 @@ def _products(rows: Tensor, vector: Tensor) -> Tensor:
 def _conjugate_gradients_on_rows(
     forget_gradient: Tensor, rows: Tensor, num_iterations: int | None, rtol: float | None
 ) -> Tensor:
-    norms = rows.norm(dim=1).to(torch.float64)
+    norms = _norms(rows)
     scale = torch.where(norms > 0, 1 / norms, 0)
 
     def multiply(vector: Tensor) -> Tensor:

@@ -1,50 +1,49 @@
 """[`OrthoGradTrainer`]: transformers' Trainer with a forget set."""
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from functools import partial
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import Seq2SeqTrainer, TrainingArguments
-from transformers.utils import logging
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
 
-from . import validation
-from .checkpoints import Checkpoints
-from .config import OrthoGradConfig
-from .data import SAMPLE_INDEX
-from .gradients import ForgetBatch, GradientEngine, StepGradients
-from .monitor import UnlearningMonitor
-from .objectives import Ascent, NegativePreference, PerSampleLoss, SimpleNegativePreference
-from .preparation import Preparation
-from .projection import Projection, solve_projections
-from .reference import ReferenceLosses
-from .stopping import JudgedTraining, StoppingRule, check_stopping, has_rule
-from .streams import PairedStreams
-from .update import UpdateCorrection
+from . import callbacks as watching
+from . import checkpoints, validation
+from .config import OrthoGradConfig, with_unlearning
+from .data import Batch, ForgetStream, PairedBatches, RowSource, fill_last_batch
+from .estimate import Estimate, estimate_run
+from .gradients import ForgetBatch, GradientEngine, check_finite, summarize_step
+from .objectives import ForgetObjective, PerSampleLoss, forget_objective
+from .parallel import ProcessGroup
+from .preparation import prepare_engine
+from .projection import solve_projections, update_weights
+from .trials import replaced
 
 
-logger = logging.get_logger(__name__)
-
-
-class PairedBatches(dict):
-    """The batches of an unlearning step, in two lists: "forget" and "retain", empty if the update needs none."""
-
-
-class OrthoGradTrainer(Preparation, JudgedTraining, Checkpoints, PairedStreams, Seq2SeqTrainer):
+class OrthoGradTrainer(Seq2SeqTrainer):
     """Trainer that makes a model forget `forget_dataset` while it keeps learning from `train_dataset`.
 
     Each step ascends the forget gradient after projecting it onto the orthogonal complement of the gradients of the
-    step's retain samples, and descends their mean (arXiv 2503.02312). Without `forget_dataset` it is Trainer.
+    step's retain samples, and descends their mean (arXiv 2503.02312). An epoch is one of the retain set; the forget set is
+    cycled. Without `forget_dataset` it is Trainer.
+
+    A method of your own overrides [`unlearning_loss`], which says what a step descends, and where it needs them
+    [`begin_unlearning`] and [`make_gradient_engine`].
 
     Args:
         model, args, data_collator, train_dataset, ...: As in [`~transformers.Seq2SeqTrainer`]. `train_dataset` is the
-            retain set. `args` may be an [`OrthoGradConfig`] or plain `TrainingArguments`, which get its defaults.
-            `compute_loss_func`, where the model's own loss is not known per sample, must return shape (batch size,).
+            retain set. `args` may be any `TrainingArguments`; with a forget set the trainer works on a copy that has the
+            fields of [`OrthoGradConfig`] beside its own. `compute_loss_func`, where the model's own loss is not known per
+            sample, must return shape (batch size,).
         forget_dataset (`torch.utils.data.Dataset` or `datasets.Dataset`, *optional*): What to forget, with the columns
             of `train_dataset`.
+
+    Attributes:
+        per_sample_loss ([`PerSampleLoss`]): The losses of a batch's samples; there is one with a forget set.
+        group ([`ProcessGroup`]): The processes of the run.
+        gradient_engine ([`GradientEngine`], *optional*): While it trains, where inner products come from.
 
     Raises:
         ValueError: Bad input, before the first step; the message names the argument and what to do.
@@ -69,210 +68,281 @@ class OrthoGradTrainer(Preparation, JudgedTraining, Checkpoints, PairedStreams, 
         *,
         forget_dataset=None,
     ):
-        args = as_config(args)
-        if forget_dataset is not None:
+        args = OrthoGradConfig(output_dir="tmp_trainer") if args is None else args
+        unlearns = forget_dataset is not None
+        if unlearns:
+            args = with_unlearning(args)
             validation.check_datasets(args, forget_dataset, train_dataset)
-        check_stopping(args, forget_dataset, eval_dataset, compute_metrics)
-        self.forget_dataset = forget_dataset
+        if isinstance(args, OrthoGradConfig):
+            watching.check_stopping(args, forget_dataset, eval_dataset, compute_metrics)
+            args = watching.keep_best_model(args)
+        self.forget_dataset, self.has_retain = forget_dataset, not validation.is_empty(train_dataset)
         # kept from Trainer, which would take its loss as already scaled for accumulation
-        self.per_sample_loss_func = compute_loss_func if forget_dataset is not None else None
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset if train_dataset is not None else forget_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            model_init=model_init,
-            compute_loss_func=compute_loss_func if forget_dataset is None else None,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        self.per_sample_loss_func = compute_loss_func if unlearns else None
+        train_dataset = train_dataset if self.has_retain or not unlearns else forget_dataset
+        compute_loss_func = None if unlearns else compute_loss_func
+        given = (
+            model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            model_init,
+            compute_loss_func,
         )
-        self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
-        self._has_retain = train_dataset is not None and (
-            not hasattr(train_dataset, "__len__") or len(train_dataset) > 0
+        given += (compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics)
+        # past Seq2SeqTrainer's own constructor, which knows no `optimizer_cls_and_kwargs` and no arguments but its own
+        super(Seq2SeqTrainer, self).__init__(*given)
+        if isinstance(args, Seq2SeqTrainingArguments) and args.generation_config is not None:
+            self.model.generation_config = self.load_generation_config(args.generation_config)
+        self.group = ProcessGroup(self.accelerator.num_processes, self.accelerator.process_index)
+        self.gradient_engine: GradientEngine | None = None
+        self._observers, self._window, self._loading = [], PairedBatches(), checkpoints.CompleteLoading()
+        self._recorded: dict[str, list[float]] = defaultdict(list)
+        if unlearns:
+            self._set_up_unlearning()
+
+    def _set_up_unlearning(self) -> None:
+        args, model = self.args, self.accelerator.unwrap_model(self.model)
+        validation.check_launch(args, self.accelerator.state, model)
+        validation.find_parameters(model, args)
+        self.per_sample_loss = PerSampleLoss(model, self.per_sample_loss_func)
+        if args.check_overlap and self.has_retain and self.is_world_process_zero():
+            validation.check_overlap(self.forget_dataset, self.train_dataset, self.per_sample_loss.model)
+        others, self._observers = watching.make_callbacks(args, self.record, has_retain=self.has_retain)
+        for callback in (*others, *self._observers, watching.BeginCallback(self.begin_unlearning)):
+            self.add_callback(callback)
+
+    # ---- Before the first step ----
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As [`~transformers.Trainer.train`]; `True` goes on from the last checkpoint that was saved to its end."""
+        if self.forget_dataset is not None and resume_from_checkpoint is True:
+            resume_from_checkpoint = checkpoints.find_last_checkpoint(self.args.output_dir, self.args.world_size)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def begin_unlearning(self) -> None:
+        """Finds the engine and what steps are compared with; called when model and optimizer are ready for the first step."""
+        self._window, model = PairedBatches(), self.model_wrapped
+        self._recorded.clear()
+        self.per_sample_loss = PerSampleLoss(self.accelerator.unwrap_model(self.model), self.per_sample_loss_func)
+        self._forget_stream = ForgetStream(
+            self._source("forget_dataset"), self.args, self._train_batch_size, self.group
         )
-        if not self._has_retain and forget_dataset is not None:
-            self.train_dataset = forget_dataset
-        self._metrics: dict[str, list[float]] = defaultdict(list)
-        self._engine: GradientEngine | None = None
-        self._forget_batches: Iterator | None = None
-        self._window = _empty_window()
-        self._correction: UpdateCorrection | None = None
-        self._monitor: UnlearningMonitor | None = None
-        self._publishing = self._loaded_in_part = False
-        if forget_dataset is not None:
-            validation.check_launch(self.args, self.accelerator.state)
-            validation.find_parameters(self.model, self.args)
-            if self.args.forget_loss == "npo":
-                self.add_callback(ReferenceLosses())
-            if has_rule(self.args):
-                self.add_callback(StoppingRule(self.args))
+        if self.is_world_process_zero() and self.has_retain:
+            validation.check_steps(self.args, self._train_batch_size, self.train_dataset)
+        with self.compute_loss_context_manager():
+            self.gradient_engine = self.make_gradient_engine(model)
+            if (reference := self._callback(watching.ReferenceLosses)) is not None:
+                reference.begin_run(self.state, model, self.per_sample_loss, self.forget_batches())
+        for observer in self._observers:
+            observer.attach(self.gradient_engine.parameters, self.per_sample_loss, self.state.logging_steps)
+        if (rule := self._callback(watching.StoppingRule)) is not None:
+            save = partial(self._save_checkpoint, self.model, trial=None)
+            rule.begin_run(self.args, self.state, evaluate=self.evaluate, save=save)
+        self._forget_stream.start(
+            self.state.global_step, self.callback_handler.train_dataloader, self.args.gradient_accumulation_steps
+        )
+
+    def make_gradient_engine(self, model: nn.Module) -> GradientEngine:
+        """Looks at the first samples of both sets and finds the engine that follows the model, as the steps run it."""
+        with self.accelerator.no_sync(model):
+            return prepare_engine(self, self._step_model(model))
+
+    def estimate(self) -> Estimate:
+        """Counts what a step will take, without making one: parameters under the projection, rules, memory, time."""
+        return estimate_run(self)
+
+    # ---- The two streams ----
+
+    def get_train_dataloader(self):
+        """The retain stream, as in Trainer; with a forget set its batches carry row numbers, and each step is full."""
+        if self.forget_dataset is None:
+            return super().get_train_dataloader()
+        source = self._source("train_dataset")
+        with replaced(self, "data_collator", source.collator):
+            if not source.is_indexed:
+                return super().get_train_dataloader()
+            step_size = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            return self._get_dataloader(
+                dataset=source.dataset,
+                description="Training",
+                batch_size=self._train_batch_size,
+                sampler_fn=lambda rows: fill_last_batch(self._get_train_sampler(rows), len(rows), step_size),
+                is_training=True,
+            )
+
+    def forget_batches(self) -> Iterator[Batch]:
+        """The forget set once, in the order of its rows, on the device, the same in every process."""
+        for inputs in self._forget_stream.in_order(self.args.per_device_eval_batch_size):
+            yield Batch.of(self._prepare_inputs(inputs))
+
+    def first_batch(self, name: str, count: int, start: int = 0) -> Batch:
+        """`count` rows from the beginning of "forget_dataset" or "train_dataset", as the steps will see them."""
+        return Batch.of(self._prepare_inputs(self._source(name).first(count, start)))
+
+    def _source(self, name: str) -> RowSource:
+        """One of the two sets with its collator, as Trainer would use them, and with row numbers."""
+        dataset = getattr(self, name)
+        if isinstance(dataset, Dataset):
+            return RowSource(self._remove_unused_columns(dataset, name), self.data_collator, name)
+        return RowSource(dataset, self._get_collator_with_removed_columns(self.data_collator, name), name)
 
     # ---- The step: forward, inner products, k numbers, one backward ----
-
-    def train(self, *args, **kwargs):
-        """As [`~transformers.Trainer.train`]; bad input is found before the first step."""
-        self._engine = self._forget_batches = None
-        self._window = _empty_window()
-        return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
         if self.forget_dataset is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        if self._engine is None:
-            self._prepare_unlearning(model)
-        window = self._window
-        window["forget"].append(next(self._forget_batches) if self._has_retain else {**inputs})
-        window["retain"] += [{**inputs}] if self._has_retain else []
+        if self.gradient_engine is None:
+            raise RuntimeError("An unlearning step rests on what `train()` prepares: call `train()`.")
+        self._window["forget"].append(self._forget_stream.next_batch() if self.has_retain else {**inputs})
+        self._window["retain"] += [{**inputs}] if self.has_retain else []
         if self.args.projection != "none" and not self.accelerator.sync_gradients:
             # one projection against the retain samples of all micro-batches, when the last has come
             return torch.zeros((), device=self.args.device)
-        self._window = _empty_window()
-        # a mean over samples, not over tokens: the number of tokens would be that of the retain batch alone
+        window, self._window, self._unused = self._window, PairedBatches(), ()
         try:
-            return super().training_step(model, window, None)
+            # a mean over samples, not over tokens: the number of tokens would be that of the retain batch alone
+            loss = super().training_step(model, window, None)
         except FloatingPointError as error:
-            if not self._ends_with_the_best(error):
-                raise
+            error = FloatingPointError(
+                f"At step {self.state.global_step + 1} {error}. No update was made; checkpoints saved so far in "
+                f"{self.args.output_dir!r} are intact. Lower the learning rate, set forget_loss='npo', or look at the samples."
+            )
+            rule = self._callback(watching.StoppingRule)
+            if rule is None or not rule.end_after(error, self.state, self.control):
+                raise error from None
             if self.accelerator.scaler is not None:  # it takes a step without any gradient for a mistake
-                trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
-                self.accelerator.backward(sum(0.0 * parameter.sum() for parameter in trained))
+                self.accelerator.backward(0.0 * sum(p.sum() for p in self.model.parameters() if p.requires_grad))
             return torch.zeros((), device=self.args.device)
+        for name in self._unused:
+            self.gradient_engine.parameters.trainable[name].grad = None
+        return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         if isinstance(inputs, PairedBatches):
-            loss = self._unlearning_loss(model, inputs["forget"], inputs["retain"])
+            if self.args.freeze_batch_norm:
+                validation.freeze_batch_norm(model)
+            loss = self.unlearning_loss(model, *(list(map(Batch.of, inputs[name])) for name in ("forget", "retain")))
             # Trainer divides by the number of micro-batches, which is right where each adds its own part
             return loss if self.args.projection == "none" else loss * self.current_gradient_accumulation_steps
         if self.per_sample_loss_func is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        losses, outputs = PerSampleLoss(model, self.per_sample_loss_func).with_outputs(model, inputs)
+        losses, outputs = self.per_sample_loss.with_outputs(model, inputs)
         return (losses.mean(), outputs) if return_outputs else losses.mean()
 
-    def _unlearning_loss(self, model: nn.Module, forget: list[dict], retain: list[dict]) -> Tensor:
-        """A scalar whose gradient is `alpha * mean_i g_i - (1 - alpha) * g_perp`, and whose value is GradDiff's loss."""
-        self._freeze_batch_norm(model)
-        forget_rows = [batch.pop(SAMPLE_INDEX) for batch in forget]
-        retain_rows = [batch.pop(SAMPLE_INDEX, None) for batch in retain]
-        objectives = [self._forget_objective(model, rows) for rows in forget_rows]
-        batches = [ForgetBatch(*pair) for pair in zip(forget, (one.slopes for one in objectives), strict=True)]
-        scaler = self.accelerator.scaler if self.args.projection != "none" else None
-        self._engine.loss_scale = scale = 1.0 if scaler is None else scaler.get_scale()
-        if self.is_deepspeed_enabled and self.args.projection != "none":
-            model = self.accelerator.unwrap_model(model)  # DeepSpeed's wrapper takes any backward pass for the last
-        watched = self._monitor is not None and self._monitor.watches(self.state.global_step)
-        if watched:
-            self._monitor.begin(model, retain)
-        self._engine.outlives_combine = watched or self._correction is not None
-        step = self._engine.measure(model, batches, retain)
-        self._check_finite(step, forget_rows, retain_rows)
+    def unlearning_loss(self, model: nn.Module, forget: list[Batch], retain: list[Batch]) -> Tensor:
+        """What a step descends: a scalar whose gradient is the update, and whose value is for the log.
 
-        alpha, projection, coefficients = self.args.alpha, None, {}
-        if step.grams:
-            solved, projection = self._solve(step)
-            coefficients = {name: (1 - alpha) * values for name, values in solved.items()}
-        # the scaler multiplies by its scale, which these gradients have already
-        loss = step.combine(-(1 - alpha), alpha, coefficients) / scale
-        if self._correction is not None:
-            self._correction.gradients = step
-        if watched:
-            self._monitor.expect(step)
-        self._collect_metrics(step, projection)
+        Here the gradient is `alpha * mean_i g_i - (1 - alpha) * g_perp` (arXiv 2503.02312, equation 5) and the value
+        GradDiff's loss. A method of your own returns what it descends, and calls [`record`] for its quantities.
+
+        Args:
+            model (`torch.nn.Module`): In training mode, wrapped as the launch has it.
+            forget, retain (`list[Batch]`): The samples of the step in this process, with row numbers: with a projection
+                those of all micro-batches, else of one. `retain` is empty if the update needs none.
+        """
+        args, scaler = self.args, self.accelerator.scaler if self.args.projection != "none" else None
+        loss_scale = 1.0 if scaler is None else scaler.get_scale()
+        objectives = [self._forget_objective(batch) for batch in forget]
+        ascended = [ForgetBatch(b.inputs, b.size, o.slopes) for b, o in zip(forget, objectives, strict=True)]
+        model, observers = self._step_model(model), [o for o in self._observers if o.watches(self.state.global_step)]
+        for observer in observers:
+            observer.begin_step(model, retain)
+        options = {"group": self.group, "loss_scale": loss_scale, "keep_gradients": bool(observers)}
+        step = self.gradient_engine.measure(model, ascended, retain, **options)
+        summary = summarize_step(step, per_tensor=args.projection_scope == "per_tensor")
+        check_finite(step, summary, forget, retain, can_back_off=loss_scale > 1)
+        projection = solve_projections(summary.grams, **args.solver_settings) if summary.grams else None
+        loss = step.combine(update_weights(args.alpha, projection, step.grams, device=args.device)) / loss_scale
+        self._unused = step.unused
+        for observer in observers:
+            observer.take_gradients(step)
+        for name, value in {**summary.losses, **(projection.metrics if projection is not None else {})}.items():
+            self.record(name, value)
         # the value is for the log; the gradient is that of the combination
-        retain_loss = step.retain_losses.mean() if len(step.retain_losses) else 0.0
-        losses = step.forget_losses.split([len(rows) for rows in forget_rows])
-        ascended = [one.value(own) * len(own) for one, own in zip(objectives, losses, strict=True)]
-        return loss + alpha * retain_loss - (1 - alpha) * sum(ascended) / len(step.forget_losses)
+        parts = zip(objectives, step.forget_losses.split([batch.size for batch in forget]), strict=True)
+        ascent = sum(objective.value(own) * len(own) for objective, own in parts) / len(step.forget_losses)
+        kept = step.retain_losses.mean() if len(step.retain_losses) else 0.0
+        return loss + args.alpha * kept - (1 - args.alpha) * ascent
 
-    def _solve(self, step: StepGradients) -> tuple[dict[str, Tensor], Projection]:
-        args = self.args
-        return solve_projections(
-            step.grams,
-            per_tensor=args.projection_scope == "per_tensor",
-            solver=args.projection_solver,
-            num_iterations=args.projection_iterations,
-            rtol=args.projection_rtol,
-        )
+    def _forget_objective(self, batch: Batch) -> ForgetObjective:
+        reference, args = self._callback(watching.ReferenceLosses), self.args
+        losses = None if reference is None else reference.of_rows(batch.rows)
+        return forget_objective(args.forget_loss, beta=args.npo_beta, gamma=args.simnpo_gamma, reference_losses=losses)
 
-    def _forget_objective(
-        self, model: nn.Module, forget_rows: Tensor
-    ) -> Ascent | NegativePreference | SimpleNegativePreference:
-        if self.args.forget_loss == "ascent":
-            return Ascent()
-        if self.args.forget_loss == "simnpo":
-            return SimpleNegativePreference(self.args.npo_beta, self.args.simnpo_gamma)
-        reference = ReferenceLosses.of(self.callback_handler)
-        if reference.losses is None:
-            reference.compute(model, self._per_sample_loss, self._reference_batches(), self.state.global_step)
-        losses = torch.tensor(reference.losses, device=forget_rows.device)
-        return NegativePreference(losses[forget_rows], self.args.npo_beta)
-
-    def _freeze_batch_norm(self, model: nn.Module) -> None:
-        if self.args.freeze_batch_norm:
-            for module in model.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+    def _step_model(self, model: nn.Module) -> nn.Module:
+        # DeepSpeed's wrapper takes any backward pass for the last
+        alone = self.is_deepspeed_enabled and self.args.projection != "none"
+        return self.accelerator.unwrap_model(model) if alone else model
 
     # ---- What is reported ----
 
-    def _check_finite(self, step: StepGradients, forget_rows: list[Tensor], retain_rows: list[Tensor | None]) -> None:
-        """Raises in every process if a loss is not finite in one."""
-        found = [
-            (what, rows, ~torch.isfinite(losses))
-            for what, losses, rows in (
-                ("forget_dataset", step.forget_losses, forget_rows),
-                ("train_dataset", step.retain_losses, retain_rows),
-            )
-        ]
-        number = sum(bad.sum() for _, _, bad in found)
-        saved = f"checkpoints saved so far in {self.args.output_dir!r} are intact."
-        if self._engine.exchange.sum(number.float()) > 0:
-            listed = [f"{_name_rows(rows, bad)} of `{what}`" for what, rows, bad in found if bad.any()]
-            raise FloatingPointError(
-                f"The loss at step {self.state.global_step + 1} is not finite for "
-                f"{' and '.join(listed) or 'samples of another process'}. No update was made; {saved} Lower the learning "
-                "rate, set forget_loss='npo', or look at these samples."
-            )
-        # an overflow that a smaller scale may avoid passes: the scaler will find it, skip the step and back off
-        if step.grams and not torch.isfinite(step.gram).all() and self._engine.loss_scale <= 1:
-            raise FloatingPointError(
-                f"A gradient at step {self.state.global_step + 1} is not finite, though all losses are. No update was "
-                f"made; {saved}"
-            )
-
-    def _collect_metrics(self, step: StepGradients, projection: Projection | None) -> None:
-        for name, losses in (("forget_loss", step.forget_losses), ("retain_loss", step.retain_losses)):
-            if len(losses):
-                self._metrics[name].append(self.accelerator.reduce(losses.mean(), "mean").item())
-        if projection is not None and math.isfinite(projection.kept_signal):
-            self._metrics["kept_signal"].append(projection.kept_signal)
-            self._metrics["projection_rank"].append(projection.rank)
-            self._metrics["projection_residual"].append(projection.residual)
+    def record(self, name: str, value: float) -> None:
+        """Takes a quantity of this step; the log shows the mean since the last one."""
+        self._recorded[name].append(value)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Adds the means since the last log: forget_loss, retain_loss, kept_signal, projection_rank and _residual."""
-        if "loss" in logs and self._metrics:
-            logs = {**logs, **{name: sum(values) / len(values) for name, values in self._metrics.items()}}
-            self._metrics.clear()
+        """Adds the means of what was recorded: forget_loss, retain_loss, kept_signal, projection_rank and others."""
+        if "loss" in logs:
+            logs = {**logs, **{name: sum(values) / len(values) for name, values in self._recorded.items()}}
+            self._recorded.clear()
         super().log(logs, *args, **kwargs)
 
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval", **gen_kwargs):
+        """As in Trainer; while training under a stopping rule, the forget set is evaluated too, and the rule judges."""
+        evaluate = self._parent.evaluate
+        metrics = evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
+        rule = self._callback(watching.StoppingRule)
+        if rule is not None and self.is_in_train and eval_dataset is None and metric_key_prefix == "eval":
+            if f"eval_forget_{self.args.stop_metric}" not in metrics:
+                metrics |= evaluate(self.forget_dataset, ignore_keys, "eval_forget", **gen_kwargs)
+            rule.take_evaluation(metrics, self.state, self.control)
+        return metrics
 
-def _name_rows(rows: list[Tensor | None], bad: Tensor) -> str:
-    known = rows and all(row is not None for row in rows)
-    return f"rows {', '.join(map(str, torch.cat(rows)[bad].tolist()))}" if known else "unknown rows"
+    def predict(self, *args, **kwargs):
+        return self._parent.predict(*args, **kwargs)
 
+    def prediction_step(self, *args, **kwargs):
+        return self._parent.prediction_step(*args, **kwargs)
 
-def _empty_window() -> PairedBatches:
-    return PairedBatches(forget=[], retain=[])
+    @property
+    def _parent(self):
+        # Seq2SeqTrainer reads arguments of its own; with any others this is Trainer
+        return super() if isinstance(self.args, Seq2SeqTrainingArguments) else super(Seq2SeqTrainer, self)
 
+    # ---- What is saved ----
 
-def as_config(args: TrainingArguments | None) -> OrthoGradConfig:
-    """Takes plain `TrainingArguments` over into an [`OrthoGradConfig`], whose own fields get their defaults."""
-    if isinstance(args, OrthoGradConfig):
-        return args
-    if args is None:
-        return OrthoGradConfig(output_dir="tmp_trainer")
-    return OrthoGradConfig(**{f.name: getattr(args, f.name) for f in fields(args) if f.init})
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer; a LoRA model is merged first, unless this is a checkpoint or `merge_adapter` is False.
+
+        Under FSDP the adapter is saved as it is, with a warning.
+        """
+        if output_dir is not None and _internal_call:
+            checkpoints.begin_checkpoint(output_dir)
+            return super().save_model(output_dir, _internal_call)
+        if self.forget_dataset is None or not checkpoints.merges(self.model, self.args, sharded=self.is_fsdp_enabled):
+            return super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = self.args.output_dir if output_dir is None else output_dir
+            checkpoints.remove_adapter_files(folder)
+            with replaced(self, "model", checkpoints.merged_copy(self.accelerator.unwrap_model(self.model))):
+                self._save(folder)  # not by way of DeepSpeed's own model, which is the one without the merge
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        if not self._loading.is_in_part(load_result, self.model):
+            super()._issue_warnings_after_load(load_result)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._loading.complete(resume_from_checkpoint, model or self.model)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._loading.complete(self.state.best_model_checkpoint, self.model)
+
+    def _callback(self, kind: type[watching.Found]) -> watching.Found | None:
+        return watching.find_callback(self.callback_handler, kind)

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import transformers
+from engines import forget_batch, retain_batch
 
-from hf_orthograd.gradients import ForgetBatch, GramEngine, LoopEngine, Parameters
+from hf_orthograd.gradients import GramEngine, LoopEngine
 from hf_orthograd.objectives import PerSampleLoss
+from hf_orthograd.parallel import Parameters
 
 
 TEXT = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -112,10 +114,10 @@ def test_gram_is_that_of_the_float64_loop(name, attention):
     forget, retain = make_batch(kind, 3, seed=1), make_batch(kind, 4, seed=2)
     parameters = Parameters({name: p for name, p in model.named_parameters() if p.requires_grad}, {})
     losses = PerSampleLoss(model)
-    found = GramEngine(parameters, losses).measure(model, [ForgetBatch(forget)], [retain]).gram
+    found = GramEngine(parameters, losses).measure(model, [forget_batch(forget)], [retain_batch(retain)]).gram
 
     model.double()
     forget, retain = ({k: v.double() if v.is_floating_point() else v for k, v in b.items()} for b in (forget, retain))
-    expected = LoopEngine(parameters, losses).measure(model, [ForgetBatch(forget)], [retain]).gram
+    expected = LoopEngine(parameters, losses).measure(model, [forget_batch(forget)], [retain_batch(retain)]).gram
     norms = expected.diagonal().sqrt()
     assert ((found - expected).abs() / torch.outer(norms, norms)).max() <= 1e-5

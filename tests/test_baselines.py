@@ -225,14 +225,22 @@ def test_finetuning_ignores_the_forget_set(vit_trainer):
     torch.testing.assert_close(flat(trainer.model), expected, rtol=0, atol=1e-5)
 
 
-def test_baseline_with_a_projection_is_refused(vit_trainer):
-    with pytest.raises(ValueError, match="ScrubTrainer has no projection, but `projection` is 'mean'"):
-        vit_trainer(ScrubTrainer, projection="mean")
+def test_baseline_takes_the_default_configuration(vit_trainer):
+    """It has no projection: `projection` and `forget_loss` are not used, and the user's arguments stay as they are."""
+    trainer = vit_trainer(ScrubTrainer, projection="orthogonal", forget_loss="npo")
+    assert (trainer.args.projection, trainer.args.forget_loss) == ("none", "ascent")
+    trainer.train()
+    assert trainer.gradient_engine.name == "none" and trainer.state.global_step == trainer.state.max_steps
+
+
+def test_baseline_with_a_corrected_update_is_refused(vit_trainer):
+    with pytest.raises(ValueError, match="ScrubTrainer has no projection, but `projection_target` is 'update'"):
+        vit_trainer(ScrubTrainer, projection="orthogonal", projection_target="update")
 
 
 def test_loss_that_is_not_finite_stops_a_baseline(vit_trainer):
     trainer = vit_trainer(ScrubTrainer)
     with torch.no_grad():
         trainer.teacher.classifier.bias.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="`forget_loss` at step 1 is not finite"):
+    with pytest.raises(FloatingPointError, match="At step 1 `forget_loss` is not finite"):
         trainer.train()

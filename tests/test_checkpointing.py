@@ -5,12 +5,14 @@ import weakref
 
 import pytest
 import torch
+from engines import forget_batch, retain_batch, weighed
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import default_collate
 
-from hf_orthograd.gradients import ForgetBatch, GramEngine, LoopEngine, Parameters
-from hf_orthograd.gradients.gram import KeptGradients, RecomputedGradients
+from hf_orthograd.gradients import GramEngine, LoopEngine
+from hf_orthograd.gradients.gram.engine import KeptGradients, RecomputedGradients
 from hf_orthograd.objectives import PerSampleLoss
+from hf_orthograd.parallel import Parameters
 
 
 KINDS = ["whisper", "wav2vec2", "vit", "llama"]
@@ -37,10 +39,10 @@ def assert_same_step(engine, reference, model, batches):
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = checkpointing
         torch.manual_seed(3)
-        step = one.measure(model, [ForgetBatch(forget)], [retain])
+        step = one.measure(model, [forget_batch(forget)], [retain_batch(retain)])
         names = list(engine.parameters.projected)
         coefficients = dict.fromkeys(names, torch.tensor([0.3, -1.0, 0.5, 2.0]))
-        loss = step.combine(-0.4, 0.6, coefficients)
+        loss = step.combine(weighed(-0.4, 0.6, coefficients))
         gradients = torch.autograd.grad(loss, list(engine.parameters.trainable.values()), materialize_grads=True)
         results.append((step, gradients))
     (step, gradients), (expected_step, expected) = results
@@ -61,7 +63,7 @@ def test_full_parameters(kind, keeps, make_model, make_samples):
     others = {name: p for name, p in everything.items() if "norm" in name}
     parameters = Parameters({name: p for name, p in everything.items() if name not in others}, others)
     losses = PerSampleLoss(model)
-    engine = GramEngine(parameters, losses, keeps=keeps)
+    engine = GramEngine(parameters, losses, needs_gradients=keeps)
     engine.recomputes = not keeps
     step = assert_same_step(engine, LoopEngine(parameters, losses), model, batches(kind, make_samples))
     assert isinstance(step, KeptGradients if keeps else RecomputedGradients)
@@ -97,6 +99,6 @@ def test_activations_do_not_outlive_the_forward_pass(make_model, make_samples):
     base = model
     forget, retain = batches("llama", make_samples)
     engine = GramEngine(Parameters(trainable(model), {}), losses)
-    engine.measure(model.train(), [ForgetBatch(forget)], [retain])
-    engine.measure(checkpointed(model), [ForgetBatch(forget)], [retain])
+    engine.measure(model.train(), [forget_batch(forget)], [retain_batch(retain)])
+    engine.measure(checkpointed(model), [forget_batch(forget)], [retain_batch(retain)])
     assert alive == {False: [True, True], True: [False, False]}

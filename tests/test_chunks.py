@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from engines import forget_batch, retain_batch, weighed
 from torch.utils.data import default_collate
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
-from hf_orthograd.gradients import ForgetBatch, GramEngine, LoopEngine, Parameters
-from hf_orthograd.gradients.chunked import RepeatedGradients
-from hf_orthograd.gradients.gram import KeptGradients
-from hf_orthograd.gradients.randomness import RandomState
+from hf_orthograd.gradients import GramEngine, LoopEngine
+from hf_orthograd.gradients.gram.chunks import RepeatedGradients
+from hf_orthograd.gradients.gram.engine import KeptGradients
 from hf_orthograd.objectives import PerSampleLoss
+from hf_orthograd.parallel import Parameters
+from hf_orthograd.trials import RandomState
 
 
 def batch(samples):
@@ -25,7 +27,7 @@ def split_parameters(model):
 
 def combined(step, parameters, num_samples):
     coefficients = dict.fromkeys(parameters.projected, torch.linspace(-1, 1, num_samples))
-    loss = step.combine(-0.4, 0.6, coefficients)
+    loss = step.combine(weighed(-0.4, 0.6, coefficients))
     return torch.autograd.grad(loss, list(parameters.trainable.values()), materialize_grads=True)
 
 
@@ -40,8 +42,8 @@ def test_chunks_give_the_gram_matrix_and_update_of_the_whole(kind, make_model, m
         forwards.append(len(inputs["labels"]))
         return losses(model, inputs)
 
-    step = GramEngine(parameters, counted, chunk_size=2).measure(model, [ForgetBatch(forget)], [retain])
-    expected = LoopEngine(parameters, losses).measure(model, [ForgetBatch(forget)], [retain])
+    step = GramEngine(parameters, counted, chunk_size=2).measure(model, [forget_batch(forget)], [retain_batch(retain)])
+    expected = LoopEngine(parameters, losses).measure(model, [forget_batch(forget)], [retain_batch(retain)])
     assert isinstance(step, RepeatedGradients)
     assert forwards[:2] == [3, 2]  # the forget batch, and a look at how parameters are used
     assert set(forwards[2:]) == {1}  # a quarter of a chunk, but a sample at least
@@ -63,7 +65,9 @@ def test_every_pass_over_a_chunk_drops_out_the_same(kind, make_model, make_sampl
     parameters = Parameters(split_parameters(model).trainable, {})
     torch.manual_seed(5)
     np.random.seed(5)
-    step = GramEngine(parameters, PerSampleLoss(model), chunk_size=2).measure(model, [ForgetBatch(forget)], [retain])
+    step = GramEngine(parameters, PerSampleLoss(model), chunk_size=2).measure(
+        model, [forget_batch(forget)], [retain_batch(retain)]
+    )
     after = RandomState.now()
     assert isinstance(step, RepeatedGradients)
     squared = sum(gradient.double().square().sum() for gradient in combined(step, parameters, 6))
@@ -75,12 +79,16 @@ def test_every_pass_over_a_chunk_drops_out_the_same(kind, make_model, make_sampl
 @pytest.mark.parametrize("kind", ["whisper", "wav2vec2", "vit", "llama"])
 def test_any_grouping_gives_the_same(kind, monkeypatch, make_model, make_samples):
     """One parameter at a time: a kernel's two factors, a weight and its bias, fall into different groups."""
-    monkeypatch.setattr(GramEngine, "_group", lambda self, model, chunks: [[n] for n in self.parameters.trainable])
+    monkeypatch.setattr(GramEngine, "_group", lambda self, *_: [[n] for n in self.parameters.trainable])
     forget, retain = batch(make_samples(kind, 2, seed=2)), batch(make_samples(kind, 4, seed=1))
     model = make_model(kind).eval()
     parameters, losses = Parameters(split_parameters(model).trainable, {}), PerSampleLoss(model)
-    found = GramEngine(parameters, losses, chunk_size=2).measure(model, [ForgetBatch(forget)], [retain]).grams
-    expected = LoopEngine(parameters, losses).measure(model, [ForgetBatch(forget)], [retain]).grams
+    found = (
+        GramEngine(parameters, losses, chunk_size=2)
+        .measure(model, [forget_batch(forget)], [retain_batch(retain)])
+        .grams
+    )
+    expected = LoopEngine(parameters, losses).measure(model, [forget_batch(forget)], [retain_batch(retain)]).grams
     scale = max(gram.abs().max().item() for gram in expected.values())
     for name, gram in expected.items():
         torch.testing.assert_close(found[name], gram, rtol=1e-4, atol=1e-8 * scale, msg=name)
@@ -96,8 +104,8 @@ def test_small_gradients_take_one_pass(make_model, make_samples):
         forwards.append(len(inputs["labels"]))
         return losses(model, inputs)
 
-    step = GramEngine(parameters, counted, chunk_size=3).measure(model, [ForgetBatch(forget)], [retain])
-    expected = LoopEngine(parameters, losses).measure(model, [ForgetBatch(forget)], [retain])
+    step = GramEngine(parameters, counted, chunk_size=3).measure(model, [forget_batch(forget)], [retain_batch(retain)])
+    expected = LoopEngine(parameters, losses).measure(model, [forget_batch(forget)], [retain_batch(retain)])
     torch.testing.assert_close(step.gram, expected.gram, rtol=1e-4, atol=1e-8)
     assert isinstance(step, KeptGradients)
     assert forwards == [3, 3, 3, 3]  # the forget batch, a look at how parameters are used, two chunks

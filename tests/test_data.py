@@ -3,7 +3,8 @@ import torch
 from datasets import Dataset
 
 from hf_orthograd import split_forget_retain
-from hf_orthograd.data import SAMPLE_INDEX, CyclingBatchSampler, IndexedCollator, IndexedDataset
+from hf_orthograd.data.batches import SAMPLE_INDEX, IndexedCollator, IndexedDataset
+from hf_orthograd.data.streams import CyclingBatchSampler
 
 
 @pytest.fixture

@@ -23,13 +23,11 @@ def test_estimate_counts_what_the_step_keeps(kind, tmp_path, make_model, make_sa
     assert 1 <= estimate.relative_time < 3
 
     # tensors by form, against what a step really keeps
-    engine = trainer._choose_engine(trainer.model)
+    engine = trainer.make_gradient_engine(trainer.model)
     assert isinstance(engine, GramEngine)
-    forget, retain = (
-        trainer._first_batch(d, "d", n) for d, n in ((trainer.forget_dataset, 4), (trainer.train_dataset, 6))
-    )
-    step = engine.measure(trainer.model, [ForgetBatch(forget)], [retain])
-    factors = sum(not share.keeps_gradients for share in step.shares.values())
+    forget, retain = trainer.first_batch("forget_dataset", 4), trainer.first_batch("train_dataset", 6)
+    step = engine.measure(trainer.model, [ForgetBatch(forget.inputs, forget.size)], [retain])
+    factors = sum(not kept.are_dense for kept in step.kept.values())
     assert sum(rule.tensors for rule in estimate.rules if "factors kept" in rule.form) == factors
 
 

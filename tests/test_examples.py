@@ -16,8 +16,8 @@ from transformers import (
     Wav2Vec2Processor,
 )
 
+from hf_orthograd.data.speech import decode_audio
 from hf_orthograd.evaluation import UnlearningReport
-from hf_orthograd.speech import decode_audio
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -1,24 +1,24 @@
 import numpy as np
 import pytest
 import torch
+from engines import forget_batch, retain_batch, weighed
 from torch import nn
 from torch.utils.data import default_collate
 
 from hf_orthograd.gradients import (
-    ForgetBatch,
     FunctionalEngine,
     GramEngine,
     LoopEngine,
     MeanEngine,
-    Parameters,
     PlainEngine,
     UnsupportedModelError,
     choose_engine,
     register_rule,
 )
-from hf_orthograd.gradients.layers import RULES
-from hf_orthograd.gradients.pieces import Dense, Outer
+from hf_orthograd.gradients.gram.forms import Dense, Outer
+from hf_orthograd.gradients.gram.rules import RULES
 from hf_orthograd.objectives import PerSampleLoss
+from hf_orthograd.parallel import Parameters
 
 
 ALL = ["whisper", "wav2vec2", "vit", "llama"]
@@ -40,7 +40,7 @@ def measure(engine_class, model, losses, forget, retain, parameters=None, **sett
     torch.manual_seed(5)
     np.random.seed(5)
     engine = engine_class(parameters or trainable(model), losses)
-    return engine.measure(model, [ForgetBatch(forget, slopes)], [retain])
+    return engine.measure(model, [forget_batch(forget, slopes)], [retain_batch(retain)])
 
 
 def relative_error(gram, reference):
@@ -110,7 +110,7 @@ def test_gram_under_dropout_uses_the_forward_that_the_step_uses(kind, make_model
         assert (step.grams[name] - gram).abs().max() <= 1e-4 * gram.abs().max() + 1e-7 * reference.gram.max(), name
     # and the update comes from the forward pass that was measured: w^T K w is the squared norm of its gradient
     weights = torch.linspace(-1, 1, len(step.gram) - 1)
-    combination = step.combine(0.7, 0.0, dict.fromkeys(step.grams, weights))
+    combination = step.combine(weighed(0.7, 0.0, dict.fromkeys(step.grams, weights)))
     gradients = torch.autograd.grad(combination, list(trainable(model).projected.values()), materialize_grads=True)
     squared = sum(gradient.double().square().sum() for gradient in gradients)
     weights = torch.cat((torch.tensor([0.7]), weights)).double()
@@ -126,7 +126,7 @@ def test_autocast_does_not_reach_the_inner_products(kind, engine_class, make_mod
     weights = torch.linspace(-1, 1, 4)
     with torch.autocast("cpu", torch.bfloat16):
         step = measure(engine_class, model, PerSampleLoss(model), forget, retain)
-        combination = step.combine(0.7, 0.0, dict.fromkeys(step.grams, weights))
+        combination = step.combine(weighed(0.7, 0.0, dict.fromkeys(step.grams, weights)))
     gradients = torch.autograd.grad(combination, list(trainable(model).projected.values()), materialize_grads=True)
     squared = sum(gradient.double().square().sum() for gradient in gradients)
     weights = torch.cat((torch.tensor([0.7]), weights)).double()
@@ -150,7 +150,7 @@ def test_combination_is_that_of_the_loop(kind, engine_class, make_model, make_sa
             coefficients = dict.fromkeys(step.grams, torch.full((3,), 0.7 / 3))
         if engine_class is PlainEngine:
             coefficients = {}
-        loss = step.combine(-0.3, 0.6, coefficients)
+        loss = step.combine(weighed(-0.3, 0.6, coefficients))
         assert loss == 0
         found[one] = torch.autograd.grad(loss, list(parameters.projected.values()), materialize_grads=True)
     scale = max(gradient.abs().max() for gradient in found[LoopEngine])
@@ -169,12 +169,12 @@ def test_combination_leaves_unprojected_parameters_alone(engine_class, make_mode
     forget, retain = batch(make_samples("vit", 2, seed=2)), batch(make_samples("vit", 3, seed=1))
     step = measure(engine_class, model, PerSampleLoss(model), forget, retain, parameters)
     assert set(step.grams) == set(parameters.projected)
-    step.combine(0.0, 0.0, dict.fromkeys(step.grams, torch.tensor([1.0, -2.0, 0.5]))).backward()
+    step.combine(weighed(0.0, 0.0, dict.fromkeys(step.grams, torch.tensor([1.0, -2.0, 0.5])))).backward()
     assert all(p.grad is None or p.grad.abs().max() < 1e-7 for p in parameters.others.values())
     assert named["vit.embeddings.cls_token"].grad.abs().max() > 1e-4
     model.zero_grad()
     step = measure(engine_class, model, PerSampleLoss(model), forget, retain, parameters)
-    step.combine(0.0, 1.0, {}).backward()
+    step.combine(weighed(0.0, 1.0, {})).backward()
     assert all(p.grad.abs().max() > 1e-4 for p in parameters.others.values())
 
 
@@ -222,8 +222,8 @@ def test_auto_says_why_it_does_not_use_gram(caplog):
     torch.manual_seed(0)
     model, data = HiddenUse(), {"x": torch.randn(2, 4)}
     with pytest.raises(UnsupportedModelError, match="'gram' finds other inner products.*weight"):
-        choose_engine("gram", trainable(model), hidden_losses, model, data, data)
-    engine = choose_engine("auto", trainable(model), hidden_losses, model, data, data)
+        choose_engine("gram", trainable(model), hidden_losses, model, retain_batch(data), retain_batch(data))
+    engine = choose_engine("auto", trainable(model), hidden_losses, model, retain_batch(data), retain_batch(data))
     assert engine.name == "loop"
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert any("Not using the gradient engine 'gram'" in w and "weight" in w for w in warnings)
@@ -236,7 +236,12 @@ def test_choosing_an_engine_leaves_the_random_numbers_alone(make_model, make_sam
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    assert choose_engine("auto", trainable(model), PerSampleLoss(model), model, data, data).name == "gram"
+    assert (
+        choose_engine(
+            "auto", trainable(model), PerSampleLoss(model), model, retain_batch(data), retain_batch(data)
+        ).name
+        == "gram"
+    )
     assert torch.equal(torch.rand(1), expected)
     assert model.training
 
@@ -252,7 +257,10 @@ def test_func_in_chunks_is_the_same(make_model, make_samples):
     losses = PerSampleLoss(model)
     whole = measure(FunctionalEngine, model, losses, data, data)
     engine = FunctionalEngine(trainable(model), losses, chunk_size=2)
-    assert relative_error(engine.measure(model, [ForgetBatch(data, slopes)], [data]).gram, whole.gram) <= 1e-6
+    assert (
+        relative_error(engine.measure(model, [forget_batch(data, slopes)], [retain_batch(data)]).gram, whole.gram)
+        <= 1e-6
+    )
 
 
 def test_a_rule_can_be_registered_for_an_own_function():

@@ -65,7 +65,7 @@ def test_adapter_trains_under_activation_checkpointing(make_model, make_samples,
         model = adapted(make_model("llama"))
         before = parameters_of(model, "lora_B")
         trainer = trained(model, "llama", make_samples, tmp_path, gradient_checkpointing=checkpointing)
-        assert trainer._engine.name == "gram"
+        assert trainer.gradient_engine.name == "gram"
         changes.append(torch.cat([(model.get_parameter(name) - p).flatten() for name, p in before.items()]).detach())
     assert changes[0].norm() > 0
     torch.testing.assert_close(changes[0], changes[1], rtol=1e-4, atol=1e-7)

@@ -9,10 +9,9 @@ from hf_orthograd.objectives import (
     NegativePreference,
     PerSampleLoss,
     SimpleNegativePreference,
-    check_per_sample,
     find_family,
-    find_unlabelled_rows,
 )
+from hf_orthograd.validation.samples import check_per_sample, find_unlabelled_rows
 
 
 @pytest.mark.parametrize("kind", ["whisper", "wav2vec2", "vit", "llama"])

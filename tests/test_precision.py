@@ -44,7 +44,7 @@ def deviation(parameters, reference):
 @pytest.mark.parametrize("shape", [(8, 1), (4, 2)])
 def test_half_precision_goes_the_way_of_float32(shape, precision, kind, lora, references, tmp_path):
     trainer = train(tmp_path, kind, lora, settings(*shape, **{"bf16": BF16, "fp16": FP16}[precision]))
-    assert trainer._engine.name == "gram"
+    assert trainer.gradient_engine.name == "gram"
     assert 0 < deviation(trained_parameters(trainer), references[kind, lora]) < TOLERANCE[precision]
 
 

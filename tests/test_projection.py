@@ -26,7 +26,7 @@ def test_known_answer(solver):
     projection = solve_projection(gram_of(forget, rows), solver=solver)
     torch.testing.assert_close(forget - projection.coefficients.float() @ rows, expected, atol=1e-5, rtol=0)
     assert projection.kept_signal == pytest.approx(5 / math.sqrt(30), abs=1e-5)
-    assert projection.rank == 2
+    assert projection.rank == (2 if solver == "exact" else None)
     assert projection.residual < 1e-5
 
 
@@ -109,8 +109,9 @@ def test_not_finite_stays_not_finite():
 def test_per_tensor_summary_is_that_of_the_joined_vector(generator):
     tensors = {name: torch.randn(5, size, generator=generator) for name, size in (("a", 30), ("b", 3))}
     grams = {name: gram_of(rows[0], rows[1:]) for name, rows in tensors.items()}
-    coefficients, summary = solve_projections(grams, per_tensor=True)
-    kept = [rows[0] - coefficients[name].float() @ rows[1:] for name, rows in tensors.items()]
+    summary = solve_projections(grams)
+    each = zip(tensors.values(), summary.coefficients, strict=True)
+    kept = [rows[0] - coefficients.float() @ rows[1:] for rows, coefficients in each]
     assert kept[1].norm() < 1e-5  # a tensor with no more entries than rows loses all of its signal
     total = torch.cat([rows[0] for rows in tensors.values()]).norm()
     assert summary.kept_signal == pytest.approx((torch.cat(kept).norm() / total).item(), abs=1e-5)

@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
+from engines import forget_batch, retain_batch
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
-from hf_orthograd.gradients import ForgetBatch, GramEngine, LoopEngine, Parameters
+from hf_orthograd.data.speech import SpeechCollator, prepare_speech_dataset, shorten_whisper
+from hf_orthograd.gradients import GramEngine, LoopEngine
 from hf_orthograd.objectives import PerSampleLoss
-from hf_orthograd.speech import SpeechCollator, prepare_speech_dataset, shorten_whisper
+from hf_orthograd.parallel import Parameters
 
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
@@ -32,7 +34,7 @@ def test_inner_products_on_whisper_tiny():
     forget, retain = collator([rows[0], rows[1]]), collator([rows[2], rows[3], rows[4]])
     parameters = Parameters({name: p for name, p in model.named_parameters() if p.requires_grad}, {})
     steps = [
-        engine(parameters, PerSampleLoss(model)).measure(model, [ForgetBatch(forget)], [retain])
+        engine(parameters, PerSampleLoss(model)).measure(model, [forget_batch(forget)], [retain_batch(retain)])
         for engine in (GramEngine, LoopEngine)
     ]
     norms = steps[1].gram.diagonal().sqrt()

@@ -14,7 +14,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from hf_orthograd.speech import (
+from hf_orthograd.data.speech import (
     SpeechCollator,
     decode_audio,
     match_case,

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
-from hf_orthograd.stopping import StoppingRule
+from hf_orthograd.callbacks import StoppingRule, find_callback
 
 
 def make_trainer(tmp_path, model, make_samples, eval_dataset="retain", callbacks=(), compute_metrics=None, **settings):
@@ -156,11 +156,11 @@ def test_resumed_rule_goes_on_from_its_baseline(tmp_path, make_model, make_sampl
     settings = {"retain_budget": 10.0, "max_steps": 4}
     first = make_trainer(tmp_path, make_model("vit"), make_samples, **settings)
     first.train()
-    baseline = StoppingRule.of(first.callback_handler).baseline
+    baseline = find_callback(first.callback_handler, StoppingRule).baseline
     assert set(baseline) == {"forget", "retain"} and all(map(math.isfinite, baseline.values()))
     resumed = make_trainer(tmp_path, make_model("vit"), make_samples, **(settings | {"max_steps": 8}))
     resumed.train(resume_from_checkpoint=True)
-    assert StoppingRule.of(resumed.callback_handler).baseline == baseline
+    assert find_callback(resumed.callback_handler, StoppingRule).baseline == baseline
     assert resumed.state.log_history[0]["step"] == 0  # the evaluation before the first step, once
     assert sum(entry["step"] == 0 and "eval_forget_loss" in entry for entry in resumed.state.log_history) == 1
 
@@ -209,8 +209,8 @@ def test_metric_that_is_missing_is_found_before_the_first_step(tmp_path, make_mo
     ("settings", "message"),
     [
         ({"forget_target": "much"}, "`forget_target` must be a number or 'reference', but is 'much'"),
-        ({"retain_budget": -0.1}, "`retain_budget` must not be negative, but is -0.1"),
-        ({"monitor_steps": -1}, "`monitor_steps` must not be negative"),
+        ({"retain_budget": -0.1}, "`retain_budget` must be a finite number of 0 or more, but is -0.1"),
+        ({"monitor_steps": -1}, "`monitor_steps` must be a whole number of 0 or more, but is -1"),
         ({"retain_budget": 0.1, "metric_for_best_model": "loss"}, "`metric_for_best_model` is 'loss'"),
     ],
 )
@@ -220,4 +220,4 @@ def test_settings_out_of_range_are_refused(settings, message, tmp_path):
 
 
 def test_a_handler_without_a_rule_has_none():
-    assert StoppingRule.of(CallbackHandler([], None, None, None, None)) is None
+    assert find_callback(CallbackHandler([], None, None, None, None), StoppingRule) is None

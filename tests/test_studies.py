@@ -131,7 +131,9 @@ def test_retain_memory_projects_out_earlier_gradients_too(make_model, make_sampl
     seen = Gradients()
     trainer = RetainMemoryTrainer(make_model("vit"), args, **sets, remembered_steps=2, callbacks=[seen])
     trainer.train()
-    second, first = (torch.cat([own.flatten(1) for own in rows.values()], dim=1) for rows in trainer._engine.past)
+    second, first = (
+        torch.cat([own.flatten(1) for own in rows.values()], dim=1) for rows in trainer.gradient_engine.past
+    )
     for gradient, rows in zip(seen.gradients, (first, torch.cat([second, first])), strict=True):
         ascended = (alpha * rows[:3].mean(0) - gradient) / (1 - alpha)
         cosines = torch.cosine_similarity(rows, ascended[None])

@@ -5,7 +5,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
-from hf_orthograd.update import solve_correction
+from hf_orthograd.callbacks.correction import solve_correction
 
 
 K = 5

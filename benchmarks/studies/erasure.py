@@ -14,8 +14,8 @@ from speech import SpeechStudy, add_folders
 from study import main
 from tables import mean_and_interval, plot_means
 
+from hf_orthograd.data.speech import transcripts
 from hf_orthograd.evaluation import WordErrorRate
-from hf_orthograd.speech import transcripts
 
 
 WIDE = {"per_device_train_batch_size": 32}

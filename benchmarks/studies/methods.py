@@ -25,7 +25,7 @@ from hf_orthograd.evaluation import Quantization, Relearning, evaluate_unlearnin
 class Method:
     """A row of a study's table.
 
-    Parameters:
+    Attributes:
         label (`str`): As the table calls it.
         config (`dict`): What it sets in [`OrthoGradConfig`].
         trainer (`Callable`): Its class.
@@ -74,7 +74,7 @@ METHODS = {
 class Bench:
     """What is the same for all runs of a study.
 
-    Parameters:
+    Attributes:
         config (`dict`): Batch sizes, steps, the stopping rule.
         rule (`tuple[str, ...]`): Which entries of it are the stopping rule.
         shared (`dict`): Collator, `compute_metrics` and so on, for each trainer.

@@ -7,20 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from hf_orthograd import OrthoGradTrainer
-from hf_orthograd.gradients import FunctionalEngine, GradientEngine
-from hf_orthograd.gradients.loop import MaterializedGradients
+from hf_orthograd.gradients import FunctionalEngine, GradientEngine, MaterializedGradients
+from hf_orthograd.gradients.loop import materialized
+from hf_orthograd.projection import UpdateWeights
 
 
 @dataclass
 class RememberedGradients(MaterializedGradients):
-    """Of the rows only the first `fresh` ones count in the retain mean; the projection is over all."""
+    """Of the rows only the first ones are of this step; only they count in the retain mean, the projection is over all."""
 
-    fresh: int
-
-    def own_weights(self, retain_weight: float, coefficients: Tensor | None) -> Tensor:
-        weights = self.retain_losses.new_zeros(self.placement.own)
-        weights[: self.fresh] = retain_weight / self.fresh
-        return weights if coefficients is None else weights + coefficients.to(weights)
+    def combine(self, weights: UpdateWeights) -> Tensor:
+        fresh = torch.arange(self.layout.total) < len(self.retain_losses)
+        moved = weights.retain_mean * (fresh / len(self.retain_losses) - 1 / self.layout.total)
+        projected = {name: own + moved.to(own) for name, own in weights.projected.items()}
+        return super().combine(UpdateWeights(weights.forget, weights.retain_mean, projected))
 
 
 class RememberingEngine(FunctionalEngine):
@@ -28,18 +28,24 @@ class RememberingEngine(FunctionalEngine):
 
     Args:
         remembered_steps (`int`): How many steps before.
+
+    Attributes:
+        past (`deque[dict[str, torch.Tensor]]`): Their rows, the newest first.
     """
 
     def __init__(self, *args, remembered_steps: int, **kwargs):
         super().__init__(*args, **kwargs)
         self.past: deque[dict[str, Tensor]] = deque(maxlen=remembered_steps)
 
-    def _results(self, forget_losses, retain_losses, forget_gradients, rows, placement) -> RememberedGradients:
-        known = {name: torch.cat([own, *(past[name] for past in self.past)]) for name, own in rows.items()}
-        self.past.appendleft(rows)
-        placement = self.exchange.place(len(next(iter(known.values()))), retain_losses.device)
-        found = super()._results(forget_losses, retain_losses, forget_gradients, known, placement)
-        return RememberedGradients(**vars(found), fresh=len(retain_losses))
+    def measure(self, model, forget, retain, **options) -> RememberedGradients:
+        own = super().measure(model, forget, retain, **options)
+        rows = {name: torch.cat([fresh, *(past[name] for past in self.past)]) for name, fresh in own.rows.items()}
+        self.past.appendleft(own.rows)
+        layout = own.group.layout(len(next(iter(rows.values()))), own.retain_losses.device)
+        losses = own.forget_losses, own.retain_losses
+        found = materialized(self.parameters, own.group, losses, own.forget_gradients, rows, layout)
+        known = {name: value for name, value in vars(found).items() if name != "unused"}
+        return RememberedGradients(**known)
 
 
 class RetainMemoryTrainer(OrthoGradTrainer):
@@ -53,7 +59,7 @@ class RetainMemoryTrainer(OrthoGradTrainer):
         super().__init__(*args, **kwargs)
         self.remembered_steps = remembered_steps
 
-    def _choose_engine(self, model: nn.Module) -> GradientEngine:
-        checked = super()._choose_engine(model)
+    def make_gradient_engine(self, model: nn.Module) -> GradientEngine:
+        checked = super().make_gradient_engine(model)
         settings = {"chunk_size": self.args.func_chunk_size, "remembered_steps": self.remembered_steps}
         return RememberingEngine(checked.parameters, checked.per_sample_losses, **settings)

@@ -15,8 +15,8 @@ from methods import Bench, attacks_of
 from speech_data import Request, collator, load_speech, split, train_on
 from study import Study, main
 
+from hf_orthograd.data.speech import transcripts
 from hf_orthograd.evaluation import WordErrors
-from hf_orthograd.speech import transcripts
 
 
 MEASURED = {

@@ -10,7 +10,7 @@ from harness import trained_model
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
-from hf_orthograd.speech import SpeechCollator, prepare_speech_dataset, shorten_whisper
+from hf_orthograd.data.speech import SpeechCollator, prepare_speech_dataset, shorten_whisper
 
 
 SECONDS = 8

@@ -25,7 +25,7 @@ CHOSEN_AT = "0.05"  # the share of retain data at which settings are chosen
 class Study:
     """Compares the methods on requests, one for each kind and seed; a record is made once and kept.
 
-    Parameters:
+    Attributes:
         name (`str`): Of its results.
         kinds, seeds (`tuple`): What is forgotten.
         grid (`tuple[float, ...]`): Learning rates to choose from.

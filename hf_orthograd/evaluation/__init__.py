@@ -1,15 +1,21 @@
 """Whether a model has forgotten, what that cost, and whether it stays forgotten."""
 
 from .attacks import Attack, DetachAdapter, Quantization, Relearning
-from .checks import Tolerances
+from .checks import Tolerances, average_gap, tug_of_war, unlearning_impact_score
 from .figures import plot_report, plot_unlearning
-from .lira import ShadowLosses, attack_shadows, shadow_losses, unlearning_lira
 from .measure import per_sample_losses
-from .metrics import CharacterErrorRate, WordErrorRate
-from .privacy import MembershipInference, loss_distance, membership_inference
-from .quality import Accuracy, CharacterErrors, Quality, SampleMetric, WordErrors
+from .membership import (
+    MembershipInference,
+    ShadowLosses,
+    attack_shadows,
+    loss_distance,
+    membership_inference,
+    shadow_losses,
+    unlearning_lira,
+)
+from .metrics import Accuracy, CharacterErrorRate, CharacterErrors, SampleMetric, WordErrorRate, WordErrors
+from .quality import Quality
 from .report import UnlearningReport
-from .summary import average_gap, tug_of_war, unlearning_impact_score
 from .unlearning import evaluate_unlearning
 
 

@@ -9,8 +9,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.training_args import OptimizerNames
 
-from ..gradients import preserved_random_state
+from ..trials import preserved_random_state
+from .measure import loss_function
 
 
 class Attack(Protocol):
@@ -81,7 +83,7 @@ class DetachAdapter:
 class Relearning:
     """Fine-tunes the model, by the plain Trainer, on data that may lead back to what was forgotten.
 
-    AdamW at a constant learning rate, on all parameters: an adapter is merged first.
+    AdamW at a constant learning rate, on all parameters, with the loss of the unlearning run: an adapter is merged first.
 
     Args:
         dataset (`torch.utils.data.Dataset` or `datasets.Dataset`): Other data of the forgotten source, or unrelated data.
@@ -117,6 +119,10 @@ class Relearning:
         settings = {
             "output_dir": os.path.join(trainer.args.output_dir, "relearning"),
             "max_steps": max_steps,
+            "optim": OptimizerNames.ADAMW_TORCH,
+            "optim_args": None,
+            "optim_target_modules": None,
+            "weight_decay": 0.0,
             "learning_rate": learning_rate,
             "lr_scheduler_type": "constant",
             "warmup_steps": 0,
@@ -139,19 +145,30 @@ class Relearning:
             attacked = attacked.merge_and_unload()
         for parameter in attacked.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
+        own_loss = loss_function(self._trainer)
         trainer = Trainer(
             attacked,
             self._args,
             train_dataset=self._dataset,
             data_collator=self._trainer.data_collator,
             processing_class=self._trainer.processing_class,
-            compute_loss_func=self._trainer.compute_loss_func,
+            compute_loss_func=None if own_loss is None else _MeanLoss(own_loss),
             callbacks=[] if observe is None else [_Observer(self.steps, observe)],
         )
         trainer.remove_callback(PrinterCallback)
         with preserved_random_state():
             trainer.train()
         return trainer.accelerator.unwrap_model(trainer.model)
+
+
+class _MeanLoss:
+    """The user's loss as Trainer wants it, one number, whether it gives one for each sample or for the batch."""
+
+    def __init__(self, loss: Callable):
+        self._loss = loss
+
+    def __call__(self, outputs, labels, num_items_in_batch=None) -> Tensor:
+        return self._loss(outputs, labels, num_items_in_batch=None).mean()
 
 
 class _Observer(TrainerCallback):

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, Trainer
 
-from ..gradients import preserved_modes, preserved_random_state
-from ..objectives import PerSampleLoss, check_per_sample
-from ..sharding import is_sharded
+from ..objectives import PerSampleLoss
+from ..parallel.sharding import is_sharded
 from ..trainer import OrthoGradTrainer
-from .quality import SampleMetric
+from ..trials import preserved_modes, preserved_random_state
+from ..validation import check_per_sample
+from .metrics import SampleMetric
 
 
 @dataclass
@@ -63,7 +63,7 @@ def per_sample_losses(trainer: Trainer, dataset) -> np.ndarray:
         ValueError: The loss of this model is not known per sample; the message says what to pass.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    per_sample_loss = PerSampleLoss(base_model(trainer), loss_function(trainer))
+    per_sample_loss = PerSampleLoss(model, loss_function(trainer))
     forward = trainer.model_wrapped if is_sharded(model) else model
     loader = trainer.get_eval_dataloader(dataset)
     model.to(trainer.args.device)
@@ -73,15 +73,9 @@ def per_sample_losses(trainer: Trainer, dataset) -> np.ndarray:
     for batch in tqdm(loader, desc="Per-sample losses", disable=quiet, leave=False):
         with torch.no_grad(), trainer.compute_loss_context_manager():
             losses = per_sample_loss(forward, batch)
-        check_per_sample(losses, len(batch["labels"]))
+        check_per_sample(losses, len(batch["labels"]) if "labels" in batch else len(losses))
         found.append(trainer.accelerator.gather_for_metrics(losses.float()).cpu())
     return torch.cat(found).numpy().astype(float)
-
-
-def base_model(trainer: Trainer) -> nn.Module:
-    """The trainer's model without wrappers, of processes or of an adapter."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def loss_function(trainer: Trainer) -> Callable | None:
@@ -105,12 +99,13 @@ def examining(trainer: Trainer, model: nn.Module) -> Iterator[None]:
             "Under FSDP or DeepSpeed only the trainer's own model can be evaluated: load the saved model in a trainer "
             "of one process, or DDP, to compare it with a reference or to attack it."
         )
-    own = trainer.model, trainer.model_wrapped
+    own, device = (trainer.model, trainer.model_wrapped), next(model.parameters()).device
     trainer.model = trainer.model_wrapped = model.to(trainer.args.device)
     try:
         yield
     finally:
         trainer.model, trainer.model_wrapped = own
+        model.to(device)  # two models and a copy under attack need not be on the device at once
 
 
 def column_values(dataset, column: str) -> Sequence:

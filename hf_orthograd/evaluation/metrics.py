@@ -1,8 +1,13 @@
-"""Error rates of transcripts as `evaluate` metrics that are part of the package: nothing is downloaded to load them."""
+"""Accuracy and error rates: sample by sample for reports, and as `evaluate` metrics that need no download."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import datasets
 import evaluate
 import jiwer
+import numpy as np
+from transformers import EvalPrediction
 
 
 _CITATION = """\
@@ -11,6 +16,73 @@ _CITATION = """\
   title = {From WER and RIL to MER and WIL: improved evaluation measures for connected speech recognition},
   year = {2004}
 }"""
+
+
+def edit_counts(predictions: Sequence[str], references: Sequence[str], unit: str) -> tuple[np.ndarray, np.ndarray]:
+    """Edits of each transcript, and units of its reference, shape (n,) each, by jiwer.
+
+    Args:
+        predictions, references (`Sequence[str]`): Transcripts, normalised alike.
+        unit (`str`): "word" or "character", spaces included.
+    """
+    process = jiwer.process_words if unit == "word" else jiwer.process_characters
+    edits, units = [], []
+    for prediction, reference in zip(predictions, references, strict=True):
+        found = process(reference, prediction)
+        edits.append(found.substitutions + found.deletions + found.insertions)
+        units.append(found.hits + found.substitutions + found.deletions)
+    return np.array(edits, dtype=float), np.array(units, dtype=float)
+
+
+class SampleMetric(Protocol):
+    """A metric that is a sum over samples divided by another: accuracy, word error rate.
+
+    Attributes:
+        name (`str`): How reports call it.
+        greater_is_better (`bool`): Whether more of it is better quality.
+    """
+
+    name: str
+    greater_is_better: bool
+
+    def counts(self, prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
+        """Returns numerators and denominators, shape (n,) each; the metric is the ratio of their sums."""
+        ...
+
+
+class Accuracy:
+    """Share of samples whose most likely class is their label. Predictions are logits (n, classes)."""
+
+    name, greater_is_better = "accuracy", True
+
+    def counts(self, prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        right = np.argmax(logits, axis=-1) == prediction.label_ids
+        return right.astype(float), np.ones(len(right))
+
+
+class WordErrors:
+    """Word error rate: word edits of each utterance over the words of its reference, by jiwer.
+
+    Args:
+        transcribe (`Callable`): From an `EvalPrediction` to (predicted, reference) transcripts, as
+            [`~hf_orthograd.speech.transcripts`] returns.
+    """
+
+    name, greater_is_better, unit = "wer", False, "word"
+
+    def __init__(self, transcribe: Callable[[EvalPrediction], tuple[list[str], list[str]]]):
+        self._transcribe = transcribe
+
+    def counts(self, prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
+        hypotheses, references = self._transcribe(prediction)
+        return edit_counts(hypotheses, references, self.unit)
+
+
+class CharacterErrors(WordErrors):
+    """Character error rate; otherwise as [`WordErrors`]."""
+
+    name, unit = "cer", "character"
 
 
 class _ErrorRate(evaluate.Metric):
@@ -37,7 +109,8 @@ class WordErrorRate(_ErrorRate):
     unit = "word"
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        return {"wer": jiwer.wer(list(references), list(predictions))}
+        edits, words = edit_counts(predictions, references, self.unit)
+        return {"wer": float(edits.sum() / words.sum())}
 
 
 class CharacterErrorRate(_ErrorRate):
@@ -46,4 +119,5 @@ class CharacterErrorRate(_ErrorRate):
     unit = "character"
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        return {"cer": jiwer.cer(list(references), list(predictions))}
+        edits, characters = edit_counts(predictions, references, self.unit)
+        return {"cer": float(edits.sum() / characters.sum())}

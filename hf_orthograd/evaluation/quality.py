@@ -1,70 +1,10 @@
 """Quality on a set of data, sample by sample, so that it has an interval and a value for each group."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-import jiwer
 import numpy as np
 from scipy import stats
-from transformers import EvalPrediction
-
-
-class SampleMetric(Protocol):
-    """A metric that is a sum over samples divided by another: accuracy, word error rate.
-
-    Parameters:
-        name (`str`): How reports call it.
-        greater_is_better (`bool`): Whether more of it is better quality.
-    """
-
-    name: str
-    greater_is_better: bool
-
-    def counts(self, prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
-        """Returns numerators and denominators, shape (n,) each; the metric is the ratio of their sums."""
-        ...
-
-
-class Accuracy:
-    """Share of samples whose most likely class is their label. Predictions are logits (n, classes)."""
-
-    name, greater_is_better = "accuracy", True
-
-    def counts(self, prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
-        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        right = np.argmax(logits, axis=-1) == prediction.label_ids
-        return right.astype(float), np.ones(len(right))
-
-
-class WordErrors:
-    """Word error rate: word edits of each utterance over the words of its reference, by jiwer.
-
-    Args:
-        transcribe (`Callable`): From an `EvalPrediction` to (predicted, reference) transcripts, as
-            [`~hf_orthograd.speech.transcripts`] returns.
-    """
-
-    name, greater_is_better = "wer", False
-    _process = staticmethod(jiwer.process_words)
-
-    def __init__(self, transcribe: Callable[[EvalPrediction], tuple[list[str], list[str]]]):
-        self._transcribe = transcribe
-
-    def counts(self, prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
-        edits, units = [], []
-        for hypothesis, reference in zip(*self._transcribe(prediction), strict=True):
-            found = self._process(reference, hypothesis)
-            edits.append(found.substitutions + found.deletions + found.insertions)
-            units.append(found.hits + found.substitutions + found.deletions)
-        return np.array(edits, dtype=float), np.array(units, dtype=float)
-
-
-class CharacterErrors(WordErrors):
-    """Character error rate; otherwise as [`WordErrors`]."""
-
-    name = "cer"
-    _process = staticmethod(jiwer.process_characters)
 
 
 @dataclass
@@ -79,7 +19,7 @@ class Rate:
 class Quality:
     """What a model does on one set of data.
 
-    Parameters:
+    Attributes:
         loss (`float`): Mean over samples of the per-sample loss, in nats.
         size (`int`): Number of samples.
         value (`float`, *optional*): The metric.

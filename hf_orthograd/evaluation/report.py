@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .privacy import MembershipInference
+from .membership import MembershipInference
 from .quality import Quality, Rate
 
 
@@ -16,7 +16,7 @@ NOT_MEASURED = "not measured"
 class Check:
     """One number against what it is compared with.
 
-    Parameters:
+    Attributes:
         name (`str`): What was measured.
         rule (`str`): When it holds, in words.
         value (`float`, *optional*): The unlearned model's; None if it was not measured.
@@ -55,7 +55,7 @@ class HardestHit:
 class UnlearningReport:
     """What `evaluate_unlearning` found.
 
-    Parameters:
+    Attributes:
         goal (`str`): "retrained", to be like a model that never saw the forget set, or "erased", to fail on it.
         metric (`str`, *optional*): Name of the metric; without one only losses were measured.
         greater_is_better (`bool`): Whether more of it is better.

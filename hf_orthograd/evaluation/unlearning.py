@@ -5,14 +5,22 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from transformers import Trainer
 
-from ..objectives import class_losses, find_family
+from ..objectives import PerSampleLoss
 from .attacks import Attack, Relearning
-from .checks import NONMEMBERS, Tolerances, check_report, main_auc
-from .measure import Measurement, base_model, column_values, examining, loss_function, measure
-from .privacy import MembershipInference, loss_distance, membership_inference
-from .quality import Accuracy, Quality, SampleMetric, summarize
+from .checks import (
+    NONMEMBERS,
+    Tolerances,
+    average_gap,
+    check_report,
+    main_auc,
+    tug_of_war,
+    unlearning_impact_score,
+)
+from .measure import Measurement, column_values, examining, loss_function, measure
+from .membership import MembershipInference, loss_distance, membership_inference
+from .metrics import Accuracy, SampleMetric
+from .quality import Quality, summarize
 from .report import HardestHit, RelearningPoint, UnlearningReport
-from .summary import average_gap, tug_of_war, unlearning_impact_score
 
 
 # what an attack could bring back, and what it costs: attacked models are measured on these sets
@@ -114,7 +122,7 @@ def evaluate_unlearning(
 
 
 def _classifies(trainer: Trainer) -> bool:
-    return loss_function(trainer) is None and find_family(base_model(trainer)) is class_losses
+    return PerSampleLoss(trainer.accelerator.unwrap_model(trainer.model), loss_function(trainer)).classifies
 
 
 def _check_datasets(datasets) -> dict:

@@ -1,33 +1,31 @@
 """From a forget and a retain batch to the inner products of their gradients."""
 
-from .base import ForgetBatch, GradientEngine, Parameters, StepGradients, UnsupportedModelError
-from .chunked import split_samples
+from .base import ForgetBatch, GradientEngine, StepGradients, UnsupportedModelError
 from .functional import FunctionalEngine
-from .gram import GramEngine
-from .layers import register_rule
-from .loop import LoopEngine, MeanEngine
-from .pieces import Dense, Outer
+from .gram import Call, Dense, GramEngine, Outer, Source, register_rule
+from .loop import LoopEngine, MaterializedGradients, MeanEngine
 from .plain import PlainEngine
-from .randomness import preserved_random_state
-from .selection import choose_engine, preserved_modes
+from .selection import choose_engine
+from .summary import check_finite, summarize_step
 
 
 __all__ = [
+    "Call",
     "Dense",
     "ForgetBatch",
     "FunctionalEngine",
     "GradientEngine",
     "GramEngine",
     "LoopEngine",
+    "MaterializedGradients",
     "MeanEngine",
     "Outer",
-    "Parameters",
     "PlainEngine",
+    "Source",
     "StepGradients",
     "UnsupportedModelError",
+    "check_finite",
     "choose_engine",
-    "preserved_modes",
-    "preserved_random_state",
     "register_rule",
-    "split_samples",
+    "summarize_step",
 ]

@@ -1,11 +1,13 @@
 """Per-sample gradients by torch.func: one vectorised backward over the retain samples, in chunks."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from .base import Parameters, PerSampleLosses, UnsupportedModelError
+from ..data import Batch
+from ..objectives import PerSampleLosses
+from ..parallel import Parameters
+from .base import UnsupportedModelError
 from .loop import MaterializingEngine
 
 
@@ -24,14 +26,23 @@ class FunctionalEngine(MaterializingEngine):
         super().__init__(parameters, per_sample_losses)
         self.chunk_size = chunk_size
 
-    def retain_rows(self, model: nn.Module, retain: Mapping) -> tuple[Tensor, dict[str, Tensor]]:
-        tensors = {name: value for name, value in retain.items() if isinstance(value, Tensor)}
-        constants = {name: value for name, value in retain.items() if not isinstance(value, Tensor)}
+    def retain_rows(self, model: nn.Module, retain: Batch, loss_scale: float) -> tuple[Tensor, dict[str, Tensor]]:
+        tensors = {name: value for name, value in retain.inputs.items() if isinstance(value, Tensor)}
+        constants = {name: value for name, value in retain.inputs.items() if not isinstance(value, Tensor)}
+        other = [name for name, value in tensors.items() if value.ndim == 0 or len(value) != retain.size]
+        if other:
+            raise UnsupportedModelError(
+                f"torch.func takes samples apart along the first dimension, which in {', '.join(other)} is not that of "
+                f"the {retain.size} samples. Set `gradient_engine` to 'gram' or 'loop'."
+            )
+
+        # parameters are named as in the model itself
+        plain_model = model.module if isinstance(model, DistributedDataParallel) else model
 
         def loss_of_one(trainable: dict[str, Tensor], sample: dict[str, Tensor]) -> Tensor:
             batch_of_one = {name: value[None] for name, value in sample.items()}
-            functional_model = _FunctionalModel(model, trainable)
-            return self.loss_scale * self.per_sample_losses(functional_model, {**batch_of_one, **constants})[0]
+            functional_model = _FunctionalModel(plain_model, trainable)
+            return loss_scale * self.per_sample_losses(functional_model, {**batch_of_one, **constants})[0]
 
         gradient_of_one = torch.func.grad_and_value(loss_of_one)
         vectorised = torch.func.vmap(gradient_of_one, (None, 0), randomness="different", chunk_size=self.chunk_size)
@@ -45,7 +56,7 @@ class FunctionalEngine(MaterializingEngine):
                 f"torch.func cannot vectorise {type(model).__name__} over samples ({str(error).splitlines()[0]}). "
                 "Set `gradient_engine` to 'gram' or 'loop'."
             ) from error
-        return losses / self.loss_scale, rows
+        return losses / loss_scale, rows
 
 
 class _FunctionalModel:

@@ -1,92 +1,126 @@
-"""The engines that hold whole retain gradients: one ordinary backward for each, one for their mean, or torch.func."""
+"""The engines that hold whole retain gradients: one ordinary backward for each, or one for their mean."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..distributed import Exchange
-from .base import (
-    ForgetBatch,
-    GradientEngine,
-    Parameters,
-    StepGradients,
-    assemble_grams,
-    count_samples,
-    exact_arithmetic,
-    first_device,
-    inner_products,
-)
+from ..data import Batch
+from ..parallel import ALONE, Parameters, ProcessGroup, SampleLayout
+from ..projection import UpdateWeights
+from .base import ForgetBatch, GradientEngine, StepGradients
+from .products import accumulation_dtype, assemble_grams, exact_arithmetic, inner_products
 
 
 @dataclass
 class MaterializedGradients(StepGradients):
     """Gradients held in memory, k + 1 times the trainable parameters.
 
-    Parameters:
+    Attributes:
         forget_gradients (`dict[str, torch.Tensor]`): `g_u` of each trainable parameter that the forget loss uses.
         rows (`dict[str, torch.Tensor]`): For each trainable parameter, the retain rows, shape (k, *parameter.shape).
-        parameters ([`Parameters`]): What the rows belong to.
     """
 
     forget_gradients: dict[str, Tensor]
     rows: dict[str, Tensor]
-    parameters: Parameters
 
     @property
-    def outlives_combine(self) -> bool:
+    def has_retain_gradients(self) -> bool:
         return True
 
-    def combine(self, forget_weight: float, retain_weight: float, coefficients: dict[str, Tensor]) -> Tensor:
-        gradients = {}
+    def combine(self, weights: UpdateWeights) -> Tensor:
+        gradients = {name: weights.forget * gradient for name, gradient in self.forget_gradients.items()}
         for name, rows in self.rows.items():
-            weights = self.own_weights(retain_weight, coefficients.get(name)).to(rows.dtype)
+            own = self.local_weights(weights, name).to(rows.dtype)
             with exact_arithmetic(rows.device):
-                gradients[name] = torch.tensordot(weights, rows, dims=1)
-            if name in self.forget_gradients:
-                gradients[name] += forget_weight * self.forget_gradients[name]
-        return self.parameters.hand_over(gradients)
+                retained = torch.tensordot(own, rows, dims=1)
+            gradients[name] = retained if name not in gradients else gradients[name].add_(retained)
+        return self.hand_over(gradients)
 
     def along(self, step: Iterable[tuple[str, Tensor]]) -> Tensor:
-        own = sum(
-            inner_products(self.rows[name].flatten(1), change.reshape(1, -1).to(self.rows[name])).cpu()
-            for name, change in step
-        )
-        return self.placement.gather_rows(own[:, 0].to(self.retain_losses.device))
+        device = self.retain_losses.device
+        products = [torch.zeros(self.layout.local, dtype=accumulation_dtype(device), device=device)]
+        for name, change in step:
+            if name in self.rows:
+                rows = self.rows[name].flatten(1)
+                products.append(inner_products(rows, change.reshape(1, -1).to(rows))[:, 0].to(device))
+        return self.layout.gather_rows(torch.stack(products).sum(dim=0))
 
     def combination(self, name: str, coefficients: Tensor) -> Tensor:
-        weights = coefficients[self.placement.span].to(self.rows[name])
-        return self.placement.exchange.sum(torch.tensordot(weights, self.rows[name], dims=1))
+        if name not in self.rows:
+            return torch.zeros_like(self.parameters.trainable[name])
+        weights = coefficients[self.layout.span].to(self.rows[name])
+        return self.layout.group.sum(torch.tensordot(weights, self.rows[name], dims=1))
+
+
+def materialized(
+    parameters: Parameters,
+    group: ProcessGroup,
+    losses: tuple[Tensor, Tensor],
+    forget_gradients: dict[str, Tensor],
+    rows: dict[str, Tensor],
+    layout: SampleLayout,
+) -> MaterializedGradients:
+    """Takes the inner products of gradients that are held in memory.
+
+    Args:
+        parameters ([`Parameters`]): What they belong to.
+        group ([`ProcessGroup`]): The processes whose samples make up the step.
+        losses (`tuple[torch.Tensor, torch.Tensor]`): Of this process' forget and retain samples.
+        forget_gradients (`dict[str, torch.Tensor]`): `g_u` of each trainable parameter that the forget loss uses.
+        rows (`dict[str, torch.Tensor]`): For each trainable parameter that a retain loss uses, in any process, shape
+            (local, *parameter.shape).
+        layout ([`SampleLayout`]): The rows among those of all processes.
+    """
+    products, device = {}, losses[1].device
+    for name in parameters.projected:
+        if name not in rows:
+            shape = layout.local, 1 + layout.total
+            products[name] = torch.zeros(shape, dtype=accumulation_dtype(device), device=device)
+            continue
+        flat = rows[name].flatten(1)
+        forget = forget_gradients.get(name)
+        first = flat.new_zeros(1, flat.shape[1]) if forget is None else forget.reshape(1, -1)
+        products[name] = inner_products(flat, torch.cat((first, layout.gather_rows(flat))))
+    grams = assemble_grams(products, forget_gradients, layout)
+    forget_losses, retain_losses = losses
+    return MaterializedGradients(
+        forget_losses, retain_losses.detach(), grams, layout, parameters, group, forget_gradients, rows
+    )
 
 
 class MaterializingEngine(GradientEngine):
     """Shared by the engines that differ only in how the retain rows are made."""
 
-    def retain_rows(self, model: nn.Module, retain: Mapping) -> tuple[Tensor, dict[str, Tensor]]:
+    def retain_rows(self, model: nn.Module, retain: Batch, loss_scale: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the retain losses (k,), and for each trainable parameter rows of shape (k, *parameter.shape)."""
         raise NotImplementedError
 
-    def measure(self, model: nn.Module, forget: list[ForgetBatch], retain: list[Mapping]) -> StepGradients:
-        forget_losses, forget_gradients = self.forget_gradients(model, forget)
-        found = [self.retain_rows(model, inputs) for inputs in retain]
-        retain_losses = torch.cat([losses for losses, _ in found]).detach()
-        rows = {name: torch.cat([own[name] for _, own in found]) for name in self.parameters.trainable}
-        placement = self.exchange.place(len(retain_losses), retain_losses.device)
-        return self._results(forget_losses, retain_losses, forget_gradients, rows, placement)
-
-    def _results(self, forget_losses, retain_losses, forget_gradients, rows, placement) -> MaterializedGradients:
-        products = {}
-        for name in self.parameters.projected:
-            flat = rows[name].flatten(1)
-            forget = forget_gradients.get(name)
-            first = flat.new_zeros(1, flat.shape[1]) if forget is None else forget.reshape(1, -1)
-            everyone = placement.gather_rows(flat)
-            products[name] = torch.cat((inner_products(flat, first), inner_products(flat, everyone)), dim=1)
-        grams = assemble_grams(products, forget_gradients, placement)
-        return MaterializedGradients(
-            forget_losses, retain_losses, grams, placement, forget_gradients, rows, self.parameters
-        )
+    def measure(
+        self,
+        model: nn.Module,
+        forget: list[ForgetBatch],
+        retain: list[Batch],
+        *,
+        group: ProcessGroup = ALONE,
+        loss_scale: float = 1.0,
+        keep_gradients: bool = False,
+    ) -> MaterializedGradients:
+        forget_losses, forget_gradients = self.forget_gradients(model, forget, group, loss_scale)
+        found = [self.retain_rows(model, batch, loss_scale) for batch in retain]
+        retain_losses = torch.cat([losses for losses, _ in found])
+        layout = group.layout(len(retain_losses), retain_losses.device)
+        trainable, rows = self.parameters.trainable, {}
+        used = {name for _, own in found for name in own}
+        for name in group.used_anywhere(trainable, used, retain_losses.device):
+            zeros = trainable[name].detach().new_zeros(1, *trainable[name].shape)
+            parts = [
+                own[name] if name in own else zeros.expand(len(losses), *zeros.shape[1:]) for losses, own in found
+            ]
+            rows[name] = torch.cat(parts)
+        losses = forget_losses, retain_losses
+        return materialized(self.parameters, group, losses, forget_gradients, rows, layout)
 
 
 class LoopEngine(MaterializingEngine):
@@ -94,39 +128,53 @@ class LoopEngine(MaterializingEngine):
 
     name = "loop"
 
-    def retain_rows(self, model: nn.Module, retain: Mapping) -> tuple[Tensor, dict[str, Tensor]]:
-        losses = self.per_sample_losses(model, retain)
-        return losses, _stacked_gradients(list(self.loss_scale * losses), self.parameters.trainable)
+    def retain_rows(self, model: nn.Module, retain: Batch, loss_scale: float) -> tuple[Tensor, dict[str, Tensor]]:
+        losses = retain.losses(model, self.per_sample_losses)
+        return losses, _stacked_gradients(list(loss_scale * losses), self.parameters.trainable)
 
 
-class MeanEngine(MaterializingEngine):
+class MeanEngine(GradientEngine):
     """One ordinary backward pass for the mean of each retain batch; the mean of all samples makes one row."""
 
     name = "mean"
 
-    def measure(self, model: nn.Module, forget: list[ForgetBatch], retain: list[Mapping]) -> StepGradients:
-        forget_losses, forget_gradients = self.forget_gradients(model, forget)
-        trainable, losses, rows = self.parameters.trainable, [], {}
-        total = self.exchange.place(sum(map(count_samples, retain)), first_device(model)).total
-        for inputs in retain:
-            own = self.per_sample_losses(model, inputs)
-            for name, row in _stacked_gradients([self.loss_scale * own.sum() / total], trainable).items():
-                rows[name] = row if name not in rows else rows[name] + row
+    def measure(
+        self,
+        model: nn.Module,
+        forget: list[ForgetBatch],
+        retain: list[Batch],
+        *,
+        group: ProcessGroup = ALONE,
+        loss_scale: float = 1.0,
+        keep_gradients: bool = False,
+    ) -> MaterializedGradients:
+        forget_losses, forget_gradients = self.forget_gradients(model, forget, group, loss_scale)
+        losses, own_rows, trainable = [], {}, self.parameters.trainable
+        total = group.layout(sum(batch.size for batch in retain), self.parameters.device).total
+        for batch in retain:
+            own = batch.losses(model, self.per_sample_losses)
+            for name, row in _stacked_gradients([loss_scale * own.sum() / total], trainable).items():
+                own_rows[name] = row if name not in own_rows else own_rows[name] + row
             losses.append(own.detach())
-        rows = {name: self.exchange.sum(row) for name, row in rows.items()}
+        losses, rows = torch.cat(losses), {}
+        for name in group.used_anywhere(trainable, own_rows, losses.device):
+            row = own_rows[name] if name in own_rows else trainable[name].detach().new_zeros(1, *trainable[name].shape)
+            rows[name] = group.sum(row)
         # every process has the one row of all
-        placement = Exchange().place(1, first_device(model))
-        return self._results(forget_losses, torch.cat(losses), forget_gradients, rows, placement)
+        layout = SampleLayout(ALONE, (1,))
+        return materialized(self.parameters, group, (forget_losses, losses), forget_gradients, rows, layout)
 
 
 def _stacked_gradients(losses: list[Tensor], parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """For each parameter, the gradients of the losses, shape (len(losses), *parameter.shape)."""
-    rows = {
-        name: parameter.new_empty(len(losses), *parameter.shape).detach() for name, parameter in parameters.items()
-    }
+    """For each parameter that a loss uses, the gradients of the losses, shape (len(losses), *parameter.shape)."""
+    rows = {}
     for i, loss in enumerate(losses):
-        last = i == len(losses) - 1
-        gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=not last, materialize_grads=True)
+        retain_graph = i < len(losses) - 1
+        gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=retain_graph, allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            if name not in rows:
+                rows[name] = gradient.new_zeros(len(losses), *gradient.shape)
             rows[name][i] = gradient
     return rows

@@ -1,10 +1,12 @@
 """Both forward passes and nothing else: the step without a projection."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..data import Batch
+from ..parallel import ALONE, ProcessGroup
+from ..projection import UpdateWeights
 from .base import ForgetBatch, GradientEngine, StepGradients
 
 
@@ -12,7 +14,7 @@ from .base import ForgetBatch, GradientEngine, StepGradients
 class PlainGradients(StepGradients):
     """Losses without inner products, and the graph of both batches.
 
-    Parameters:
+    Attributes:
         forget_term (`torch.Tensor`): Scalar whose gradient is `g_u`.
         retain_term (`torch.Tensor`): Scalar whose gradient is the mean retain gradient.
     """
@@ -20,8 +22,8 @@ class PlainGradients(StepGradients):
     forget_term: Tensor
     retain_term: Tensor
 
-    def combine(self, forget_weight: float, retain_weight: float, coefficients: dict[str, Tensor]) -> Tensor:
-        total = forget_weight * self.forget_term + retain_weight * self.retain_term
+    def combine(self, weights: UpdateWeights) -> Tensor:
+        total = weights.forget * self.forget_term + weights.retain_mean * self.retain_term
         return total - total.detach()
 
 
@@ -30,12 +32,25 @@ class PlainEngine(GradientEngine):
 
     name = "none"
 
-    def measure(self, model: nn.Module, forget: list[ForgetBatch], retain: list[Mapping]) -> StepGradients:
-        """Takes one batch of each kind at most: without inner products, batches and processes simply add up."""
+    def measure(
+        self,
+        model: nn.Module,
+        forget: list[ForgetBatch],
+        retain: list[Batch],
+        *,
+        group: ProcessGroup = ALONE,
+        loss_scale: float = 1.0,
+        keep_gradients: bool = False,
+    ) -> StepGradients:
+        """Takes one batch of each kind at most: without inner products, batches and processes simply add up.
+
+        Losses go backward as any do, so that `accelerator.backward` scales them.
+        """
         (batch,) = forget
-        forget_losses = self.per_sample_losses(model, batch.inputs)
+        forget_losses = batch.losses(model, self.per_sample_losses)
         forget_term = (batch.slopes(forget_losses.detach()) * forget_losses).mean()
-        retain_losses = self.per_sample_losses(model, retain[0]) if retain else forget_losses.new_zeros(0)
+        retain_losses = retain[0].losses(model, self.per_sample_losses) if retain else forget_losses.new_zeros(0)
         retain_term = retain_losses.mean() if retain else retain_losses.sum()
-        placement = self.exchange.place(len(retain_losses), retain_losses.device)
-        return PlainGradients(forget_losses.detach(), retain_losses.detach(), {}, placement, forget_term, retain_term)
+        layout = group.layout(len(retain_losses), retain_losses.device)
+        losses = forget_losses.detach(), retain_losses.detach()
+        return PlainGradients(*losses, {}, layout, self.parameters, group, forget_term, retain_term)

@@ -1,0 +1,24 @@
+"""The methods that papers compare with, through the same trainer.
+
+Those that are a combination of `forget_loss`, `projection` and `alpha` stand in `BASELINES`. The others are small
+subclasses of [`OrthoGradTrainer`], which keep its data, launches, checks and logs and replace what a step descends; and
+selective synaptic dampening, which makes no steps.
+"""
+
+from .base import BaselineTrainer
+from .dampening import dampen_synapses
+from .labels import RandomLabelTrainer, saliency_masks
+from .settings import BASELINES
+from .teachers import BadTeacherTrainer, ScrubTrainer, kl_divergence
+
+
+__all__ = [
+    "BASELINES",
+    "BadTeacherTrainer",
+    "BaselineTrainer",
+    "RandomLabelTrainer",
+    "ScrubTrainer",
+    "dampen_synapses",
+    "kl_divergence",
+    "saliency_masks",
+]

@@ -1,0 +1,56 @@
+"""What the methods share whose step descends losses of its own."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ..config import with_unlearning
+from ..data import Batch
+from ..trainer import OrthoGradTrainer
+
+
+class BaselineTrainer(OrthoGradTrainer):
+    """A method whose step descends losses of its own on the step's forget and retain batches.
+
+    `alpha`, `forget_loss` and `projection` are not used: on the trainer's own copy of the arguments the last two are
+    "ascent" and "none".
+
+    Raises:
+        ValueError: `args.projection_target` is "update", which corrects steps by a projection.
+    """
+
+    def __init__(self, model=None, args=None, *further, forget_dataset=None, **kwargs):
+        if forget_dataset is not None and args is not None:
+            args = copy.copy(with_unlearning(args))
+            if args.projection_target == "update":
+                raise ValueError(
+                    f"{type(self).__name__} has no projection, but `projection_target` is 'update'. Set it to 'gradient'."
+                )
+            args.projection, args.forget_loss = "none", "ascent"
+        super().__init__(model, args, *further, forget_dataset=forget_dataset, **kwargs)
+
+    def forget_loss(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        """What is descended on a forget batch, a scalar; None if this step leaves the forget set out."""
+        raise NotImplementedError
+
+    def retain_loss(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        """What is descended on a retain batch: by default the mean of its samples' losses."""
+        return batch.losses(model, self.per_sample_loss).mean()
+
+    def weigh(self, losses: dict[str, Tensor], forget: list[Batch], retain: list[Batch]) -> Tensor:
+        """The scalar that a step descends, from "forget_loss" and "retain_loss", as far as there are such: their sum."""
+        return sum(losses.values())
+
+    def unlearning_loss(self, model: nn.Module, forget: list[Batch], retain: list[Batch]) -> Tensor:
+        found = {
+            "forget_loss": [self.forget_loss(model, batch) for batch in forget],
+            "retain_loss": [self.retain_loss(model, batch) for batch in retain],
+        }
+        losses = {name: own[0] for name, own in found.items() if own and own[0] is not None}
+        values = torch.stack([loss.detach().float() for loss in losses.values()])
+        for name, value in zip(losses, self.accelerator.reduce(values, "mean").tolist(), strict=True):
+            if not torch.isfinite(torch.tensor(value)):
+                raise FloatingPointError(f"`{name}` is not finite")
+            self.record(name, value)
+        return self.weigh(losses, forget, retain)

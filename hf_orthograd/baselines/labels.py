@@ -1,0 +1,65 @@
+"""Methods that train the forget set on wrong labels: random labels and SalUn."""
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Batch
+from ..objectives import IGNORED_LABEL
+from ..trials import preserved_modes, preserved_random_state
+from .base import BaselineTrainer
+
+
+class RandomLabelTrainer(BaselineTrainer):
+    """Random labels (arXiv 2010.10981): trains on the retain set and on forget samples with labels that are wrong.
+
+    Each label is drawn once from all others; with token labels, each position. With `saliency` it is SalUn
+    (arXiv 2310.12508, equations 3 and 5): only weights whose gradient of the forget loss, under the original model, is
+    among the largest are trained. (Weight decay is not masked.)
+
+    Args:
+        saliency (`float`, *optional*): Share of the weights that is trained; the paper takes 0.5. All by default.
+    """
+
+    def __init__(self, *args, saliency: float | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        if saliency is not None and not 0 < saliency <= 1:
+            raise ValueError(f"`saliency` must lie in (0, 1], but is {saliency}.")
+        self._saliency, self._masked = saliency, False
+
+    def forget_loss(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        rows = batch.rows.tolist()
+        labels = [self._wrong(label, row) for label, row in zip(batch.inputs["labels"], rows, strict=True)]
+        return self.per_sample_loss(model, {**batch.inputs, "labels": torch.stack(labels)}).mean()
+
+    def _wrong(self, labels: Tensor, row: int) -> Tensor:
+        # by seed and row, so that a sample has one wrong label however often it comes, on any process
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + row)
+        config = self.accelerator.unwrap_model(self.model).config
+        count = config.vocab_size if labels.ndim else config.num_labels
+        drawn = torch.randint(1, count, labels.shape, generator=generator).to(labels.device)
+        return torch.where(labels == IGNORED_LABEL, labels, (labels + drawn) % count)
+
+    def begin_unlearning(self) -> None:
+        super().begin_unlearning()
+        if self._saliency is None or self._masked:
+            return
+        self._masked = True
+        plain = self.accelerator.unwrap_model(self.model)
+        trained = [parameter for parameter in plain.parameters() if parameter.requires_grad]
+        total = [torch.zeros_like(parameter) for parameter in trained]
+        with preserved_modes(plain), preserved_random_state():
+            plain.eval()
+            for batch in self.forget_batches():
+                losses = batch.losses(plain, self.per_sample_loss)
+                gradients = torch.autograd.grad(losses.sum(), trained, allow_unused=True)
+                total = [t if g is None else t + g for t, g in zip(total, gradients, strict=True)]
+        for parameter, mask in zip(trained, saliency_masks(total, self._saliency), strict=True):
+            parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
+
+
+def saliency_masks(gradients: list[Tensor], share: float) -> list[Tensor]:
+    """1 where the absolute gradient is among the largest `share` of all entries of all tensors, else 0."""
+    magnitudes = torch.cat([gradient.abs().flatten() for gradient in gradients])
+    kept = max(1, round(share * len(magnitudes)))
+    threshold = magnitudes.kthvalue(len(magnitudes) - kept + 1).values
+    return [(gradient.abs() >= threshold).to(gradient.dtype) for gradient in gradients]

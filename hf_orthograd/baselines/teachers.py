@@ -1,0 +1,109 @@
+"""Methods that keep a copy of the starting model as a teacher: SCRUB and Bad Teacher."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..data import Batch
+from ..objectives import IGNORED_LABEL
+from .base import BaselineTrainer
+
+
+class TeacherTrainer(BaselineTrainer):
+    """Keeps the model it starts from as a teacher: one more copy of the parameters."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.teacher = _frozen(self.model, self.args.device)
+
+    def divergence(self, model: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
+        """The mean over samples of KL(teacher || model)."""
+        with torch.no_grad():
+            target = teacher(**batch.inputs).logits
+        shifted = self.per_sample_loss.shifts_labels
+        return kl_divergence(model(**batch.inputs).logits, target, batch.inputs["labels"], shifted=shifted).mean()
+
+
+class ScrubTrainer(TeacherTrainer):
+    """SCRUB (arXiv 2302.09880, equation 3): away from the original model on the forget set, towards it on the rest.
+
+    Minimises `retain_weight * KL_retain + gamma * loss_retain - KL_forget`, KL being that of the original model's
+    predictions to the model's. As in the paper steps alternate between the two sets, one of ascent on the forget set and
+    then one on the retain set, and the last ones are on the retain set alone.
+
+    Args:
+        retain_weight, gamma (`float`): The paper's alpha and gamma.
+        forget_share (`float`): Share of all steps after which the forget set is left alone.
+    """
+
+    def __init__(self, *args, retain_weight: float = 0.001, gamma: float = 0.99, forget_share: float = 0.7, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._retain_weight, self._gamma, self._forget_share = retain_weight, gamma, forget_share
+
+    @property
+    def _ascends(self) -> bool:
+        return self.state.global_step % 2 == 0 and self.state.global_step < self._forget_share * self.state.max_steps
+
+    def forget_loss(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        return -self.divergence(model, self.teacher, batch) if self._ascends else None
+
+    def retain_loss(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        if self._ascends:
+            return None
+        own = super().retain_loss(model, batch)
+        return self._retain_weight * self.divergence(model, self.teacher, batch) + self._gamma * own
+
+
+class BadTeacherTrainer(TeacherTrainer):
+    """Bad Teacher (arXiv 2205.08096, equation 3): towards an incompetent model on the forget set.
+
+    Minimises, over the samples of both batches, the mean of KL from the original model's predictions on retain samples
+    and KL from those of a model with random weights on forget samples.
+
+    Args:
+        incompetent (`torch.nn.Module`, *optional*): That model; one of the same configuration, drawn anew, by default.
+    """
+
+    def __init__(self, *args, incompetent: nn.Module | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        drawn = type(base)(copy.deepcopy(base.config)) if incompetent is None else incompetent
+        self.incompetent = _frozen(drawn, self.args.device)
+
+    def forget_loss(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        return self.divergence(model, self.incompetent, batch)
+
+    def retain_loss(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        return self.divergence(model, self.teacher, batch)
+
+    def weigh(self, losses: dict[str, Tensor], forget: list[Batch], retain: list[Batch]) -> Tensor:
+        sizes = {"forget_loss": forget[0].size, "retain_loss": retain[0].size}
+        return sum(sizes[name] * loss for name, loss in losses.items()) / sum(sizes.values())
+
+
+def kl_divergence(logits: Tensor, target_logits: Tensor, labels: Tensor, *, shifted: bool = False) -> Tensor:
+    """KL(target || predicted) of each sample, in nats, shape (B,): the mean over positions with a label.
+
+    Where labels do not belong to positions, as under CTC, all positions count.
+
+    Args:
+        logits, target_logits (`torch.Tensor`): Shape (B, V) or (B, T, V).
+        labels (`torch.Tensor`): Shape (B,) or (B, T).
+        shifted (`bool`): Whether position t predicts label t + 1.
+    """
+    divergence = F.kl_div(
+        logits.float().log_softmax(-1), target_logits.float().log_softmax(-1), reduction="none", log_target=True
+    ).sum(-1)
+    if divergence.ndim == 1:
+        return divergence
+    if shifted:
+        divergence, labels = divergence[:, :-1], labels[:, 1:]
+    counted = labels != IGNORED_LABEL if labels.shape == divergence.shape else torch.ones_like(divergence)
+    return (divergence * counted).sum(1) / counted.sum(1)
+
+
+def _frozen(model: nn.Module, device: torch.device) -> nn.Module:
+    return copy.deepcopy(model).requires_grad_(False).eval().to(device)

@@ -1,0 +1,81 @@
+"""Splits of a data set into what is forgotten and what is kept."""
+
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+
+
+def split_forget_retain(
+    dataset: Dataset,
+    column: str,
+    values: Any,
+    *,
+    retain_size: int | float | None = None,
+    seed: int = 0,
+    stratify_by: str | None = None,
+) -> DatasetDict:
+    """Splits off the rows to forget, and optionally keeps only part of the rest.
+
+    Args:
+        dataset (`datasets.Dataset`): The training data.
+        column (`str`): Column that says whose or what a row is.
+        values: The value, or a list of the values, whose rows are forgotten.
+        retain_size (`int` or `float`, *optional*): Rows of the rest that are still at hand: a number, or a fraction
+            below 1. All by default.
+        seed (`int`, *optional*, defaults to 0): Of the draw of those rows.
+        stratify_by (`str`, *optional*): Column whose values the retain rows represent in proportion, each at least once
+            if there are enough rows.
+
+    Returns:
+        `datasets.DatasetDict` with splits "forget" and "retain", rows in their original order.
+
+    Raises:
+        ValueError: An unknown column, a value no row has (the message lists those present), or a size out of range.
+    """
+    for argument, name in (("column", column), ("stratify_by", stratify_by)):
+        if name is not None and name not in dataset.column_names:
+            raise ValueError(
+                f"`{argument}` is {name!r}, but the data set has columns {', '.join(dataset.column_names)}."
+            )
+    values = list(values) if isinstance(values, (list, tuple, set)) else [values]
+    present = dataset.unique(column)
+    missing = [value for value in values if value not in present]
+    if missing or not values:
+        listed = ", ".join(repr(value) for value in sorted(present, key=str)[:50])
+        raise ValueError(f"`values` {missing or values} do not occur in column {column!r}, which has {listed}.")
+    forgotten = np.array([value in values for value in dataset[column]])
+    rest = np.flatnonzero(~forgotten)
+    count = _retain_count(retain_size, len(rest))
+    if count < len(rest):
+        groups = None if stratify_by is None else np.array(dataset.select(rest)[stratify_by], dtype=object).astype(str)
+        rest = rest[np.sort(_draw(len(rest), count, groups, np.random.default_rng(seed)))]
+    return DatasetDict(forget=dataset.select(np.flatnonzero(forgotten)), retain=dataset.select(rest))
+
+
+def _retain_count(retain_size: int | float | None, available: int) -> int:
+    if retain_size is None:
+        return available
+    count = round(retain_size * available) if isinstance(retain_size, float) and retain_size < 1 else retain_size
+    if not 1 <= count <= available or count != int(count):
+        raise ValueError(
+            f"`retain_size` is {retain_size}, but {available} rows are not forgotten: at least 1 and at most those."
+        )
+    return int(count)
+
+
+def _draw(available: int, count: int, groups: np.ndarray | None, generator: np.random.Generator) -> np.ndarray:
+    order = generator.permutation(available)
+    if groups is None:
+        return order[:count]
+    # the j-th drawn row of a group of n stands at (j + 1/2) / n: cutting that order at any point leaves each group with
+    # its share, and the first row of every group comes before the second of any when rows are scarce
+    _, group_of = np.unique(groups, return_inverse=True)
+    sizes = np.bincount(group_of)
+    rank = np.empty(available)
+    for group, size in enumerate(sizes):
+        members = order[group_of[order] == group]
+        rank[members] = (np.arange(size) + 0.5) / size
+        if count >= len(sizes):
+            rank[members[0]] = -1
+    return np.lexsort((np.argsort(order), rank))[:count]

@@ -1,0 +1,279 @@
+"""What one parameter adds to the Gram matrix, and what is kept of its gradients for the update.
+
+Each retain sample's gradient of the parameter is formed, multiplied with the others and with the forget gradient, and
+then kept in whichever form is smaller: the gradients themselves, or the factors they are products of. For a linear layer
+over T positions the k gradients take `k p q` numbers, the factors `k T (p + q)`; in a speech encoder the gradients are
+smaller, in a decoder or a small image model the factors, which replace what the graph of the forward pass gives free.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...parallel import SampleLayout
+from ..products import accumulation_dtype, inner_products
+from .calls import Call, Source, SpreadCall
+from .forms import Dense, Form, Outer
+
+
+# the rules for these functions give factors; of an embedding the left ones are one-hot
+FACTORED = frozenset({F.linear, torch.addmm, F.embedding})
+ONE_HOT = frozenset({F.embedding})
+# what writing or reading one number of a large tensor costs, in multiplications: memory is slower than arithmetic
+_MEMORY_COST = 8
+# gradients that are not kept are formed in blocks of so many bytes, in the same memory again and again
+BLOCK_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Use:
+    """How one call uses a parameter.
+
+    Attributes:
+        positions (`int`): Rows of the matrix that the call's output is, over all samples.
+        factors (`bool`): Whether the rules give factors of the gradient and not the gradient itself.
+        one_hot (`bool`): Whether the left factors are one-hot: gradients are only gathered, and so are products.
+    """
+
+    positions: int
+    factors: bool
+    one_hot: bool
+
+    @classmethod
+    def of(cls, call: Call | SpreadCall, source: Source) -> "Use":
+        factors = source.is_parameter and isinstance(call, Call) and call.function in FACTORED
+        return cls(
+            call.positions if factors else 0, factors and len(source.shape) == 2, factors and call.function in ONE_HOT
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What was counted before a parameter's inner products were taken, over all samples.
+
+    Attributes:
+        pairwise (`bool`): Whether inner products come from pairs of positions, without any gradient being formed.
+        keeps_gradients (`bool`): Whether the gradients are kept for the update, or their factors.
+        kept_bytes (`int`): Memory of what is kept.
+        extra (`int`): Multiplications beside those of forming each gradient once, which any backward pass does.
+    """
+
+    pairwise: bool
+    keeps_gradients: bool
+    kept_bytes: int
+    extra: int
+
+
+def count_cost(shape: torch.Size, uses: list[Use], num_samples: int) -> Cost:
+    """Chooses between forms by counting multiplications and bytes.
+
+    Args:
+        shape (`torch.Size`): Of the parameter.
+        uses (`list[Use]`): By the calls of one forward pass.
+        num_samples (`int`): Number k of retain samples.
+    """
+    numbers = shape.numel()
+    multiplied = (num_samples**2 + _MEMORY_COST * num_samples * (1 + len(uses))) * numbers
+    dense_bytes = 4 * num_samples * numbers
+    if not uses or not all(use.factors for use in uses):
+        return Cost(False, True, dense_bytes, multiplied + num_samples * numbers)
+    p, q = shape
+    formed = sum(use.positions * q * (1 if use.one_hot else p) for use in uses)
+    pairs = sum(
+        use.positions * other.positions * (q + 2 * _MEMORY_COST + (0 if use.one_hot or other.one_hot else p))
+        for i, use in enumerate(uses)
+        for other in uses[: i + 1]
+    )
+    factor_bytes = 4 * sum(use.positions * (q + (2 if use.one_hot else p)) for use in uses)
+    # by pairs, the products with the forget gradient cost as much as forming the gradients would
+    if pairs < multiplied:
+        return Cost(True, False, factor_bytes, pairs + formed)
+    if dense_bytes <= factor_bytes:
+        return Cost(False, True, dense_bytes, multiplied + num_samples * numbers)
+    return Cost(False, False, factor_bytes, multiplied + formed)
+
+
+class ParameterGradients:
+    """Collects the per-sample gradients of one parameter and takes their inner products once all have come.
+
+    A tied weight gets several forms for the same samples, which are summed before the product.
+
+    Args:
+        parameter (`torch.nn.Parameter`): The parameter.
+        forget_gradient (`torch.Tensor`, *optional*): Its `g_u`, or `None` if the forget loss does not use it.
+        layout ([`SampleLayout`]): The k retain samples of this process among those of all.
+        projected (`bool`): Whether inner products are wanted.
+        for_update (`bool`): Whether anything is kept for the update.
+    """
+
+    def __init__(
+        self,
+        parameter: nn.Parameter,
+        forget_gradient: Tensor | None,
+        layout: SampleLayout,
+        *,
+        projected: bool = True,
+        for_update: bool = True,
+    ):
+        self._shape, self._device = parameter.shape, parameter.device
+        self._forget_gradient, self._layout = forget_gradient, layout
+        self._num_samples = layout.local
+        self._projected, self._for_update = projected, for_update
+        self._uses: list[Use] = []
+        self._cost: Cost | None = None
+        self._arrived = 0
+        self._new: list[Form] = []
+        self._forms: list[tuple[slice, Form]] = []
+        self._products: Tensor | None = None
+
+    def begin_pass(self, uses: list[Use], num_samples: int) -> None:
+        """Says how the calls of the next pass, over `num_samples` samples, use the parameter."""
+        self._uses, self._arrived = uses, 0
+        self._cost = count_cost(self._shape, uses, num_samples)
+
+    def add(self, form: Form, samples: slice, scratch: "Scratch") -> None:
+        """Takes the gradients of the samples numbered `samples` at one call; with the last of all, products are taken."""
+        self._new.append(form)
+        self._arrived += 1
+        if self._arrived < len(self._uses):
+            return
+        self._take_in(samples)
+        # with other processes products wait for the end: all must come to them in the same order
+        if samples.stop == self._num_samples and self._layout.group.is_alone:
+            self._take_products(scratch)
+
+    def end_pass(self, samples: slice) -> None:
+        """After a backward pass: calls that the loss does not depend on never delivered anything."""
+        if self._new:
+            self._take_in(samples)
+
+    def products(self, scratch: "Scratch") -> Tensor:
+        """Of this process' gradients with `g_u` and with the gradients of all samples, (local, 1 + k), float64."""
+        if self._products is None:
+            self._take_products(scratch)
+        return self._products
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the forget loss or a retain loss of this process uses the parameter."""
+        return self._forget_gradient is not None or bool(self._forms)
+
+    @property
+    def are_dense(self) -> bool:
+        """Whether gradients are kept and not their factors."""
+        return all(isinstance(form, Dense) for _, form in self._forms)
+
+    def gradient(self, forget_weight: float, weights: Tensor, *, keep: bool) -> Tensor | None:
+        """`forget_weight * g_u + sum_i weights_i g_i`, in the memory of `g_u`; `None` if neither loss uses it.
+
+        The retain gradients or their factors are let go of, unless `keep`.
+        """
+        total, self._forget_gradient = self._forget_gradient, None
+        if total is not None:
+            total = total.float().contiguous().mul_(forget_weight)
+        elif self._forms:
+            total = torch.zeros(self._shape, device=self._device)
+        for samples, form in self._forms:
+            form.add_combination(weights[samples], total)
+        if not keep:
+            self._forms = []
+        return total
+
+    def products_with(self, tensor: Tensor) -> Tensor:
+        """Inner products of this process' gradients with a tensor of the parameter's shape, (local,), float64."""
+        found = torch.zeros(self._num_samples, dtype=accumulation_dtype(self._device), device=self._device)
+        for samples, form in self._forms:
+            found[samples] += form.inner_with(tensor.float())
+        return found
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """`sum_i weights_i g_i` over this process' samples, float32."""
+        total = torch.zeros(self._shape, device=self._device)
+        for samples, form in self._forms:
+            form.add_combination(weights[samples], total)
+        return total
+
+    def _take_in(self, samples: slice) -> None:
+        """Brings what has come of these samples into the form in which it will be kept."""
+        forms, self._new = self._new, []
+        all_outer = all(isinstance(form, Outer) for form in forms)
+        if forms and (not all_outer or (self._for_update and self._cost.keeps_gradients)):
+            forms = [Dense(self._sum_dense(forms))]
+        self._forms += [(samples, form) for form in forms]
+
+    def _sum_dense(self, forms: list[Form]) -> Tensor:
+        total = None
+        for form in forms:
+            if total is None:
+                total = form.dense() if isinstance(form, Outer) else form.gradients.float()
+            elif isinstance(form, Outer):
+                form.add_rows(0, self._shape[0], total, overwrite=False)
+            else:
+                total = total + form.gradients
+        return total
+
+    def _take_products(self, scratch: "Scratch") -> None:
+        layout, dtype = self._layout, accumulation_dtype(self._device)
+        self._products = torch.zeros(layout.local, 1 + layout.total, dtype=dtype, device=self._device)
+        if self._projected and (self._forms or not layout.group.is_alone):
+            self._multiply(scratch)
+        if not self._for_update:
+            self._forms = []
+
+    def _multiply(self, scratch: "Scratch") -> None:
+        forget = None if self._forget_gradient is None else self._forget_gradient.float()
+        alone = self._layout.group.is_alone
+        if alone and len(self._forms) == 1 and isinstance(self._forms[0][1], Dense):
+            self._add_products(self._forms[0][1].gradients, forget)
+        elif alone and self._cost.pairwise and all(isinstance(form, Outer) for _, form in self._forms):
+            self._add_pairwise(forget)
+        else:
+            # gradients that stay factors, come from several forward passes, or travel, are formed in blocks along the
+            # first dimension, all samples together
+            length = self._shape[0] if self._shape else 1
+            block_bytes = 4 * self._layout.total * max(1, self._shape.numel() // length)
+            step = max(1, BLOCK_BYTES // block_bytes)
+            for start in range(0, length, step):
+                stop = min(start + step, length)
+                rows = scratch.view(self._device, self._num_samples, stop - start, *self._shape[1:])
+                self._form_rows(rows, start, stop)
+                self._add_products(rows, None if forget is None else forget.view(length, *self._shape[1:])[start:stop])
+
+    def _form_rows(self, rows: Tensor, start: int, stop: int) -> None:
+        at_once = bool(self._forms) and self._forms[0][0] == slice(0, self._num_samples)
+        if not at_once:
+            rows.zero_()
+        for i, (samples, form) in enumerate(self._forms):
+            form.add_rows(start, stop, rows[samples], overwrite=at_once and i == 0)
+
+    def _add_products(self, gradients: Tensor, forget: Tensor | None) -> None:
+        rows = gradients.flatten(1).float()
+        self._products[:, 1:] += inner_products(rows, self._layout.gather_rows(rows))
+        if forget is not None:
+            self._products[:, :1] += inner_products(rows, forget.reshape(1, -1))
+
+    def _add_pairwise(self, forget: Tensor | None) -> None:
+        for i, (samples, form) in enumerate(self._forms):
+            for other_samples, other in self._forms[: i + 1]:
+                block = form.inner(other).to(self._products.dtype)
+                self._products[samples, 1 + other_samples.start : 1 + other_samples.stop] += block
+                if other is not form:
+                    self._products[other_samples, 1 + samples.start : 1 + samples.stop] += block.T
+            if forget is not None:
+                self._products[samples, 0] += form.inner_with(forget).to(self._products.dtype)
+
+
+class Scratch:
+    """Memory that blocks of gradients are formed in: fresh pages for each block would cost as much as the products."""
+
+    def __init__(self):
+        self._memory: dict[torch.device, Tensor] = {}
+
+    def view(self, device: torch.device, *shape: int) -> Tensor:
+        numbers = torch.Size(shape).numel()
+        memory = self._memory.get(device)
+        if memory is None or len(memory) < numbers:
+            memory = self._memory[device] = torch.empty(max(numbers, BLOCK_BYTES // 4), device=device)
+        return memory[:numbers].view(shape)

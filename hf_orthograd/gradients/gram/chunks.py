@@ -1,0 +1,121 @@
+"""More retain samples than memory holds at once: the Gram matrix of all of them, from passes over a few at a time.
+
+A chunk's inner products with the other chunks need their gradients side by side. So parameters are taken in groups whose
+gradients (or factors) of *all* samples take no more memory than all parameters' would of three quarters of *one* chunk,
+or than the model. For each group all samples run forward, a quarter of a chunk at a time, and backward as far as the
+group reaches; then all inner products of the group are taken at once. With n chunks there are about 4/3 n groups, and as
+many passes over k samples, which is quadratic in k, and one more for the update. Where everything fits into one group, as
+with an adapter, there is one pass in all, and whole chunks run forward.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...data import Batch
+from ...objectives import PerSampleLosses
+from ...projection import UpdateWeights
+from ...trials import RandomState
+from ..base import StepGradients
+
+
+@dataclass
+class Chunk(Batch):
+    """Some of the retain samples of this process.
+
+    Attributes:
+        samples (`slice`): Their numbers.
+        repeats (`bool`): Whether their forward pass may run more than once.
+        random_state ([`RandomState`]): With which it started: repeated, it drops out the same.
+    """
+
+    samples: slice
+    repeats: bool = False
+    random_state: RandomState | None = None
+
+    def losses(self, model: nn.Module, per_sample_losses: PerSampleLosses) -> Tensor:
+        if self.random_state is not None:
+            self.random_state.restore()
+        elif self.repeats:
+            self.random_state = RandomState.now()
+        return super().losses(model, per_sample_losses)
+
+    @property
+    def extent(self) -> int:
+        """Numbers in its tensors: what tells a chunk of longer sequences from one of shorter."""
+        return sum(value.numel() for value in self.inputs.values() if isinstance(value, Tensor))
+
+
+def split_samples(batches: list[Batch], size: int | None) -> list[Chunk]:
+    """Cuts batches along the first dimension of their tensors; inputs that are no tensors go to every chunk.
+
+    Raises:
+        ValueError: A batch is to be cut that holds a tensor whose first dimension does not run over the samples.
+    """
+    chunks, start = [], 0
+    for batch in batches:
+        for first in range(0, batch.size, size or batch.size):
+            last = min(first + (size or batch.size), batch.size)
+            inputs = batch.inputs if last - first == batch.size else _cut(batch, slice(first, last), size)
+            chunks.append(Chunk(inputs, last - first, slice(start + first, start + last)))
+        start += batch.size
+    for chunk in chunks:
+        chunk.repeats = len(chunks) > 1
+    return chunks
+
+
+def _cut(batch: Batch, samples: slice, size: int | None) -> dict:
+    tensors = {name: value for name, value in batch.inputs.items() if isinstance(value, Tensor) and value.ndim}
+    other = [name for name, value in tensors.items() if len(value) != batch.size]
+    if other:
+        raise ValueError(
+            f"A batch of {batch.size} samples cannot be cut into chunks of {size}: the first dimension of "
+            f"{', '.join(f'`{name}` {tuple(tensors[name].shape)}' for name in other)} does not run over the samples. Leave "
+            "`retain_chunk_size` out, and lower `per_device_train_batch_size` or raise `gradient_accumulation_steps`."
+        )
+    return {**batch.inputs, **{name: value[samples] for name, value in tensors.items()}}
+
+
+@dataclass
+class RepeatedGradients(StepGradients):
+    """Inner products without any gradients: the update takes each chunk forward and backward once more.
+
+    Attributes:
+        losses_of (`Callable`): Maps a chunk to its losses, scaled.
+        forget_gradients (`dict[str, torch.Tensor]`): `g_u` of each trainable parameter that the forget loss uses.
+        chunks (`list[Chunk]`): The retain samples of this process.
+    """
+
+    losses_of: Callable[[Chunk], Tensor]
+    forget_gradients: dict[str, Tensor]
+    chunks: list[Chunk]
+
+    def combine(self, weights: UpdateWeights) -> Tensor:
+        others, projected = self.parameters.others, self.parameters.projected
+        terms = [(self.local_weights(weights, name), group) for name, group in weigh_groups(others, projected)]
+        found = {name: gradient.mul_(weights.forget) for name, gradient in self.forget_gradients.items()}
+        end = RandomState.now()
+        for chunk in self.chunks:
+            losses = self.losses_of(chunk)
+            for own_weights, parameters in terms:
+                gradients = torch.autograd.grad(
+                    own_weights[chunk.samples] @ losses,
+                    list(parameters.values()),
+                    retain_graph=parameters is not terms[-1][1],
+                    allow_unused=True,
+                )
+                for name, gradient in zip(parameters, gradients, strict=True):
+                    if gradient is not None:
+                        found[name] = gradient if name not in found else found[name].add_(gradient)
+        end.restore()
+        return self.hand_over(found)
+
+
+def weigh_groups(
+    others: dict[str, nn.Parameter], projected: dict[str, nn.Parameter]
+) -> list[tuple[str | None, dict[str, nn.Parameter]]]:
+    """The two groups of parameters that share their weights under a global projection, each with a name to look up."""
+    groups = [(None, others), (next(iter(projected)), projected)]
+    return [(name, group) for name, group in groups if group]

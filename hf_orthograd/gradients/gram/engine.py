@@ -1,0 +1,331 @@
+"""The Gram matrix of per-sample gradients, parameter by parameter, without the gradients of the whole model.
+
+The forget batch takes an ordinary backward pass. Then one backward pass over the activations of the retain batch
+delivers the gradient of each recorded call's output; the call's part of the inner products is formed at once, and what
+the update will need of it is kept in its smaller form while the graph is given free.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from ...data import Batch
+from ...objectives import PerSampleLosses
+from ...parallel import ALONE, Parameters, ProcessGroup, SampleLayout
+from ...projection import UpdateWeights
+from ...trials import RandomState, preserved_random_state
+from ..base import ForgetBatch, GradientEngine, StepGradients, UnsupportedModelError
+from ..products import assemble_grams, exact_arithmetic
+from .accumulation import ParameterGradients, Scratch, Use, count_cost
+from .calls import Call, Source, SpreadCall
+from .chunks import Chunk, RepeatedGradients, split_samples, weigh_groups
+from .forms import Dense, Form, Outer
+from .recording import Recorder
+from .rules import per_sample_forms
+
+
+# of a chunk, as many samples as memory holds at once, one in so many runs forward where that has to be done again and
+# again; what the others would take is left to gradients or factors of all samples
+FORWARD_PART = 4
+
+
+@dataclass
+class KeptGradients(StepGradients):
+    """Inner products beside the retain gradients or their factors, parameter by parameter; no graph is left.
+
+    Attributes:
+        kept (`dict[str, ParameterGradients]`): What is kept for each trainable parameter.
+        keep (`bool`): Whether it is there after [`combine`].
+    """
+
+    kept: dict[str, ParameterGradients]
+    keep: bool
+
+    @property
+    def has_retain_gradients(self) -> bool:
+        return self.keep
+
+    def combine(self, weights: UpdateWeights) -> Tensor:
+        gradients = {}
+        with exact_arithmetic(self.retain_losses.device):
+            for name, kept in self.kept.items():
+                own_weights = self.local_weights(weights, name)
+                gradients[name] = kept.gradient(weights.forget, own_weights, keep=self.keep)
+        return self.hand_over(gradients)
+
+    def along(self, step: Iterable[tuple[str, Tensor]]) -> Tensor:
+        with exact_arithmetic(self.retain_losses.device):
+            products = [self.kept[name].products_with(change) for name, change in step]
+        device = self.retain_losses.device
+        return self.layout.gather_rows(torch.stack([product.to(device) for product in products]).sum(dim=0))
+
+    def combination(self, name: str, coefficients: Tensor) -> Tensor:
+        weights = coefficients[self.layout.span].to(self.retain_losses)
+        return self.layout.group.sum(self.kept[name].weighted_sum(weights))
+
+
+@dataclass
+class RecomputedGradients(StepGradients):
+    """Inner products beside the live graph of the retain batch, for a second backward pass of weighted losses.
+
+    Under activation checkpointing that graph is small, and keeping gradients or factors would undo the saving.
+
+    Attributes:
+        forget_gradients (`dict[str, torch.Tensor]`): `g_u` of each trainable parameter that the forget loss uses.
+        live_losses (`torch.Tensor`): The retain losses, scaled, with their graph, shape (k,).
+        recorder ([`Recorder`]): The one that the graph was made under: what runs again must keep the same tensors.
+    """
+
+    forget_gradients: dict[str, Tensor]
+    live_losses: Tensor
+    recorder: Recorder
+
+    def combine(self, weights: UpdateWeights) -> Tensor:
+        found = {}
+        groups = weigh_groups(self.parameters.others, self.parameters.projected)
+        for number, (name, parameters) in enumerate(groups):
+            edges = [get_gradient_edge(parameter) for parameter in parameters.values()]
+            weighted = self.local_weights(weights, name) @ self.live_losses
+            with self.recorder:
+                retain_graph = number < len(groups) - 1
+                gradients = self.recorder.gradients(weighted, edges, retain_graph=retain_graph)
+            found.update(zip(parameters, gradients, strict=True))
+        for name, gradient in self.forget_gradients.items():
+            gradient.mul_(weights.forget)
+            found[name] = gradient if found[name] is None else gradient.add_(found[name])
+        return self.hand_over(found)
+
+
+class GramEngine(GradientEngine):
+    """Watches the retain batch's forward pass, then lets one backward pass over activations deliver what each call needs.
+
+    Args:
+        parameters ([`Parameters`]): What to differentiate by.
+        per_sample_losses (`Callable`): The losses of a batch.
+        needs_gradients (`bool`): Whether the run needs the retain gradients themselves (or their factors) in any case: a
+            projection tensor by tensor, or of the optimizer's step, does.
+        chunk_size (`int`, *optional*): How many retain samples memory holds at once; all by default.
+
+    Attributes:
+        recomputes (`bool`): Whether activation checkpointing was seen to run parts of the forward pass again.
+    """
+
+    name = "gram"
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        per_sample_losses: PerSampleLosses,
+        *,
+        needs_gradients: bool = False,
+        chunk_size: int | None = None,
+    ):
+        super().__init__(parameters, per_sample_losses)
+        self.needs_gradients, self.chunk_size = needs_gradients, chunk_size
+        self.recomputes = False
+        self.scratch = Scratch()
+        self._grouping: tuple[tuple[int, ...], int, list[list[str]]] | None = None
+
+    def measure(
+        self,
+        model: nn.Module,
+        forget: list[ForgetBatch],
+        retain: list[Batch],
+        *,
+        group: ProcessGroup = ALONE,
+        loss_scale: float = 1.0,
+        keep_gradients: bool = False,
+    ) -> StepGradients:
+        forget_losses, forget_gradients = self.forget_gradients(model, forget, group, loss_scale)
+        chunks = split_samples(retain, self.chunk_size)
+        layout = group.layout(chunks[-1].samples.stop, forget_losses.device)
+        sweep = _Sweep(self, model, loss_scale)
+        if len(chunks) == 1 and not self._keeps_gradients(model, max(layout.counts)):
+            groups, keeps = [list(self.parameters.trainable)], False
+        else:
+            groups = self._group(sweep, chunks, layout)
+            keeps = len(groups) == 1
+            if not keeps and self.chunk_size is not None:
+                chunks = split_samples(retain, max(1, self.chunk_size // FORWARD_PART))
+        products, end = {}, None
+        for names in groups:
+            kept = self._make_accumulators(names, forget_gradients, layout, keeps=keeps)
+            losses, recorder = sweep.run(chunks, kept, retain_graph=not keeps and len(groups) == 1)
+            products.update(self._products(kept))
+            if names is groups[0]:
+                retain_losses, end = losses, RandomState.now() if len(groups) > 1 else None
+        if end is not None:
+            end.restore()
+        grams = assemble_grams(products, forget_gradients, layout)
+        everything = (forget_losses, retain_losses.detach(), grams, layout, self.parameters, group)
+        if keeps:
+            return KeptGradients(*everything, kept, self.needs_gradients or keep_gradients)
+        if len(groups) == 1:
+            return RecomputedGradients(*everything, forget_gradients, loss_scale * retain_losses, recorder)
+        return RepeatedGradients(*everything, sweep.scaled_losses, forget_gradients, chunks)
+
+    def _keeps_gradients(self, model: nn.Module, num_samples: int) -> bool:
+        """By rule: what is kept replaces the graph, unless checkpointing keeps that small.
+
+        Then only gradients that together take no more memory than the model are kept, those of an adapter, unless
+        they are needed in any case.
+        """
+        if not self.recomputes or self.needs_gradients:
+            return True
+        trained = sum(parameter.numel() for parameter in self.parameters.trainable.values())
+        return num_samples * trained <= sum(parameter.numel() for parameter in model.parameters())
+
+    def _group(self, sweep: "_Sweep", chunks: list[Chunk], layout: SampleLayout) -> list[list[str]]:
+        """Parameters in the order of their use, cut where a group would keep too much, the same in every process.
+
+        It takes a forward pass to find out, whose answer holds until more samples or longer ones come.
+        """
+        own = len(chunks), max(chunk.extent for chunk in chunks)
+        numbers = layout.group.gather_numbers(*own, device=self.parameters.device)
+        most, longest = (max(values) for values in zip(*numbers, strict=True))
+        if most == 1 or self.needs_gradients:
+            return [list(self.parameters.trainable)]
+        if self._grouping is None or self._grouping[0] != layout.counts or self._grouping[1] < longest:
+            groups = layout.group.agree(self._find_groups(sweep, chunks))
+            self._grouping = layout.counts, longest, groups
+        return self._grouping[2]
+
+    def _find_groups(self, sweep: "_Sweep", chunks: list[Chunk]) -> list[list[str]]:
+        """A group keeps no more than all parameters would of one chunk together.
+
+        Less the part of it that will run forward, or, as with an adapter, no more than the model takes.
+        """
+        trainable, first = self.parameters.trainable, chunks[0]
+        uses = sweep.watch(first)
+        kept = {name: count_cost(trainable[name].shape, uses[name], first.size).kept_bytes for name in uses}
+        share = 1 if self.chunk_size is None else 1 - 1 / FORWARD_PART
+        budget = max(share * sum(kept.values()), sum(parameter.nbytes for parameter in sweep.model.parameters()))
+        groups, used = [[]], 0
+        for name in [*uses, *(name for name in trainable if name not in uses)]:
+            bytes_of_all = kept.get(name, 0) * chunks[-1].samples.stop / first.size
+            if groups[-1] and used + bytes_of_all > budget:
+                groups.append([])
+                used = 0
+            groups[-1].append(name)
+            used += bytes_of_all
+        return groups
+
+    def _make_accumulators(
+        self, names: list[str], forget_gradients: dict[str, Tensor], layout: SampleLayout, *, keeps: bool
+    ) -> dict[str, ParameterGradients]:
+        trainable, projected = self.parameters.trainable, self.parameters.projected
+        return {
+            name: ParameterGradients(
+                trainable[name], forget_gradients.get(name), layout, projected=name in projected, for_update=keeps
+            )
+            for name in names
+        }
+
+    def _products(self, kept: dict[str, ParameterGradients]) -> dict[str, Tensor]:
+        projected = [name for name in kept if name in self.parameters.projected]
+        with exact_arithmetic(self.parameters.device):
+            return {name: kept[name].products(self.scratch) for name in projected}
+
+
+@dataclass
+class _Sweep:
+    """Passes over the retain chunks of one step."""
+
+    engine: GramEngine
+    model: nn.Module
+    loss_scale: float
+
+    def scaled_losses(self, chunk: Chunk) -> Tensor:
+        return self.loss_scale * chunk.losses(self.model, self.engine.per_sample_losses)
+
+    def watch(self, chunk: Chunk) -> dict[str, list[Use]]:
+        """How a forward pass of the chunk uses each parameter; leaves the random numbers as they were."""
+        recorder = Recorder(self.engine.parameters.trainable)
+        try:
+            with recorder, preserved_random_state():
+                recorder.begin(chunk.inputs)
+                Batch.losses(chunk, self.model, self.engine.per_sample_losses)
+            return find_uses(recorder.calls)
+        finally:
+            recorder.close()
+
+    def run(
+        self, chunks: list[Chunk], kept: dict[str, ParameterGradients], *, retain_graph: bool
+    ) -> tuple[Tensor, Recorder]:
+        """Takes every chunk forward and backward for one group; returns all losses and the last recorder."""
+        losses = []
+        for chunk in chunks:
+            recorder = Recorder(self.engine.parameters.trainable, wanted=kept)
+            try:
+                with recorder:
+                    recorder.begin(chunk.inputs)
+                    own = chunk.losses(self.model, self.engine.per_sample_losses)
+                    if not recorder.saw_parameters:
+                        raise UnsupportedModelError(
+                            f"No call of {type(self.model).__name__} that uses a trained parameter was seen, so nothing "
+                            "could be projected: its forward pass does not run through torch's Python functions here. Is "
+                            "the model compiled? Set `gradient_engine` to 'loop', or do not compile it."
+                        )
+                    self._collect(recorder, kept, own, chunk.samples, retain_graph=retain_graph)
+            finally:
+                recorder.close()
+            self.engine.recomputes = self.engine.recomputes or recorder.recomputes
+            losses.append(own if retain_graph else own.detach())
+        return (losses[0] if len(losses) == 1 else torch.cat(losses)), recorder
+
+    def _collect(
+        self,
+        recorder: Recorder,
+        kept: dict[str, ParameterGradients],
+        losses: Tensor,
+        samples: slice,
+        *,
+        retain_graph: bool,
+    ) -> None:
+        for name, uses in find_uses(recorder.calls).items():
+            if name in kept:
+                kept[name].begin_pass(uses, len(losses))
+        wanted = {name: self.engine.parameters.trainable[name] for name in kept}
+        scratch = self.engine.scratch
+
+        def consume(call: Call | SpreadCall, output_gradient: Tensor) -> None:
+            with exact_arithmetic(output_gradient.device):
+                for source, form in per_sample_forms(call, output_gradient):
+                    for name, own_form in _resolve(source, form, wanted):
+                        kept[name].add(own_form, samples, scratch)
+
+        recorder.deliver(self.loss_scale * losses.sum(), len(losses), consume, retain_graph=retain_graph)
+        with exact_arithmetic(losses.device):
+            for own in kept.values():
+                own.end_pass(samples)
+
+
+def find_uses(calls: list[Call | SpreadCall]) -> dict[str, list[Use]]:
+    """How recorded calls use each parameter, by its name."""
+    uses = defaultdict(list)
+    for call in calls:
+        for source in call.sources:
+            for name in source.parameters:
+                uses[name].append(Use.of(call, source))
+    return uses
+
+
+def _resolve(source: Source, form: Form, parameters: dict[str, nn.Parameter]) -> list[tuple[str, Form]]:
+    """Carries the gradient of a derived tensor on to those of the parameters that it was made from."""
+    names = [name for name in source.parameters if name in parameters]
+    if source.is_parameter or not names:
+        return [(name, form) for name in names]
+    gradients = form.dense() if isinstance(form, Outer) else form.gradients
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(
+            [source.edge],
+            [parameters[name] for name in names],
+            grad_outputs=[gradients.to(source.dtype)],
+            is_grads_batched=True,
+            retain_graph=True,
+        )
+    return [(name, Dense(gradient)) for name, gradient in zip(names, gradients, strict=True)]

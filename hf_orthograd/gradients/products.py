@@ -1,0 +1,93 @@
+"""Inner products of gradients, in the precision that the eigenvalue cut of the projection assumes."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from ..parallel import SampleLayout
+
+
+# float32 sums run over so many columns at most, and float64 sums over the blocks
+_COLUMNS = 1 << 13
+
+
+@contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """Products in the precision of their factors: no autocast, no TF32 or bfloat16 inside of float32 products.
+
+    What the process had set is restored after.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if torch.amp.is_autocast_available(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        for backend in _backends(device):
+            if backend.fp32_precision not in ("ieee", "none"):
+                stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+                backend.fp32_precision = "ieee"
+        yield
+
+
+def _backends(device: torch.device) -> tuple:
+    if device.type == "cuda":
+        return torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    return (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv) if device.type == "cpu" else ()
+
+
+def accumulation_dtype(device: torch.device) -> torch.dtype:
+    """float64, where the device has it: MPS does not."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def inner_products(rows: Tensor, others: Tensor) -> Tensor:
+    """Inner products of the rows of (n, P) and (m, P), shape (n, m), float64 (float32 on MPS).
+
+    In float32 within blocks of columns and float64 over them: a float32 sum over the 2e7 entries of a vocabulary is off
+    by 4e-5. Four kernels at most, however many columns there are.
+    """
+    with exact_arithmetic(rows.device):
+        blocks, rest = divmod(rows.shape[1], _COLUMNS)
+        dtype = accumulation_dtype(rows.device)
+        total = None
+        if blocks:
+            left, right = (t[:, : blocks * _COLUMNS].unflatten(1, (blocks, _COLUMNS)) for t in (rows, others))
+            total = torch.bmm(left.transpose(0, 1), right.permute(1, 2, 0)).sum(dim=0, dtype=dtype)
+        if rest or not blocks:
+            last = (rows[:, blocks * _COLUMNS :] @ others[:, blocks * _COLUMNS :].T).to(dtype)
+            total = last if total is None else total + last
+        return total
+
+
+def assemble_grams(
+    products: dict[str, Tensor], forget_gradients: dict[str, Tensor], layout: SampleLayout
+) -> dict[str, Tensor]:
+    """From what each process found to Gram matrices of `g_u` and the retain samples of all processes.
+
+    Args:
+        products (`dict[str, torch.Tensor]`): Of this process' samples with `g_u` and with the samples of all, shape
+            (local, 1 + k) for each parameter.
+        forget_gradients (`dict[str, torch.Tensor]`): `g_u`, by parameter, where the forget loss uses it.
+        layout ([`SampleLayout`]): The samples of all processes.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Shape (1 + k, 1 + k) for each parameter, float64, the same in every process.
+    """
+    device = next(iter(products.values())).device
+    rows = layout.gather_rows(torch.stack([product.to(device) for product in products.values()], dim=1))
+    with exact_arithmetic(device):
+        squared = [_squared_norm(forget_gradients.get(name), rows) for name in products]
+    grams = rows.new_zeros(len(products), 1 + layout.total, 1 + layout.total)
+    grams[:, 1:] = rows.transpose(0, 1)
+    grams[:, 0, 1:] = rows[:, :, 0].T
+    grams[:, 0, 0] = torch.stack(squared)
+    return dict(zip(products, grams.unbind(), strict=True))
+
+
+def _squared_norm(gradient: Tensor | None, like: Tensor) -> Tensor:
+    if gradient is None:
+        return like.new_zeros(())
+    # by blocks as the other products are, so that the two agree
+    flat = gradient.reshape(1, -1).float()
+    return inner_products(flat, flat)[0, 0].to(like.device)

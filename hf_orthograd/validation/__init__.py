@@ -1,0 +1,29 @@
+"""Everything that can be wrong with a run, said before its first step: the argument, what was given, what to do."""
+
+from .datasets import check_datasets, check_overlap, is_empty, needs_retain
+from .launch import (
+    check_batch_norm,
+    check_launch,
+    check_steps,
+    find_parameters,
+    freeze_batch_norm,
+    warn_of_half_precision,
+)
+from .samples import check_batch, check_per_sample, check_samples
+
+
+__all__ = [
+    "check_batch",
+    "check_batch_norm",
+    "check_datasets",
+    "check_launch",
+    "check_overlap",
+    "check_per_sample",
+    "check_samples",
+    "check_steps",
+    "find_parameters",
+    "freeze_batch_norm",
+    "is_empty",
+    "needs_retain",
+    "warn_of_half_precision",
+]

@@ -1,0 +1,158 @@
+"""The two data sets: whether they have rows, fit together, and share none."""
+
+import hashlib
+import inspect
+import pickle
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers.utils import logging
+
+from ..config import OrthoGradConfig
+from ..objectives import IGNORED_LABEL
+
+
+logger = logging.get_logger(__name__)
+
+
+def is_empty(dataset) -> bool:
+    """Whether there is no data set, or one that says it has no rows."""
+    return dataset is None or (hasattr(dataset, "__len__") and len(dataset) == 0)
+
+
+def needs_retain(args: OrthoGradConfig) -> bool:
+    """Whether the update depends on retain samples: plain gradient ascent alone does not."""
+    return args.projection != "none" or args.alpha > 0
+
+
+def check_datasets(args: OrthoGradConfig, forget, retain) -> None:
+    """Checks that both sets have rows, and the same columns.
+
+    Raises:
+        ValueError: The message names the set and what to do.
+    """
+    if not hasattr(forget, "__len__") or not hasattr(forget, "__getitem__"):
+        raise ValueError(
+            f"`forget_dataset` is a {type(forget).__name__}, but must have a length and rows by number: it is shuffled "
+            "and cycled. Load it without streaming."
+        )
+    if retain is not None and not hasattr(retain, "__iter__") and not hasattr(retain, "__getitem__"):
+        raise ValueError(f"`train_dataset` is a {type(retain).__name__}, which holds no rows: pass a data set.")
+    if len(forget) == 0:
+        raise ValueError("`forget_dataset` is empty: there is nothing to forget. Check the values it was split by.")
+    if is_empty(retain):
+        if needs_retain(args):
+            raise ValueError(
+                f"`train_dataset`, the retain set, is empty, but `projection`={args.projection!r} with "
+                f"`alpha`={args.alpha} needs retain samples. Pass some, or set projection='none' and alpha=0."
+            )
+        return
+    if hasattr(retain, "__len__"):
+        _check_columns(forget, retain)
+
+
+def _columns(dataset) -> set[str] | None:
+    if isinstance(dataset, Dataset):
+        return set(dataset.column_names)
+    return set(dataset[0]) if isinstance(dataset[0], Mapping) else None
+
+
+def _check_columns(forget, retain) -> None:
+    forget_columns, retain_columns = _columns(forget), _columns(retain)
+    if forget_columns != retain_columns:
+        raise ValueError(
+            f"`forget_dataset` has columns {sorted(forget_columns or [])} and `train_dataset` "
+            f"{sorted(retain_columns or [])}: prepare both in the same way."
+        )
+
+
+def check_overlap(forget, retain, model: nn.Module) -> None:
+    """Looks for rows that stand in both sets, by what the model reads of them.
+
+    Other columns (an id, a transcript beside its tokens), padding and the type of a sequence make no difference. Rows
+    that a transform makes anew each time are compared as they are stored.
+
+    Raises:
+        ValueError: There are some; the message names the first.
+    """
+    if not hasattr(retain, "__len__"):
+        logger.warning("`train_dataset` has no length: rows it shares with `forget_dataset` cannot be looked for.")
+        return
+    columns = _read_columns(forget, model)
+    forget_rows = {digest: row for row, digest in enumerate(_digests(forget, columns))}
+    shared = [
+        (forget_rows[digest], row) for row, digest in enumerate(_digests(retain, columns)) if digest in forget_rows
+    ]
+    if shared:
+        raise ValueError(
+            f"{len(shared)} rows stand in both `forget_dataset` and `train_dataset`, the first as row {shared[0][0]} of "
+            f"the one and row {shared[0][1]} of the other: a sample cannot be forgotten and kept. Remove them from one. "
+            "(If they only look alike, set `check_overlap=False`.)"
+        )
+
+
+def _read_columns(dataset, model: nn.Module) -> frozenset[str] | None:
+    """What the model's forward pass reads besides labels; all columns where it reads none, as before a transform."""
+    taken = set(inspect.signature(model.forward).parameters) - {"labels", "attention_mask"}
+    return frozenset(taken & (_columns(dataset) or set())) or None
+
+
+def _digests(dataset, columns: frozenset[str] | None) -> list[bytes]:
+    if not isinstance(dataset, Dataset):
+        return [_digest(dataset[row], columns) for row in range(len(dataset))]
+    # as they are stored, before any transform decodes them
+    kept = [name for name in dataset.column_names if columns is None or name in {*columns, "labels", "attention_mask"}]
+    stored = dataset.with_format("arrow", columns=kept)
+    return [
+        _digest({name: values[0] for name, values in stored[row].to_pydict().items()}, columns)
+        for row in range(len(dataset))
+    ]
+
+
+def _digest(example, columns: frozenset[str] | None) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    if not isinstance(example, Mapping):
+        _add(digest, example)
+        return digest.digest()
+    mask = example.get("attention_mask")
+    mask = None if mask is None else np.asarray(mask).astype(bool)
+    for name in sorted(example):
+        value = example[name]
+        if name == "attention_mask" or (columns is not None and name not in {*columns, "labels"}):
+            continue
+        array = np.asarray(value) if isinstance(value, (list, tuple, np.ndarray, torch.Tensor)) else None
+        if array is not None and array.dtype.kind in "iufb":
+            if name == "labels":
+                array = array[array != IGNORED_LABEL]
+            elif mask is not None and array.shape[:1] == mask.shape:
+                array = array[mask]
+            value = array
+        digest.update(name.encode())
+        _add(digest, value)
+    return digest.digest()
+
+
+def _add(digest, value) -> None:
+    if isinstance(value, torch.Tensor):
+        value = value.numpy(force=True)
+    if isinstance(value, Mapping):
+        for key in sorted(value):
+            _add(digest, key)
+            _add(digest, value[key])
+    elif isinstance(value, np.ndarray) and value.dtype.kind in "iufb":
+        # lists are read as int64 and float64, tensors may hold less
+        wide = value.astype(np.int64 if value.dtype.kind in "iub" else np.float32)
+        digest.update(repr(wide.shape).encode())
+        digest.update(np.ascontiguousarray(wide).tobytes())
+    elif isinstance(value, (list, tuple)):
+        digest.update(b"[%d]" % len(value))
+        for item in value:
+            _add(digest, item)
+    elif isinstance(value, bytes):
+        digest.update(value)
+    else:
+        digest.update(repr(value).encode() if isinstance(value, (str, int, float)) else pickle.dumps(value))
+    digest.update(b";")

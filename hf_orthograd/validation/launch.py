@@ -1,0 +1,145 @@
+"""How a run is launched, and what of its model is trained."""
+
+import torch
+from accelerate.state import AcceleratorState
+from peft import PeftModel
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers.utils import logging
+
+from ..config import OrthoGradConfig
+from ..parallel import Parameters
+
+
+logger = logging.get_logger(__name__)
+
+# below the first the projection gained next to nothing in the ablations, below the second little, so that Trainer's
+# default batch is said to be small, but is no mistake (docs/choosing_settings.md)
+TOO_FEW_RETAIN_SAMPLES, FEW_RETAIN_SAMPLES = 8, 16
+
+
+def check_launch(args: OrthoGradConfig, state: AcceleratorState, model: nn.Module) -> None:
+    """Refuses launches under which the update would not be the one the configuration names.
+
+    Args:
+        args ([`OrthoGradConfig`]): The configuration.
+        state (`accelerate.state.AcceleratorState`): Knows what the launcher has set, too.
+        model (`torch.nn.Module`): The model, unwrapped.
+
+    Raises:
+        ValueError: The message names what is not supported, and what to do.
+    """
+    fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
+    zero_stage = None if deepspeed is None else deepspeed.zero_stage
+    compiled = isinstance(model, torch._dynamo.OptimizedModule) or args.torch_compile
+    activation_kwargs = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}
+    refusals = {
+        "`fsdp` of version 1 (set fsdp_config={'version': 2})": fsdp is not None and fsdp.fsdp_version != 2,
+        "`fsdp` with `retain_chunk_size` (leave one out)": fsdp is not None and args.retain_chunk_size is not None,
+        "`deepspeed` with ZeRO stage 3 (use stage 2, or `fsdp`)": zero_stage == 3,
+        "`deepspeed` with `fp16` (use `bf16`)": deepspeed is not None and args.fp16,
+        "`deepspeed` with projection_target='update' (DeepSpeed's step cannot be corrected: use `fsdp`)": (
+            deepspeed is not None and args.projection_target == "update"
+        ),
+        "torch.nn.DataParallel (set CUDA_VISIBLE_DEVICES to one device)": args.n_gpu > 1,
+        "`label_smoothing_factor`": args.label_smoothing_factor != 0,
+        "a compiled model (leave `torch_compile` and `torch.compile` out: gradients of single samples are found by watching "
+        "the calls of the model's own forward pass)": compiled,
+        "reentrant activation checkpointing (set activation_checkpointing_kwargs={'use_reentrant': False})": (
+            bool(activation_kwargs.get("use_reentrant"))
+        ),
+        "an optimizer that steps inside of the backward pass (take one that steps after it, as 'adamw_torch', in place of "
+        f"optim={str(args.optim.value)!r})": "lomo" in args.optim.value or "layerwise" in args.optim.value,
+        "`push_to_hub` with hub_strategy="
+        f"{str(args.hub_strategy.value)!r} (set it to 'end': half-unlearned weights, or an adapter that is merged later, would "
+        "stay in the repository's history)": args.push_to_hub and args.hub_strategy.value != "end",
+        "prompt learning (use LoRA: virtual tokens shift the labels that losses are taken at)": (
+            isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+        ),
+    }
+    for feature, refused in refusals.items():
+        if refused:
+            raise ValueError(f"Unlearning with a `forget_dataset` does not support {feature}.")
+
+
+def check_steps(args: OrthoGradConfig, batch_size: int, retain) -> None:
+    """Refuses a loader that would give no step, and says what an epoch is and if a step protects few retain samples.
+
+    Args:
+        args ([`OrthoGradConfig`]): The configuration.
+        batch_size (`int`): Retain samples per process and micro-batch.
+        retain (`torch.utils.data.Dataset`): The retain set.
+
+    Raises:
+        ValueError: `dataloader_drop_last` drops all there is.
+    """
+    length = len(retain) if hasattr(retain, "__len__") else None
+    if length is not None and args.dataloader_drop_last and length < batch_size * args.world_size:
+        raise ValueError(
+            f"`dataloader_drop_last` is True, and `train_dataset`, the retain set, has {length} rows, fewer than one batch of "
+            f"{batch_size} on each of {args.world_size} processes: no step would be made. Set it to False, or lower "
+            "`per_device_train_batch_size`."
+        )
+    number = batch_size * args.gradient_accumulation_steps * args.world_size
+    if length is not None and length < number:
+        logger.warning(
+            f"A step was to protect {number} retain samples, but `train_dataset` has {length}: it protects these."
+        )
+    if args.projection == "orthogonal" and number < min(FEW_RETAIN_SAMPLES, length or FEW_RETAIN_SAMPLES):
+        logger.log(
+            logging.WARNING if number < TOO_FEW_RETAIN_SAMPLES else logging.INFO,
+            f"Each step protects the gradients of only {number} retain samples. With fewer than {FEW_RETAIN_SAMPLES} the "
+            "projection gained little in the library's studies. Raise `per_device_train_batch_size`, or "
+            "`gradient_accumulation_steps`, which gives the same projection in less memory.",
+        )
+
+
+def find_parameters(model: nn.Module, args: OrthoGradConfig) -> Parameters:
+    """Splits the trainable parameters into those under the projection and the others.
+
+    Raises:
+        ValueError: None is trainable, or none belongs to LoRA where only LoRA is to be projected.
+    """
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trainable:
+        raise ValueError(
+            f"`model` ({type(model).__name__}) has no trainable parameter: every `requires_grad` is False. An adapter "
+            "loaded for inference needs `is_trainable=True`."
+        )
+    if args.projection_parameters == "trainable":
+        return Parameters(projected=trainable, others={})
+    lora = {name: parameter for name, parameter in trainable.items() if "lora_" in name}
+    if not lora:
+        raise ValueError(
+            "`projection_parameters` is 'lora', but `model` has no trainable LoRA parameter. Wrap it with "
+            "`peft.get_peft_model`, or set projection_parameters='trainable'."
+        )
+    return Parameters(projected=lora, others={name: p for name, p in trainable.items() if name not in lora})
+
+
+def warn_of_half_precision(parameters: Parameters) -> None:
+    """Says so if parameters are held in half precision, which small updates do not reach."""
+    halves = [p.dtype for p in parameters.trainable.values() if p.dtype in (torch.bfloat16, torch.float16)]
+    if halves:
+        logger.warning(
+            f"{len(halves)} trainable parameters are held in {str(halves[0]).removeprefix('torch.')}, which rounds away an "
+            "update that is small beside the weight: at small learning rates most of it is lost. Load the model with "
+            "dtype=torch.float32 and set `bf16=True`, which computes in half precision."
+        )
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Puts BatchNorm layers into evaluation mode: their running statistics stay, and samples are not coupled."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+
+
+def check_batch_norm(model: nn.Module) -> None:
+    """Raises if a BatchNorm layer of a model in training mode couples the samples of a batch."""
+    coupled = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.training]
+    if coupled:
+        raise ValueError(
+            f"BatchNorm in training mode couples the samples of a batch ({coupled[0]} and {len(coupled) - 1} more), so "
+            "that per-sample gradients do not exist. Set `freeze_batch_norm=True` to keep its running statistics fixed."
+        )

@@ -1,0 +1,176 @@
+"""A few samples of each set: their labels, and whether the loss is one number for each, of that sample alone."""
+
+from collections.abc import Mapping
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from ..data import Batch
+from ..objectives import IGNORED_LABEL, PerSampleLoss
+from ..trials import preserved_modes
+
+
+def check_samples(per_sample_loss: PerSampleLoss, model: nn.Module, sets: Mapping[str, object], batches: dict) -> None:
+    """Checks both sets' labels, and that the loss is one number for each sample, of that sample alone.
+
+    Args:
+        per_sample_loss ([`PerSampleLoss`]): What the run will use.
+        model (`torch.nn.Module`): The model, unwrapped, in training mode.
+        sets (`Mapping`): The data sets by the names of their arguments.
+        batches (`dict[str, list[Batch]]`): For each, its first two rows as one batch, and then one by one.
+
+    Raises:
+        ValueError: The message names the argument, the rows and what to do.
+    """
+    for name, (pair, *_) in batches.items():
+        check_batch(pair, name, per_sample_loss)
+        check_label_column(sets[name], name, per_sample_loss)
+    pair, *alone = batches["forget_dataset"]
+    check_losses(per_sample_loss, model, pair, alone[0])
+    if not per_sample_loss.needs_labels:  # a loss of the user's own
+        with preserved_modes(model):
+            model.eval()
+            check_coupling(per_sample_loss, model, pair, alone)
+
+
+def check_batch(batch: Batch, name: str, per_sample_loss: PerSampleLoss) -> None:
+    """Checks the labels of a batch with row numbers.
+
+    Args:
+        batch ([`Batch`]): What the collator made of the first rows.
+        name (`str`): The data set's, in messages.
+        per_sample_loss ([`PerSampleLoss`]): What the run will use.
+
+    Raises:
+        ValueError: It has no labels, labels of the wrong type or out of range, or a row in which none counts.
+    """
+    labels = batch.inputs.get("labels")
+    if labels is None:
+        if per_sample_loss.needs_labels:
+            raise ValueError(
+                f"The batches made from `{name}` have no 'labels': check `data_collator`, and that the data set has that "
+                "column and `remove_unused_columns` does not drop it."
+            )
+        return
+    if isinstance(labels, Tensor):
+        check_labels(labels, name, per_sample_loss, batch.rows.tolist())
+
+
+def check_labels(labels: Tensor, name: str, per_sample_loss: PerSampleLoss, rows: list[int]) -> None:
+    """Checks labels of shape (B,) or (B, T), of the rows numbered `rows`.
+
+    Raises:
+        ValueError: The message names the rows.
+    """
+    if not per_sample_loss.needs_labels:
+        return
+    if labels.is_floating_point():
+        raise ValueError(
+            f"The labels of `{name}` are {str(labels.dtype).removeprefix('torch.')}, but this loss takes classes as whole "
+            "numbers. For a regression or several labels a sample pass a `compute_loss_func` that returns shape (batch size,)."
+        )
+    if per_sample_loss.classifies and labels.ndim != 1:
+        raise ValueError(
+            f"The labels of `{name}` have shape {tuple(labels.shape)} for {len(rows)} rows, but a classifier takes one class "
+            "for each. For several labels a sample pass a `compute_loss_func` that returns shape (batch size,)."
+        )
+    classes = per_sample_loss.num_classes
+    ignored = torch.zeros_like(labels, dtype=torch.bool) if per_sample_loss.classifies else labels == IGNORED_LABEL
+    if classes is not None:
+        wrong = ~ignored & ((labels < 0) | (labels >= classes))
+        if wrong.any():
+            first = int(wrong.reshape(len(labels), -1).any(dim=1).nonzero()[0])
+            value = int(labels[first][wrong[first]].flatten()[0])
+            raise ValueError(
+                f"Row {rows[first]} of `{name}` has the label {value}, but this model knows 0 to {classes - 1}. Map the "
+                "labels, or make the model with as many (`num_labels`, or a larger vocabulary)."
+            )
+    empty = find_unlabelled_rows(labels, per_sample_loss.shifts_labels)
+    if empty:
+        listed = ", ".join(str(rows[row]) for row in empty)
+        raise ValueError(
+            f"All labels are {IGNORED_LABEL} in rows {listed} of `{name}`: nothing is predicted there. Remove them."
+        )
+
+
+def find_unlabelled_rows(labels: Tensor, shifted: bool) -> list[int]:
+    """Rows of a batch without a single label that counts.
+
+    Args:
+        labels (`torch.Tensor`): Shape (B,) or (B, T).
+        shifted (`bool`): Whether the first position is never predicted, as in causal language models.
+    """
+    if labels.ndim < 2:
+        return []
+    counted = labels[:, 1:] if shifted else labels
+    return (~(counted >= 0).any(dim=1)).nonzero().flatten().tolist()
+
+
+def check_label_column(dataset, name: str, per_sample_loss: PerSampleLoss) -> None:
+    """The same for every row of a data set that holds its labels ready-made."""
+    if not isinstance(dataset, Dataset) or "labels" not in dataset.column_names or dataset.format["type"] == "custom":
+        return
+    for row, labels in enumerate(dataset.with_format(None)["labels"]):
+        if labels is None:
+            raise ValueError(f"Row {row} of `{name}` has no label (None). Remove it, or label it.")
+        if isinstance(labels, (list, int, float)) and labels != []:
+            check_labels(torch.as_tensor(labels)[None], name, per_sample_loss, [row])
+
+
+def check_losses(per_sample_loss: PerSampleLoss, model: nn.Module, batch: Batch, sample: Batch) -> None:
+    """Checks that the loss is per sample, and that for a single sample it is the loss the model itself computes.
+
+    Args:
+        per_sample_loss ([`PerSampleLoss`]): What the run will use.
+        model (`torch.nn.Module`): The model.
+        batch, sample ([`Batch`]): A few samples, and one.
+
+    Raises:
+        ValueError: The message says what was found.
+    """
+    with torch.no_grad():
+        check_per_sample(per_sample_loss(model, batch.inputs), batch.size)
+        losses, outputs = per_sample_loss.with_outputs(model, sample.inputs)
+    own = outputs.get("loss") if isinstance(outputs, Mapping) else None
+    if own is not None and not torch.isclose(own.float(), losses[0].float(), rtol=1e-2, atol=1e-3, equal_nan=True):
+        raise ValueError(
+            f"{type(model).__name__} computes the loss {own.item():.4f} for a sample whose per-sample loss is "
+            f"{losses[0].item():.4f}: it has terms of its own. Pass a `compute_loss_func` that returns shape (batch size,)."
+        )
+
+
+def check_per_sample(losses: object, batch_size: int) -> None:
+    """Raises `ValueError` unless `losses` is one number for each sample."""
+    if not isinstance(losses, Tensor) or losses.shape != (batch_size,):
+        found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+        raise ValueError(
+            f"The loss must be one number for each sample, shape ({batch_size},), but `compute_loss_func` returned "
+            f'{found}: use reduction="none" and take the mean over each sample\'s own tokens. (A collator that joins samples '
+            "into one row, padding-free, leaves no batch of samples: use one that pads.)"
+        )
+
+
+def check_coupling(per_sample_loss: PerSampleLoss, model: nn.Module, batch: Batch, alone: list[Batch]) -> None:
+    """Checks that the loss of a sample does not depend on the others of its batch, as an in-batch contrastive loss does.
+
+    Args:
+        per_sample_loss ([`PerSampleLoss`]): What the run will use.
+        model (`torch.nn.Module`): The model, whose modules are put into evaluation mode and back by the caller.
+        batch ([`Batch`]): A few samples.
+        alone (`list[Batch]`): The same, one by one.
+
+    Raises:
+        ValueError: They differ by more than padding and rounding make them.
+    """
+    with torch.no_grad():
+        together = per_sample_loss(model, batch.inputs).float()
+        apart = torch.cat([per_sample_loss(model, one.inputs).float() for one in alone])
+    close = torch.isclose(together, apart, rtol=5e-2, atol=1e-2, equal_nan=True)
+    if not close.all():
+        sample = int((~close).nonzero()[0])
+        raise ValueError(
+            f"The loss of a sample depends on the others of its batch: {together[sample].item():.4f} among {batch.size} samples, "
+            f"{apart[sample].item():.4f} alone. Such a loss (contrastive, or with statistics of the batch) has no gradient of a "
+            "single sample to protect. Pass a `compute_loss_func` in which each sample stands alone."
+        )
