@@ -251,11 +251,15 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         for observer in observers:
             observer.begin_step(model, retain)
         options = {"group": self.group, "loss_scale": loss_scale, "keep_gradients": bool(observers)}
+        options["per_parameter"] = args.projection_scope == "per_tensor"
         step = self.gradient_engine.measure(model, ascended, retain, **options)
-        summary = summarize_step(step, per_tensor=args.projection_scope == "per_tensor")
+        summary = summarize_step(step)
         check_finite(step, summary, forget, retain, can_back_off=loss_scale > 1)
         projection = solve_projections(summary.grams, **args.solver_settings) if summary.grams else None
-        loss = step.combine(update_weights(args.alpha, projection, step.grams, device=args.device)) / loss_scale
+        loss = (
+            step.combine(update_weights(args.alpha, projection, step.parameters.projected, device=args.device))
+            / loss_scale
+        )
         self._unused = step.unused
         for observer in observers:
             observer.take_gradients(step)

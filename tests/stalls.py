@@ -19,6 +19,24 @@ _READ = {
     *(Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__),
     *(Tensor.nonzero, torch.nonzero, torch.masked_select, Tensor.masked_select, torch.unique, Tensor.unique),
 }
+# these make no kernel
+_VIEWS = {
+    *(
+        "alias",
+        "as_strided",
+        "detach",
+        "expand",
+        "permute",
+        "select",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "t",
+    ),
+    *("transpose", "unbind", "unsafe_split", "unsqueeze", "view", "_unsafe_view", "_reshape_alias", "lift_fresh"),
+    *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
+}
 
 
 def _leaves(tree):
@@ -31,12 +49,16 @@ def _leaves(tree):
         yield tree
 
 
+def _name(argument):
+    return argument if isinstance(argument, str) else None
+
+
 class CountStalls(TorchFunctionMode):
     """Counts by name what would stall; `kernels` is how many operations were dispatched on device tensors."""
 
     def __init__(self):
         super().__init__()
-        self.stalls, self.kernels = Counter(), 0
+        self.stalls, self.kernels, self.by_name = Counter(), 0, Counter()
         self._on_host = WeakTensorKeyDictionary()
         self._allowed = 0
 
@@ -53,9 +75,8 @@ class CountStalls(TorchFunctionMode):
         kwargs = kwargs or {}
         tensors = list(_leaves((args, kwargs)))
         hosted = bool(tensors) and all(tensor in self._on_host for tensor in tensors)
-        to_host = func in _TO_HOST or (
-            func is Tensor.to and any(str(a) == "cpu" for a in (*args[1:2], kwargs.get("device")) if a is not None)
-        )
+        # by its name the host is meant, by a `torch.device` that of other tensors, which on a CPU is the same
+        to_host = func in _TO_HOST or (func is Tensor.to and "cpu" in (*map(_name, args[1:2]), kwargs.get("device")))
         if (func in _READ or to_host) and not hosted:
             self.stalls[getattr(func, "__name__", str(func))] += 1
         # what the host does, and what was counted here, is not counted once more below
@@ -87,16 +108,9 @@ class _Kernels(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if not self._owner._allowed:
-            self._owner.kernels += name not in (
-                "detach",
-                "view",
-                "t",
-                "transpose",
-                "expand",
-                "slice",
-                "select",
-                "alias",
-            )
+            if name not in _VIEWS:
+                self._owner.kernels += 1
+                self._owner.by_name[name] += 1
             if name in ("_local_scalar_dense", "nonzero", "masked_select"):
                 self._owner.stalls[name] += 1
         return func(*args, **(kwargs or {}))

@@ -85,10 +85,14 @@ def test_any_grouping_gives_the_same(kind, monkeypatch, make_model, make_samples
     parameters, losses = Parameters(split_parameters(model).trainable, {}), PerSampleLoss(model)
     found = (
         GramEngine(parameters, losses, chunk_size=2)
-        .measure(model, [forget_batch(forget)], [retain_batch(retain)])
+        .measure(model, [forget_batch(forget)], [retain_batch(retain)], per_parameter=True)
         .grams
     )
-    expected = LoopEngine(parameters, losses).measure(model, [forget_batch(forget)], [retain_batch(retain)]).grams
+    expected = (
+        LoopEngine(parameters, losses)
+        .measure(model, [forget_batch(forget)], [retain_batch(retain)], per_parameter=True)
+        .grams
+    )
     scale = max(gram.abs().max().item() for gram in expected.values())
     for name, gram in expected.items():
         torch.testing.assert_close(found[name], gram, rtol=1e-4, atol=1e-8 * scale, msg=name)

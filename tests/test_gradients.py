@@ -40,7 +40,7 @@ def measure(engine_class, model, losses, forget, retain, parameters=None, **sett
     torch.manual_seed(5)
     np.random.seed(5)
     engine = engine_class(parameters or trainable(model), losses)
-    return engine.measure(model, [forget_batch(forget, slopes)], [retain_batch(retain)])
+    return engine.measure(model, [forget_batch(forget, slopes)], [retain_batch(retain)], per_parameter=True)
 
 
 def relative_error(gram, reference):
@@ -110,7 +110,7 @@ def test_gram_under_dropout_uses_the_forward_that_the_step_uses(kind, make_model
         assert (step.grams[name] - gram).abs().max() <= 1e-4 * gram.abs().max() + 1e-7 * reference.gram.max(), name
     # and the update comes from the forward pass that was measured: w^T K w is the squared norm of its gradient
     weights = torch.linspace(-1, 1, len(step.gram) - 1)
-    combination = step.combine(weighed(0.7, 0.0, dict.fromkeys(step.grams, weights)))
+    combination = step.combine(weighed(0.7, 0.0, dict.fromkeys(step.parameters.projected, weights)))
     gradients = torch.autograd.grad(combination, list(trainable(model).projected.values()), materialize_grads=True)
     squared = sum(gradient.double().square().sum() for gradient in gradients)
     weights = torch.cat((torch.tensor([0.7]), weights)).double()
@@ -126,7 +126,7 @@ def test_autocast_does_not_reach_the_inner_products(kind, engine_class, make_mod
     weights = torch.linspace(-1, 1, 4)
     with torch.autocast("cpu", torch.bfloat16):
         step = measure(engine_class, model, PerSampleLoss(model), forget, retain)
-        combination = step.combine(weighed(0.7, 0.0, dict.fromkeys(step.grams, weights)))
+        combination = step.combine(weighed(0.7, 0.0, dict.fromkeys(step.parameters.projected, weights)))
     gradients = torch.autograd.grad(combination, list(trainable(model).projected.values()), materialize_grads=True)
     squared = sum(gradient.double().square().sum() for gradient in gradients)
     weights = torch.cat((torch.tensor([0.7]), weights)).double()
@@ -145,9 +145,9 @@ def test_combination_is_that_of_the_loop(kind, engine_class, make_model, make_sa
     for one in (engine_class, LoopEngine):
         step = measure(one, model, losses, forget, retain)
         own = {"mean": torch.tensor([0.7]), "loop": torch.tensor([1.0, -2.0, 0.5])}
-        coefficients = dict.fromkeys(step.grams, own.get(one.name, own["loop"]))
+        coefficients = dict.fromkeys(step.parameters.projected, own.get(one.name, own["loop"]))
         if engine_class is MeanEngine and one is LoopEngine:
-            coefficients = dict.fromkeys(step.grams, torch.full((3,), 0.7 / 3))
+            coefficients = dict.fromkeys(step.parameters.projected, torch.full((3,), 0.7 / 3))
         if engine_class is PlainEngine:
             coefficients = {}
         loss = step.combine(weighed(-0.3, 0.6, coefficients))
@@ -169,7 +169,9 @@ def test_combination_leaves_unprojected_parameters_alone(engine_class, make_mode
     forget, retain = batch(make_samples("vit", 2, seed=2)), batch(make_samples("vit", 3, seed=1))
     step = measure(engine_class, model, PerSampleLoss(model), forget, retain, parameters)
     assert set(step.grams) == set(parameters.projected)
-    step.combine(weighed(0.0, 0.0, dict.fromkeys(step.grams, torch.tensor([1.0, -2.0, 0.5])))).backward()
+    step.combine(
+        weighed(0.0, 0.0, dict.fromkeys(step.parameters.projected, torch.tensor([1.0, -2.0, 0.5])))
+    ).backward()
     assert all(p.grad is None or p.grad.abs().max() < 1e-7 for p in parameters.others.values())
     assert named["vit.embeddings.cls_token"].grad.abs().max() > 1e-4
     model.zero_grad()
@@ -189,6 +191,28 @@ def test_outer_forms_agree_with_dense():
         for other in pieces:
             expected = one.dense().flatten(1) @ other.dense().flatten(1).T
             torch.testing.assert_close(one.inner(other), expected)
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("engine_class", [GramEngine, LoopEngine])
+def test_one_matrix_is_the_sum_of_those_of_all_parameters(kind, engine_class, make_model, make_samples):
+    """And the update is the same, though small parameters are then multiplied side by side."""
+    forget, retain = batch(make_samples(kind, 3, seed=2)), batch(make_samples(kind, 5, seed=1))
+    model = make_model(kind).eval()
+    engine, found = engine_class(trainable(model), PerSampleLoss(model)), []
+    for per_parameter in (True, False):
+        batches = [forget_batch(forget, slopes)], [retain_batch(retain)]
+        step = engine.measure(model, *batches, per_parameter=per_parameter)
+        coefficients = dict.fromkeys(step.parameters.projected, torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0]))
+        update = step.combine(weighed(-0.3, 0.6, coefficients))
+        found.append((step, torch.autograd.grad(update, list(step.parameters.trainable.values()), allow_unused=True)))
+    (each, gradients), (together, expected) = found
+    assert set(together.grams) == {""} and set(each.grams) == set(each.parameters.projected)
+    assert relative_error(together.gram, each.gram) <= 1e-6
+    for one, other in zip(gradients, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * other.abs().max().item())
 
 
 class Hidden(torch.autograd.Function):

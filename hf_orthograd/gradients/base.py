@@ -42,8 +42,8 @@ class StepGradients(ABC):
     Attributes:
         forget_losses (`torch.Tensor`): Of this process' forget samples, detached.
         retain_losses (`torch.Tensor`): Of this process' retain samples, detached.
-        grams (`dict[str, torch.Tensor]`): For each projected parameter, its share of the Gram matrix over the retain
-            samples of all processes, shape (1 + k, 1 + k), float64. Their sum is that of the whole gradients.
+        grams (`dict[str, torch.Tensor]`): The Gram matrix over the retain samples of all processes, shape (1 + k, 1 + k),
+            float64, under the name "", or, where that was asked for, the part of each projected parameter.
         layout ([`SampleLayout`]): The rows of this process among those of all.
         parameters ([`Parameters`]): What the gradients belong to.
         group ([`ProcessGroup`]): The processes whose samples make up the step.
@@ -67,7 +67,7 @@ class StepGradients(ABC):
     @property
     def gram(self) -> Tensor:
         """The Gram matrix over all projected parameters, shape (1 + k, 1 + k), float64."""
-        return torch.stack(list(self.grams.values())).sum(dim=0)
+        return self.grams[""] if "" in self.grams else torch.stack(list(self.grams.values())).sum(dim=0)
 
     @abstractmethod
     def combine(self, weights: UpdateWeights) -> Tensor:
@@ -141,6 +141,7 @@ class GradientEngine(ABC):
         group: ProcessGroup = ALONE,
         loss_scale: float = 1.0,
         keep_gradients: bool = False,
+        per_parameter: bool = False,
     ) -> StepGradients:
         """Runs the forward passes and finds the inner products.
 
@@ -153,6 +154,7 @@ class GradientEngine(ABC):
                 gradients. All gradients of the step are this many times too large, and inner products its square.
             keep_gradients (`bool`): Whether the retain gradients, if they are kept at all, are to be there until the step
                 is made.
+            per_parameter (`bool`): Whether the Gram matrix of each parameter is wanted, and not only their sum.
 
         Raises:
             UnsupportedModelError: The model does something this engine cannot follow.

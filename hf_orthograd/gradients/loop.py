@@ -61,6 +61,8 @@ def materialized(
     forget_gradients: dict[str, Tensor],
     rows: dict[str, Tensor],
     layout: SampleLayout,
+    *,
+    per_parameter: bool = False,
 ) -> MaterializedGradients:
     """Takes the inner products of gradients that are held in memory.
 
@@ -72,6 +74,7 @@ def materialized(
         rows (`dict[str, torch.Tensor]`): For each trainable parameter that a retain loss uses, in any process, shape
             (local, *parameter.shape).
         layout ([`SampleLayout`]): The rows among those of all processes.
+        per_parameter (`bool`): Whether the Gram matrix of each parameter is wanted, and not only their sum.
     """
     products, device = {}, losses[1].device
     for name in parameters.projected:
@@ -83,7 +86,11 @@ def materialized(
         forget = forget_gradients.get(name)
         first = flat.new_zeros(1, flat.shape[1]) if forget is None else forget.reshape(1, -1)
         products[name] = inner_products(flat, torch.cat((first, layout.gather_rows(flat))))
-    grams = assemble_grams(products, forget_gradients, layout)
+    parts = {name: [forget_gradients[name]] if name in forget_gradients else [] for name in products}
+    if not per_parameter:
+        products = {"": torch.stack([product.to(device) for product in products.values()]).sum(dim=0)}
+        parts = {"": [part for own in parts.values() for part in own]}
+    grams = assemble_grams(products, parts, layout)
     forget_losses, retain_losses = losses
     return MaterializedGradients(
         forget_losses, retain_losses.detach(), grams, layout, parameters, group, forget_gradients, rows
@@ -106,6 +113,7 @@ class MaterializingEngine(GradientEngine):
         group: ProcessGroup = ALONE,
         loss_scale: float = 1.0,
         keep_gradients: bool = False,
+        per_parameter: bool = False,
     ) -> MaterializedGradients:
         forget_losses, forget_gradients = self.forget_gradients(model, forget, group, loss_scale)
         found = [self.retain_rows(model, batch, loss_scale) for batch in retain]
@@ -120,7 +128,8 @@ class MaterializingEngine(GradientEngine):
             ]
             rows[name] = torch.cat(parts)
         losses = forget_losses, retain_losses
-        return materialized(self.parameters, group, losses, forget_gradients, rows, layout)
+        settings = {"per_parameter": per_parameter}
+        return materialized(self.parameters, group, losses, forget_gradients, rows, layout, **settings)
 
 
 class LoopEngine(MaterializingEngine):
@@ -147,6 +156,7 @@ class MeanEngine(GradientEngine):
         group: ProcessGroup = ALONE,
         loss_scale: float = 1.0,
         keep_gradients: bool = False,
+        per_parameter: bool = False,
     ) -> MaterializedGradients:
         forget_losses, forget_gradients = self.forget_gradients(model, forget, group, loss_scale)
         losses, own_rows, trainable = [], {}, self.parameters.trainable
@@ -162,7 +172,9 @@ class MeanEngine(GradientEngine):
             rows[name] = group.sum(row)
         # every process has the one row of all
         layout = SampleLayout(ALONE, (1,))
-        return materialized(self.parameters, group, (forget_losses, losses), forget_gradients, rows, layout)
+        losses = forget_losses, losses
+        settings = {"per_parameter": per_parameter}
+        return materialized(self.parameters, group, losses, forget_gradients, rows, layout, **settings)
 
 
 def _stacked_gradients(losses: list[Tensor], parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -41,6 +41,7 @@ class PlainEngine(GradientEngine):
         group: ProcessGroup = ALONE,
         loss_scale: float = 1.0,
         keep_gradients: bool = False,
+        per_parameter: bool = False,
     ) -> StepGradients:
         """Takes one batch of each kind at most: without inner products, batches and processes simply add up.
 

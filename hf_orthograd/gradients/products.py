@@ -61,33 +61,29 @@ def inner_products(rows: Tensor, others: Tensor) -> Tensor:
 
 
 def assemble_grams(
-    products: dict[str, Tensor], forget_gradients: dict[str, Tensor], layout: SampleLayout
+    products: dict[str, Tensor], forget_gradients: dict[str, list[Tensor]], layout: SampleLayout
 ) -> dict[str, Tensor]:
     """From what each process found to Gram matrices of `g_u` and the retain samples of all processes.
 
     Args:
         products (`dict[str, torch.Tensor]`): Of this process' samples with `g_u` and with the samples of all, shape
-            (local, 1 + k) for each parameter.
-        forget_gradients (`dict[str, torch.Tensor]`): `g_u`, by parameter, where the forget loss uses it.
+            (local, 1 + k), by parameter, or summed over all of them under the name "".
+        forget_gradients (`dict[str, list[torch.Tensor]]`): Under the same names, the parts of `g_u`.
         layout ([`SampleLayout`]): The samples of all processes.
 
     Returns:
-        `dict[str, torch.Tensor]`: Shape (1 + k, 1 + k) for each parameter, float64, the same in every process.
+        `dict[str, torch.Tensor]`: Shape (1 + k, 1 + k) for each name, float64, the same in every process.
     """
     device = next(iter(products.values())).device
     rows = layout.gather_rows(torch.stack([product.to(device) for product in products.values()], dim=1))
-    with exact_arithmetic(device):
-        squared = [_squared_norm(forget_gradients.get(name), rows) for name in products]
-    grams = rows.new_zeros(len(products), 1 + layout.total, 1 + layout.total)
-    grams[:, 1:] = rows.transpose(0, 1)
-    grams[:, 0, 1:] = rows[:, :, 0].T
-    grams[:, 0, 0] = torch.stack(squared)
+    squared = [_squared_norm(forget_gradients[name], rows) for name in products]
+    first = torch.cat((torch.stack(squared)[:, None], rows[:, :, 0].T), dim=1)
+    grams = torch.cat((first[:, None], rows.transpose(0, 1)), dim=1)
     return dict(zip(products, grams.unbind(), strict=True))
 
 
-def _squared_norm(gradient: Tensor | None, like: Tensor) -> Tensor:
-    if gradient is None:
+def _squared_norm(gradients: list[Tensor], like: Tensor) -> Tensor:
+    if not gradients:
         return like.new_zeros(())
-    # by blocks as the other products are, so that the two agree
-    flat = gradient.reshape(1, -1).float()
-    return inner_products(flat, flat)[0, 0].to(like.device)
+    norms = torch._foreach_norm(gradients, 2, dtype=like.dtype)
+    return torch.stack([norm.to(like.device) for norm in norms]).square().sum()

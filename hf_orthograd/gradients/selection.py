@@ -98,9 +98,9 @@ def check_engine(
             # it draws its own random numbers for each sample: only without any can the two agree
             model.eval()
         with preserved_random_state():
-            grams = engine.measure(model, *batches, loss_scale=loss_scale).grams
+            grams = engine.measure(model, *batches, loss_scale=loss_scale, per_parameter=True).grams
         with preserved_random_state():
-            expected = reference.measure(model, *batches, loss_scale=loss_scale).grams
+            expected = reference.measure(model, *batches, loss_scale=loss_scale, per_parameter=True).grams
     if loss_scale > 1 and not all(torch.isfinite(gram).all() for gram in expected.values()):
         # as a gradient scaler does at an overflow
         return check_engine(engine, model, forget, retain, tolerance, loss_scale / 2)

@@ -14,8 +14,7 @@ class StepSummary:
     """Numbers of a step, on the host.
 
     Attributes:
-        grams (`dict[str, torch.Tensor]`): Gram matrices, shape (1 + k, 1 + k), float64, on the CPU: that of each projected
-            parameter, or, under the name "", their sum.
+        grams (`dict[str, torch.Tensor]`): Those of the step, float64, on the CPU.
         forget_loss, retain_loss (`float`, *optional*): Means over the samples of all processes, in nats; `None` without
             samples.
         num_bad (`int`): How many losses are not finite, in all processes.
@@ -37,29 +36,23 @@ class StepSummary:
         return all(bool(torch.isfinite(gram).all()) for gram in self.grams.values())
 
 
-def summarize_step(step: StepGradients, *, per_tensor: bool) -> StepSummary:
-    """Brings a step's numbers to the host.
-
-    Args:
-        step ([`StepGradients`]): With several processes, all have to come here.
-        per_tensor (`bool`): Whether the Gram matrix of each parameter is needed, or their sum.
-    """
+def summarize_step(step: StepGradients) -> StepSummary:
+    """Brings a step's numbers to the host. With several processes, all have to come here."""
     losses = step.forget_losses, step.retain_losses
     dtype, device = torch.float64, step.forget_losses.device
     if device.type == "mps":
         dtype = torch.float32
-    local = torch.stack([sum_of_losses.to(dtype) for own in losses for sum_of_losses in (own.sum(), _count(own))])
+    counts = torch.tensor([len(own) for own in losses], dtype=dtype, device=device)
     bad = sum((~torch.isfinite(own)).sum() for own in losses)
-    numbers = [step.group.sum(torch.cat((local, bad.to(dtype)[None])))]
-    names = (list(step.grams) if per_tensor else [""]) if step.grams else []
-    if names:
-        stacked = torch.stack(list(step.grams.values()))
-        numbers.append((stacked if per_tensor else stacked.sum(dim=0)).flatten().to(device))
+    local = torch.stack([*(own.sum(dtype=dtype) for own in losses), bad.to(dtype)])
+    numbers = [step.group.sum(torch.cat((local, counts)))]
+    numbers += [gram.flatten().to(device) for gram in step.grams.values()]
     on_host = torch.cat(numbers).cpu().double()
-    forget_sum, forget_count, retain_sum, retain_count, num_bad = on_host[:5].tolist()
-    size = next(iter(step.grams.values())).shape[0] if names else 0
+    forget_sum, retain_sum, num_bad, forget_count, retain_count = on_host[:5].tolist()
+    sizes = [gram.shape[0] for gram in step.grams.values()]
+    matrices = on_host[5:].split([size**2 for size in sizes])
     return StepSummary(
-        grams=dict(zip(names, on_host[5:].view(-1, size, size).unbind(), strict=True)) if names else {},
+        grams={n: m.view(size, size) for n, m, size in zip(step.grams, matrices, sizes, strict=True)},
         forget_loss=forget_sum / forget_count if forget_count else None,
         retain_loss=retain_sum / retain_count if retain_count else None,
         num_bad=int(num_bad),
@@ -98,7 +91,3 @@ def _name_rows(batches: list[Batch], bad: Tensor) -> str:
         return "unknown rows"
     rows = torch.cat([batch.rows for batch in batches])[bad].tolist()
     return f"rows {', '.join(map(str, rows))}" if UNKNOWN_ROW not in rows else "unknown rows"
-
-
-def _count(losses: Tensor) -> Tensor:
-    return torch.full((), len(losses), device=losses.device)

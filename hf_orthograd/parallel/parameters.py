@@ -57,7 +57,8 @@ class _KnownGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale: Tensor):
         gradients, ctx.gradients = ctx.gradients, None
-        return None, *(gradient.mul_(scale) for gradient in gradients)
+        torch._foreach_mul_(gradients, scale)
+        return None, *gradients
 
 
 def known_gradients(parameters: dict[str, nn.Parameter], gradients: dict[str, Tensor | None]) -> Tensor:

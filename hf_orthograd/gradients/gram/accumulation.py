@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...parallel import SampleLayout
-from ..products import accumulation_dtype, inner_products
+from ...parallel import Parameters, SampleLayout
+from ..products import accumulation_dtype, assemble_grams, exact_arithmetic, inner_products
 from .calls import Call, Source, SpreadCall
 from .forms import Dense, Form, Outer
 
@@ -23,6 +23,8 @@ FACTORED = frozenset({F.linear, torch.addmm, F.embedding})
 ONE_HOT = frozenset({F.embedding})
 # what writing or reading one number of a large tensor costs, in multiplications: memory is slower than arithmetic
 _MEMORY_COST = 8
+# parameters of one dimension and at most so many numbers, biases and norms, are multiplied all together in the end
+SMALL = 1 << 16
 # gradients that are not kept are formed in blocks of so many bytes, in the same memory again and again
 BLOCK_BYTES = 1 << 26
 
@@ -126,7 +128,8 @@ class ParameterGradients:
         self._arrived = 0
         self._new: list[Form] = []
         self._forms: list[tuple[slice, Form]] = []
-        self._products: Tensor | None = None
+        self._retain_products: list[Tensor] | None = None
+        self._forget_products: list[Tensor] = []
 
     def begin_pass(self, uses: list[Use], num_samples: int) -> None:
         """Says how the calls of the next pass, over `num_samples` samples, use the parameter."""
@@ -141,7 +144,7 @@ class ParameterGradients:
             return
         self._take_in(samples)
         # with other processes products wait for the end: all must come to them in the same order
-        if samples.stop == self._num_samples and self._layout.group.is_alone:
+        if samples.stop == self._num_samples and self._layout.group.is_alone and not self.is_small:
             self._take_products(scratch)
 
     def end_pass(self, samples: slice) -> None:
@@ -149,11 +152,32 @@ class ParameterGradients:
         if self._new:
             self._take_in(samples)
 
-    def products(self, scratch: "Scratch") -> Tensor:
-        """Of this process' gradients with `g_u` and with the gradients of all samples, (local, 1 + k), float64."""
-        if self._products is None:
+    @property
+    def is_small(self) -> bool:
+        """Whether it is left to be multiplied with other small ones."""
+        return len(self._shape) <= 1 and self._shape.numel() <= SMALL
+
+    def products(self, scratch: "Scratch") -> tuple[list[Tensor], list[Tensor]]:
+        """Inner products of this process' gradients with `g_u`, (local,), and with those of all, (local, k), as parts to add."""
+        if self._retain_products is None:
             self._take_products(scratch)
-        return self._products
+        return self._forget_products, self._retain_products
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """`g_u`, flat, (P,), and this process' gradients, (local, P), float32, zeros where nothing came."""
+        forget, size = self._forget_gradient, self._shape.numel()
+        first = torch.zeros(size, device=self._device) if forget is None else forget.reshape(-1).float()
+        if len(self._forms) == 1 and self._forms[0][0] == slice(0, self._num_samples):
+            return first, self._forms[0][1].gradients.flatten(1).float()
+        rows = torch.zeros(self._num_samples, size, device=self._device)
+        for samples, form in self._forms:
+            rows[samples] += form.gradients.flatten(1)
+        return first, rows
+
+    def settle(self) -> None:
+        """After the products: lets go of what the update does not need."""
+        if not self._for_update:
+            self.let_go()
 
     @property
     def is_used(self) -> bool:
@@ -165,21 +189,21 @@ class ParameterGradients:
         """Whether gradients are kept and not their factors."""
         return all(isinstance(form, Dense) for _, form in self._forms)
 
-    def gradient(self, forget_weight: float, weights: Tensor, *, keep: bool) -> Tensor | None:
-        """`forget_weight * g_u + sum_i weights_i g_i`, in the memory of `g_u`; `None` if neither loss uses it.
-
-        The retain gradients or their factors are let go of, unless `keep`.
-        """
+    def begin_update(self) -> Tensor | None:
+        """Memory that the update is added up in, for the taking: `g_u`, or zeros; `None` if neither loss uses it."""
         total, self._forget_gradient = self._forget_gradient, None
         if total is not None:
-            total = total.float().contiguous().mul_(forget_weight)
-        elif self._forms:
-            total = torch.zeros(self._shape, device=self._device)
+            return total.float().contiguous()
+        return torch.zeros(self._shape, device=self._device) if self._forms else None
+
+    def add_update(self, weights: Tensor, total: Tensor) -> None:
+        """Adds `sum_i weights_i g_i` over this process' samples to a tensor of the parameter's shape."""
         for samples, form in self._forms:
             form.add_combination(weights[samples], total)
-        if not keep:
-            self._forms = []
-        return total
+
+    def let_go(self) -> None:
+        """Of the retain gradients, or their factors."""
+        self._forms = []
 
     def products_with(self, tensor: Tensor) -> Tensor:
         """Inner products of this process' gradients with a tensor of the parameter's shape, (local,), float64."""
@@ -187,13 +211,6 @@ class ParameterGradients:
         for samples, form in self._forms:
             found[samples] += form.inner_with(tensor.float())
         return found
-
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        """`sum_i weights_i g_i` over this process' samples, float32."""
-        total = torch.zeros(self._shape, device=self._device)
-        for samples, form in self._forms:
-            form.add_combination(weights[samples], total)
-        return total
 
     def _take_in(self, samples: slice) -> None:
         """Brings what has come of these samples into the form in which it will be kept."""
@@ -215,12 +232,10 @@ class ParameterGradients:
         return total
 
     def _take_products(self, scratch: "Scratch") -> None:
-        layout, dtype = self._layout, accumulation_dtype(self._device)
-        self._products = torch.zeros(layout.local, 1 + layout.total, dtype=dtype, device=self._device)
-        if self._projected and (self._forms or not layout.group.is_alone):
+        self._retain_products = []
+        if self._projected and (self._forms or not self._layout.group.is_alone):
             self._multiply(scratch)
-        if not self._for_update:
-            self._forms = []
+        self.settle()
 
     def _multiply(self, scratch: "Scratch") -> None:
         forget = None if self._forget_gradient is None else self._forget_gradient.float()
@@ -250,19 +265,23 @@ class ParameterGradients:
 
     def _add_products(self, gradients: Tensor, forget: Tensor | None) -> None:
         rows = gradients.flatten(1).float()
-        self._products[:, 1:] += inner_products(rows, self._layout.gather_rows(rows))
+        self._retain_products.append(inner_products(rows, self._layout.gather_rows(rows)))
         if forget is not None:
-            self._products[:, :1] += inner_products(rows, forget.reshape(1, -1))
+            self._forget_products.append(inner_products(rows, forget.reshape(1, -1))[:, 0])
 
     def _add_pairwise(self, forget: Tensor | None) -> None:
+        dtype, size = accumulation_dtype(self._device), self._num_samples
+        products = torch.zeros(size, 1 + size, dtype=dtype, device=self._device)
         for i, (samples, form) in enumerate(self._forms):
             for other_samples, other in self._forms[: i + 1]:
-                block = form.inner(other).to(self._products.dtype)
-                self._products[samples, 1 + other_samples.start : 1 + other_samples.stop] += block
+                block = form.inner(other).to(dtype)
+                products[samples, 1 + other_samples.start : 1 + other_samples.stop] += block
                 if other is not form:
-                    self._products[other_samples, 1 + samples.start : 1 + samples.stop] += block.T
+                    products[other_samples, 1 + samples.start : 1 + samples.stop] += block.T
             if forget is not None:
-                self._products[samples, 0] += form.inner_with(forget).to(self._products.dtype)
+                products[samples, 0] += form.inner_with(forget).to(dtype)
+        self._forget_products.append(products[:, 0])
+        self._retain_products.append(products[:, 1:])
 
 
 class Scratch:
@@ -277,3 +296,70 @@ class Scratch:
         if memory is None or len(memory) < numbers:
             memory = self._memory[device] = torch.empty(max(numbers, BLOCK_BYTES // 4), device=device)
         return memory[:numbers].view(shape)
+
+
+class Products:
+    """Adds up the inner products of a step, parameter by parameter or over all of them.
+
+    Args:
+        parameters ([`Parameters`]): Of which those that are projected count.
+        forget_gradients (`dict[str, torch.Tensor]`): `g_u`, by parameter, where the forget loss uses it.
+        layout ([`SampleLayout`]): The samples of all processes.
+        per_parameter (`bool`): Whether the Gram matrix of each parameter is wanted, and not only their sum.
+
+    Attributes:
+        joined (`tuple[dict[str, int], torch.Tensor]`, *optional*): The small parameters of the last group with how many numbers
+            each has, and all their gradients side by side, (local, sum of the numbers).
+    """
+
+    def __init__(
+        self, parameters: Parameters, forget_gradients: dict[str, Tensor], layout: SampleLayout, per_parameter: bool
+    ):
+        self._parameters, self._forget_gradients = parameters, forget_gradients
+        self._layout, self._per_parameter = layout, per_parameter
+        self._parts: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+        self.joined: tuple[dict[str, int], Tensor] | None = None
+
+    def take(self, kept: dict[str, ParameterGradients], scratch: "Scratch") -> None:
+        """Takes the products of a group of parameters, of all samples."""
+        projected = {name: own for name, own in kept.items() if name in self._parameters.projected}
+        with exact_arithmetic(self._parameters.device):
+            small = {} if self._per_parameter else {name: own for name, own in projected.items() if own.is_small}
+            for name, own in projected.items():
+                if name not in small:
+                    self._add(name if self._per_parameter else "", *own.products(scratch))
+            if small:
+                forget, rows = zip(*(own.rows() for own in small.values()), strict=True)
+                joined = torch.cat(rows, dim=1)
+                everyone = self._layout.gather_rows(joined)
+                with_forget = inner_products(joined, torch.cat(forget)[None])[:, 0]
+                self._add("", [with_forget], [inner_products(joined, everyone)])
+                for own in small.values():
+                    own.settle()
+                self.joined = dict(zip(small, (row.shape[1] for row in rows), strict=True)), joined
+
+    def _add(self, name: str, forget: list[Tensor], retain: list[Tensor]) -> None:
+        own = self._parts.setdefault(name, ([], []))
+        own[0].extend(forget)
+        own[1].extend(retain)
+
+    def grams(self) -> dict[str, Tensor]:
+        """See [`assemble_grams`]."""
+        device, layout = self._parameters.device, self._layout
+        empty = torch.zeros(layout.local, 1 + layout.total, dtype=accumulation_dtype(device), device=device)
+        products = {}
+        for name, (forget, retain) in self._parts.items():
+            first, others = (_sum(parts, like) for parts, like in ((forget, empty[:, 0]), (retain, empty[:, 1:])))
+            products[name] = torch.cat((first[:, None], others), dim=1)
+        forgets = {
+            name: self._forget_gradients[name] for name in self._parameters.projected if name in self._forget_gradients
+        }
+        if self._per_parameter:
+            parts = {name: [forgets[name]] if name in forgets else [] for name in products}
+        else:
+            parts = {"": list(forgets.values())}
+        return assemble_grams(products, parts, layout)
+
+
+def _sum(parts: list[Tensor], empty: Tensor) -> Tensor:
+    return torch.stack([part.to(empty.device) for part in parts]).sum(dim=0) if parts else empty

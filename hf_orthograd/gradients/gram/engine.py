@@ -19,8 +19,8 @@ from ...parallel import ALONE, Parameters, ProcessGroup, SampleLayout
 from ...projection import UpdateWeights
 from ...trials import RandomState, preserved_random_state
 from ..base import ForgetBatch, GradientEngine, StepGradients, UnsupportedModelError
-from ..products import assemble_grams, exact_arithmetic
-from .accumulation import ParameterGradients, Scratch, Use, count_cost
+from ..products import exact_arithmetic
+from .accumulation import ParameterGradients, Products, Scratch, Use, count_cost
 from .calls import Call, Source, SpreadCall
 from .chunks import Chunk, RepeatedGradients, split_samples, weigh_groups
 from .forms import Dense, Form, Outer
@@ -40,21 +40,36 @@ class KeptGradients(StepGradients):
     Attributes:
         kept (`dict[str, ParameterGradients]`): What is kept for each trainable parameter.
         keep (`bool`): Whether it is there after [`combine`].
+        joined (`tuple`, *optional*): Small parameters side by side, as [`Products`] has them.
     """
 
     kept: dict[str, ParameterGradients]
     keep: bool
+    joined: tuple[dict[str, int], Tensor] | None = None
 
     @property
     def has_retain_gradients(self) -> bool:
         return self.keep
 
     def combine(self, weights: UpdateWeights) -> Tensor:
-        gradients = {}
+        gradients = {name: own.begin_update() for name, own in self.kept.items()}
+        totals = {name: total for name, total in gradients.items() if total is not None}
+        sizes, rows = ({}, None) if self.joined is None else self.joined
         with exact_arithmetic(self.retain_losses.device):
-            for name, kept in self.kept.items():
-                own_weights = self.local_weights(weights, name)
-                gradients[name] = kept.gradient(weights.forget, own_weights, keep=self.keep)
+            torch._foreach_mul_(list(totals.values()), weights.forget)
+            for name, total in totals.items():
+                if name not in sizes:
+                    self.kept[name].add_update(self.local_weights(weights, name), total)
+            if sizes:  # many tensors of few numbers in one product
+                summed = (self.local_weights(weights, next(iter(sizes))) @ rows).split(list(sizes.values()))
+                pairs = [(totals[name], own) for name, own in zip(sizes, summed, strict=True) if name in totals]
+                torch._foreach_add_(
+                    *map(list, zip(*((total, own.view_as(total)) for total, own in pairs), strict=True))
+                )
+        if not self.keep:
+            self.joined = None
+            for own in self.kept.values():
+                own.let_go()
         return self.hand_over(gradients)
 
     def along(self, step: Iterable[tuple[str, Tensor]]) -> Tensor:
@@ -65,7 +80,9 @@ class KeptGradients(StepGradients):
 
     def combination(self, name: str, coefficients: Tensor) -> Tensor:
         weights = coefficients[self.layout.span].to(self.retain_losses)
-        return self.layout.group.sum(self.kept[name].weighted_sum(weights))
+        total = torch.zeros_like(self.parameters.trainable[name], dtype=torch.float32)
+        self.kept[name].add_update(weights, total)
+        return self.layout.group.sum(total)
 
 
 @dataclass
@@ -139,6 +156,7 @@ class GramEngine(GradientEngine):
         group: ProcessGroup = ALONE,
         loss_scale: float = 1.0,
         keep_gradients: bool = False,
+        per_parameter: bool = False,
     ) -> StepGradients:
         forget_losses, forget_gradients = self.forget_gradients(model, forget, group, loss_scale)
         chunks = split_samples(retain, self.chunk_size)
@@ -151,19 +169,18 @@ class GramEngine(GradientEngine):
             keeps = len(groups) == 1
             if not keeps and self.chunk_size is not None:
                 chunks = split_samples(retain, max(1, self.chunk_size // FORWARD_PART))
-        products, end = {}, None
+        found, end = Products(self.parameters, forget_gradients, layout, per_parameter), None
         for names in groups:
             kept = self._make_accumulators(names, forget_gradients, layout, keeps=keeps)
             losses, recorder = sweep.run(chunks, kept, retain_graph=not keeps and len(groups) == 1)
-            products.update(self._products(kept))
+            found.take(kept, self.scratch)
             if names is groups[0]:
                 retain_losses, end = losses, RandomState.now() if len(groups) > 1 else None
         if end is not None:
             end.restore()
-        grams = assemble_grams(products, forget_gradients, layout)
-        everything = (forget_losses, retain_losses.detach(), grams, layout, self.parameters, group)
+        everything = (forget_losses, retain_losses.detach(), found.grams(), layout, self.parameters, group)
         if keeps:
-            return KeptGradients(*everything, kept, self.needs_gradients or keep_gradients)
+            return KeptGradients(*everything, kept, self.needs_gradients or keep_gradients, found.joined)
         if len(groups) == 1:
             return RecomputedGradients(*everything, forget_gradients, loss_scale * retain_losses, recorder)
         return RepeatedGradients(*everything, sweep.scaled_losses, forget_gradients, chunks)
@@ -224,11 +241,6 @@ class GramEngine(GradientEngine):
             )
             for name in names
         }
-
-    def _products(self, kept: dict[str, ParameterGradients]) -> dict[str, Tensor]:
-        projected = [name for name in kept if name in self.parameters.projected]
-        with exact_arithmetic(self.parameters.device):
-            return {name: kept[name].products(self.scratch) for name in projected}
 
 
 @dataclass
