@@ -146,9 +146,12 @@ def _engine_step(engine_class, parts: int | None = None) -> Callable[[Setup], Ca
         def step() -> None:
             batches = [ForgetBatch(forget, len(forget["labels"]))], [Batch(setup.retain, size)]
             gradients = engine.measure(setup.model, *batches)
-            grams = summarize_step(gradients, per_tensor=False).grams
+            grams = summarize_step(gradients).grams
             projection = solve_projections(grams) if grams else None
-            gradients.combine(update_weights(ALPHA, projection, gradients.grams, device=device)).backward()
+            names = gradients.parameters.projected
+            gradients.combine(update_weights(ALPHA, projection, names, device=device)).backward()
+
+        return step
 
     return prepare
 
