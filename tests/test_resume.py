@@ -1,5 +1,6 @@
 """Killed in the middle of a step and started again, a run ends where the uninterrupted one does, bit for bit."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,30 +11,57 @@ import pytest
 import torch
 from launched import train
 
+from hf_orthograd.checkpoints import begin_checkpoint, find_last_checkpoint, is_whole
+
 
 TESTS = Path(__file__).parent
 
 
-def run(folder, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(TESTS / "killed.py"), str(folder), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+def trials(folder, *numbers):
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TESTS / "killed.py"), str(folder), *map(str, numbers)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("step", [5, 8])
-def test_killed_run_resumes_bit_for_bit(step, tmp_path):
-    """Dropout, accumulation, AdamW, both streams, NPO's reference losses and the corrected update."""
-    whole = run(tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr[-2000:]
-    killed = run(tmp_path / "killed", str(step))
-    assert killed.returncode == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "final.pt").exists()
-    resumed = run(tmp_path / "killed")
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
-    expected, found = (torch.load(tmp_path / name / "final.pt") for name in ("whole", "killed"))
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    # it did go on from a checkpoint
-    assert f"checkpoint-{(step - 1) // 2 * 2}" in {path.name for path in (tmp_path / "killed").iterdir()}
+@pytest.mark.parametrize(("kills", "full_disks"), [(4, 2), pytest.param(20, 10, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_or_meets_a_full_disk_goes_on_bit_for_bit(kills, full_disks, tmp_path):
+    """At random moments, saving included: dropout, accumulation, AdamW, both streams, NPO's references, corrected updates."""
+    results = trials(tmp_path, 0, kills, full_disks)
+    assert len(results) == kills + full_disks
+    assert all(one["first"] == -signal.SIGKILL for one in results[:kills])
+    assert all(one["first"] == 1 for one in results[kills:])  # the save raised
+    assert all(one["resumed"] == 0 and one["same"] for one in results), results
+
+
+def whole_checkpoint(folder, step):
+    folder = folder / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+    return folder
+
+
+def test_the_newest_whole_checkpoint_is_found(tmp_path, caplog):
+    whole_checkpoint(tmp_path, 9)
+    whole_checkpoint(tmp_path, 10)
+    (tmp_path / "checkpoint-11").mkdir()  # broke off before the state
+    (whole_checkpoint(tmp_path, 12) / "trainer_state.json").write_text('{"global_step": 12, "log_hi')
+    (tmp_path / "checkpoint-x").mkdir()
+    assert find_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    assert "checkpoint-12, checkpoint-11" in caplog.text and "going on from checkpoint-10" in caplog.text
+    # a checkpoint of two processes has the random numbers of both
+    assert find_last_checkpoint(str(tmp_path), num_processes=2) is None
+    assert "starting from the beginning" in caplog.text
+    for process in range(2):
+        (tmp_path / "checkpoint-9" / f"rng_state_{process}.pth").touch()
+    assert find_last_checkpoint(str(tmp_path), num_processes=2) == str(tmp_path / "checkpoint-9")
+
+
+def test_a_checkpoint_that_is_written_over_does_not_look_whole(tmp_path):
+    folder = whole_checkpoint(tmp_path, 3)
+    begin_checkpoint(folder)
+    assert not is_whole(folder)
 
 
 @pytest.mark.parametrize("kind", ["whisper", "wav2vec2", "vit"])
