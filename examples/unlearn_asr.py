@@ -23,6 +23,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoProcessor, HfArgumentParser
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
+from hf_orthograd.data import check_corpus
 from hf_orthograd.data.speech import (
     SpeechCollator,
     is_whisper_like,
@@ -98,15 +99,8 @@ DEMO = {
     "logging_steps": 1,
 }
 
-# a stopping rule, and the checkpoints of one, are for unlearning alone
-WITHOUT_RULE = {
-    "forget_target": None,
-    "retain_budget": None,
-    "load_best_model_at_end": False,
-    "metric_for_best_model": None,
-    "greater_is_better": None,
-    "save_strategy": "no",
-}
+# a stopping rule is for unlearning alone
+WITHOUT_RULE = {"forget_target": None, "retain_budget": None, "save_strategy": "no"}
 
 SETS = {
     "forget": "forgotten, trained on",
@@ -123,13 +117,16 @@ def load(arguments: ScriptArguments):
 
         corpus = build_demo_corpus()
         return *build_demo_recogniser(corpus["train"]["text"]), corpus
+    corpus = load_dataset(arguments.dataset_name)
+    columns = ("audio_column", "text_column", "forget_column")
+    check_corpus(corpus, {f"--{name}": getattr(arguments, name) for name in columns})
     processor = AutoProcessor.from_pretrained(arguments.model_name_or_path)
     config = transformers.AutoConfig.from_pretrained(arguments.model_name_or_path)
     auto_class = AutoModelForSpeechSeq2Seq if config.is_encoder_decoder else AutoModelForCTC
     model = auto_class.from_pretrained(arguments.model_name_or_path, dtype=torch.float32)
     if arguments.max_audio_seconds is not None:
         shorten_whisper(model, processor, arguments.max_audio_seconds)
-    return model, processor, load_dataset(arguments.dataset_name)
+    return model, processor, corpus
 
 
 def split(corpus: DatasetDict, arguments: ScriptArguments) -> DatasetDict:

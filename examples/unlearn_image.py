@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
+from hf_orthograd.data import check_corpus
 from hf_orthograd.evaluation import Quantization, Relearning, evaluate_unlearning
 
 
@@ -78,15 +79,7 @@ DEMO = {
 }
 
 # a stopping rule is for unlearning alone
-WITHOUT_RULE = {
-    "forget_target": None,
-    "retain_budget": None,
-    "load_best_model_at_end": False,
-    "metric_for_best_model": None,
-    "greater_is_better": None,
-    "save_strategy": "no",
-    "eval_strategy": "no",
-}
+WITHOUT_RULE = {"forget_target": None, "retain_budget": None, "save_strategy": "no", "eval_strategy": "no"}
 
 
 def build_demo() -> tuple[ViTForImageClassification, ViTImageProcessor, DatasetDict]:
@@ -119,7 +112,14 @@ def load(arguments: ScriptArguments):
     if arguments.model_name_or_path is None:
         return build_demo()
     corpus = load_dataset(arguments.dataset_name)
-    names = corpus["train"].features[arguments.label_column].names
+    check_corpus(corpus, {"--image_column": arguments.image_column, "--label_column": arguments.label_column})
+    classes = corpus["train"].features[arguments.label_column]
+    if not isinstance(classes, ClassLabel):
+        raise ValueError(
+            f"`--label_column` is {arguments.label_column!r}, which holds {classes}, but must name classes: prepare it with "
+            f"`dataset.class_encode_column({arguments.label_column!r})`."
+        )
+    names = classes.names
     config = AutoConfig.from_pretrained(arguments.model_name_or_path, num_labels=len(names))
     config.id2label, config.label2id = dict(enumerate(names)), {name: number for number, name in enumerate(names)}
     # a head for other classes is replaced by a new one, which transformers says

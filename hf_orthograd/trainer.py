@@ -72,6 +72,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         unlearns = forget_dataset is not None
         if unlearns:
             args = with_unlearning(args)
+            validation.check_arguments(args)
             validation.check_datasets(args, forget_dataset, train_dataset)
         if isinstance(args, OrthoGradConfig):
             watching.check_stopping(args, forget_dataset, eval_dataset, compute_metrics)

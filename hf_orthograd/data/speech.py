@@ -26,15 +26,30 @@ def decode_audio(audio: Mapping[str, Any], sampling_rate: int) -> np.ndarray:
         sampling_rate (`int`): Of the result, in Hz.
 
     Returns:
-        `numpy.ndarray` of shape (num_samples,), float32, mono.
+        `numpy.ndarray` of shape (num_samples,), float32, mono. Of an array of two dimensions the shorter one is taken for the
+        channels.
+
+    Raises:
+        ValueError: There is no audio, none that can be read, none of one or two dimensions, or samples that are no numbers.
     """
+    if not isinstance(audio, Mapping):
+        raise ValueError(f"audio must be a mapping with 'bytes', 'path' or 'array', but is {audio!r:.60}.")
     if audio.get("array") is not None:
         samples, source_rate = np.asarray(audio["array"], dtype=np.float32), audio["sampling_rate"]
+    elif audio.get("bytes") is None and audio.get("path") is None:
+        raise ValueError("audio has neither 'bytes' nor 'path' nor 'array'.")
     else:
         source = io.BytesIO(audio["bytes"]) if audio.get("bytes") is not None else audio["path"]
-        samples, source_rate = soundfile.read(source, dtype="float32")
+        try:
+            samples, source_rate = soundfile.read(source, dtype="float32")
+        except (soundfile.LibsndfileError, OSError) as error:
+            raise ValueError(f"audio cannot be read: {error}") from error
     if samples.ndim == 2:
-        samples = samples.mean(axis=1)
+        samples = samples.mean(axis=int(np.argmin(samples.shape)))
+    if samples.ndim != 1 or len(samples) == 0:
+        raise ValueError(f"audio must have one or two dimensions and samples, but has shape {samples.shape}.")
+    if not np.isfinite(samples).all():
+        raise ValueError("audio has samples that are not finite numbers.")
     if source_rate != sampling_rate:
         divisor = np.gcd(source_rate, sampling_rate)
         samples = resample_poly(samples, sampling_rate // divisor, source_rate // divisor)
@@ -75,8 +90,14 @@ def prepare_speech_dataset(
         `datasets.Dataset` with the feature extractor's input column (`input_features` or `input_values`) and `labels`.
 
     Raises:
-        ValueError: An utterance is longer than Whisper's window, which would cut it but not its transcript.
+        ValueError: A column is missing; or, naming the row: audio that cannot be decoded, a transcript that is none, or an
+            utterance longer than Whisper's window, which would cut it but not its transcript.
     """
+    for argument, column in (("audio_column", audio_column), ("text_column", text_column)):
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"`{argument}` is {column!r}, but the data set has columns {', '.join(dataset.column_names)}."
+            )
     extractor, tokenizer = processor.feature_extractor, processor.tokenizer
     vocabulary = tokenizer.get_vocab()
     input_name = extractor.model_input_names[0]
@@ -85,21 +106,27 @@ def prepare_speech_dataset(
 
     window = extractor.n_samples if input_name == "input_features" else None
 
-    def prepare(row: dict) -> dict:
-        samples = decode_audio(row[audio_column], extractor.sampling_rate)
+    def prepare(row: dict, number: int) -> dict:
+        text = row[text_column]
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"Row {number} has no transcript in {text_column!r}: {text!r}. Remove it.")
+        try:
+            samples = decode_audio(row[audio_column], extractor.sampling_rate)
+        except ValueError as error:
+            raise ValueError(f"Row {number}, {audio_column!r}: {error} Remove or mend it.") from error
         if window is not None and len(samples) > window:
             raise ValueError(
-                f"An utterance lasts {len(samples) / extractor.sampling_rate:.1f} s, longer than the model's window of "
-                f"{window / extractor.sampling_rate:.0f} s: its end would be cut off, its transcript not. Make the window "
-                f"longer or remove the utterance ({row[text_column][:60]!r})."
+                f"The utterance in row {number} lasts {len(samples) / extractor.sampling_rate:.1f} s, longer than the model's "
+                f"window of {window / extractor.sampling_rate:.0f} s: its end would be cut off, its transcript not. Make the "
+                "window longer or remove it."
             )
         features = extractor(samples, sampling_rate=extractor.sampling_rate)[input_name][0]
-        text = prefix + match_case(row[text_column], vocabulary)
-        return {input_name: np.asarray(features, dtype=np.float32), "labels": tokenizer(text).input_ids}
+        tokens = tokenizer(prefix + match_case(text, vocabulary)).input_ids
+        return {input_name: np.asarray(features, dtype=np.float32), "labels": tokens}
 
     if isinstance(dataset.features[audio_column], Audio):
         dataset = dataset.cast_column(audio_column, Audio(decode=False))
-    dataset = dataset.map(prepare, remove_columns=[audio_column], desc="Extracting features")
+    dataset = dataset.map(prepare, with_indices=True, remove_columns=[audio_column], desc="Extracting features")
     return dataset.with_format("numpy", columns=[input_name, "labels"], output_all_columns=True)
 
 

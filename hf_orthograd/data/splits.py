@@ -1,5 +1,6 @@
 """Splits of a data set into what is forgotten and what is kept."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,35 @@ def split_forget_retain(
         groups = None if stratify_by is None else np.array(dataset.select(rest)[stratify_by], dtype=object).astype(str)
         rest = rest[np.sort(_draw(len(rest), count, groups, np.random.default_rng(seed)))]
     return DatasetDict(forget=dataset.select(np.flatnonzero(forgotten)), retain=dataset.select(rest))
+
+
+def check_corpus(corpus: Mapping, columns: Mapping[str, str], splits: Sequence[str] = ("train", "test")) -> None:
+    """Checks that a corpus has the splits and columns that a script was told of.
+
+    Args:
+        corpus (`datasets.DatasetDict`): As `load_dataset` returns it.
+        columns (`Mapping[str, str]`): For each flag of the script, the column that it names.
+        splits (`Sequence[str]`): Which are needed.
+
+    Raises:
+        ValueError: One is missing; the message names the flag and lists what there is.
+    """
+    if not isinstance(corpus, Mapping):
+        raise ValueError(
+            f"`--dataset_name` is one {type(corpus).__name__}, but must have the splits {', '.join(splits)}."
+        )
+    missing = [name for name in splits if name not in corpus]
+    if missing:
+        raise ValueError(
+            f"`--dataset_name` has no split {' and '.join(missing)}, only {', '.join(corpus)}. What was never trained on is "
+            "measured beside the rest: split some rows off with `train_test_split`, and save both."
+        )
+    for flag, column in columns.items():
+        for split in splits:
+            if column not in corpus[split].column_names:
+                raise ValueError(
+                    f"`{flag}` is {column!r}, but the split {split!r} has the columns {', '.join(corpus[split].column_names)}."
+                )
 
 
 def _retain_count(retain_size: int | float | None, available: int) -> int:

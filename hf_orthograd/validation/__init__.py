@@ -2,6 +2,7 @@
 
 from .datasets import check_datasets, check_overlap, is_empty, needs_retain
 from .launch import (
+    check_arguments,
     check_batch_norm,
     check_launch,
     check_steps,
@@ -13,6 +14,7 @@ from .samples import check_batch, check_per_sample, check_samples
 
 
 __all__ = [
+    "check_arguments",
     "check_batch",
     "check_batch_norm",
     "check_datasets",

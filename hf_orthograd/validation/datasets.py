@@ -50,8 +50,15 @@ def check_datasets(args: OrthoGradConfig, forget, retain) -> None:
                 f"`alpha`={args.alpha} needs retain samples. Pass some, or set projection='none' and alpha=0."
             )
         return
-    if hasattr(retain, "__len__"):
-        _check_columns(forget, retain)
+    if not hasattr(retain, "__len__"):
+        return
+    _check_columns(forget, retain)
+    if args.dataloader_drop_last and len(retain) < args.train_batch_size * args.world_size:
+        raise ValueError(
+            f"`dataloader_drop_last` is True, and `train_dataset`, the retain set, has {len(retain)} rows, fewer than one batch "
+            f"of {args.train_batch_size} on each of {args.world_size} processes: no step would be made. Set it to False, or "
+            "lower `per_device_train_batch_size`."
+        )
 
 
 def _columns(dataset) -> set[str] | None:

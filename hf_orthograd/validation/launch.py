@@ -18,6 +18,28 @@ logger = logging.get_logger(__name__)
 TOO_FEW_RETAIN_SAMPLES, FEW_RETAIN_SAMPLES = 8, 16
 
 
+def check_arguments(args: OrthoGradConfig) -> None:
+    """Refuses what Trainer offers and an unlearning step cannot keep, or should not: to be called before Trainer acts on it.
+
+    Raises:
+        ValueError: The message names what is not supported, and what to do.
+    """
+    activation_kwargs = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}
+    _refuse(
+        {
+            "`push_to_hub` with hub_strategy="
+            f"{str(args.hub_strategy.value)!r} (set it to 'end': half-unlearned weights, or an adapter that is merged later, would "
+            "stay in the repository's history)": args.push_to_hub and args.hub_strategy.value != "end",
+            "`label_smoothing_factor`": args.label_smoothing_factor != 0,
+            "reentrant activation checkpointing (set activation_checkpointing_kwargs={'use_reentrant': False})": (
+                bool(activation_kwargs.get("use_reentrant"))
+            ),
+            "an optimizer that steps inside of the backward pass (take one that steps after it, as 'adamw_torch', in place of "
+            f"optim={str(args.optim.value)!r})": "lomo" in args.optim.value or "layerwise" in args.optim.value,
+        }
+    )
+
+
 def check_launch(args: OrthoGradConfig, state: AcceleratorState, model: nn.Module) -> None:
     """Refuses launches under which the update would not be the one the configuration names.
 
@@ -32,7 +54,6 @@ def check_launch(args: OrthoGradConfig, state: AcceleratorState, model: nn.Modul
     fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
     zero_stage = None if deepspeed is None else deepspeed.zero_stage
     compiled = isinstance(model, torch._dynamo.OptimizedModule) or args.torch_compile
-    activation_kwargs = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}
     refusals = {
         "`fsdp` of version 1 (set fsdp_config={'version': 2})": fsdp is not None and fsdp.fsdp_version != 2,
         "`fsdp` with `retain_chunk_size` (leave one out)": fsdp is not None and args.retain_chunk_size is not None,
@@ -42,44 +63,30 @@ def check_launch(args: OrthoGradConfig, state: AcceleratorState, model: nn.Modul
             deepspeed is not None and args.projection_target == "update"
         ),
         "torch.nn.DataParallel (set CUDA_VISIBLE_DEVICES to one device)": args.n_gpu > 1,
-        "`label_smoothing_factor`": args.label_smoothing_factor != 0,
         "a compiled model (leave `torch_compile` and `torch.compile` out: gradients of single samples are found by watching "
         "the calls of the model's own forward pass)": compiled,
-        "reentrant activation checkpointing (set activation_checkpointing_kwargs={'use_reentrant': False})": (
-            bool(activation_kwargs.get("use_reentrant"))
-        ),
-        "an optimizer that steps inside of the backward pass (take one that steps after it, as 'adamw_torch', in place of "
-        f"optim={str(args.optim.value)!r})": "lomo" in args.optim.value or "layerwise" in args.optim.value,
-        "`push_to_hub` with hub_strategy="
-        f"{str(args.hub_strategy.value)!r} (set it to 'end': half-unlearned weights, or an adapter that is merged later, would "
-        "stay in the repository's history)": args.push_to_hub and args.hub_strategy.value != "end",
         "prompt learning (use LoRA: virtual tokens shift the labels that losses are taken at)": (
             isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
         ),
     }
+    _refuse(refusals)
+
+
+def _refuse(refusals: dict[str, bool]) -> None:
     for feature, refused in refusals.items():
         if refused:
             raise ValueError(f"Unlearning with a `forget_dataset` does not support {feature}.")
 
 
 def check_steps(args: OrthoGradConfig, batch_size: int, retain) -> None:
-    """Refuses a loader that would give no step, and says what an epoch is and if a step protects few retain samples.
+    """Says so if a step protects few retain samples, or fewer than were asked for.
 
     Args:
         args ([`OrthoGradConfig`]): The configuration.
         batch_size (`int`): Retain samples per process and micro-batch.
         retain (`torch.utils.data.Dataset`): The retain set.
-
-    Raises:
-        ValueError: `dataloader_drop_last` drops all there is.
     """
     length = len(retain) if hasattr(retain, "__len__") else None
-    if length is not None and args.dataloader_drop_last and length < batch_size * args.world_size:
-        raise ValueError(
-            f"`dataloader_drop_last` is True, and `train_dataset`, the retain set, has {length} rows, fewer than one batch of "
-            f"{batch_size} on each of {args.world_size} processes: no step would be made. Set it to False, or lower "
-            "`per_device_train_batch_size`."
-        )
     number = batch_size * args.gradient_accumulation_steps * args.world_size
     if length is not None and length < number:
         logger.warning(
