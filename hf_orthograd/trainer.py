@@ -82,19 +82,10 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         self.per_sample_loss_func = compute_loss_func if unlearns else None
         train_dataset = train_dataset if self.has_retain or not unlearns else forget_dataset
         compute_loss_func = None if unlearns else compute_loss_func
-        given = (
-            model,
-            args,
-            data_collator,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            model_init,
-            compute_loss_func,
-        )
-        given += (compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics)
+        given = model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init
+        given += compute_loss_func, compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs
         # past Seq2SeqTrainer's own constructor, which knows no `optimizer_cls_and_kwargs` and no arguments but its own
-        super(Seq2SeqTrainer, self).__init__(*given)
+        super(Seq2SeqTrainer, self).__init__(*given, preprocess_logits_for_metrics)
         if isinstance(args, Seq2SeqTrainingArguments) and args.generation_config is not None:
             self.model.generation_config = self.load_generation_config(args.generation_config)
         self.group = ProcessGroup(self.accelerator.num_processes, self.accelerator.process_index)
