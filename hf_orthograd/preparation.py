@@ -1,5 +1,7 @@
 """The engine of a run: found before its first step, after a look at the first samples of both sets."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -25,7 +27,7 @@ def prepare_engine(trainer, model: nn.Module) -> GradientEngine:
     if args.freeze_batch_norm:
         validation.freeze_batch_norm(plain)
     validation.check_batch_norm(plain)
-    parameters = validation.find_parameters(plain, args)
+    parameters = replace(validation.find_parameters(plain, args), averaged_later=trainer.is_deepspeed_enabled)
     if trainer.is_world_process_zero():
         validation.warn_of_half_precision(parameters)
     sets = {"forget_dataset": trainer.forget_dataset, "train_dataset": trainer.train_dataset}

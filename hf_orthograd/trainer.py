@@ -139,8 +139,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
 
     def make_gradient_engine(self, model: nn.Module) -> GradientEngine:
         """Looks at the first samples of both sets and finds the engine that follows the model, as the steps run it."""
-        with self.accelerator.no_sync(model):
-            return prepare_engine(self, self._step_model(model))
+        return prepare_engine(self, self._step_model(model))
 
     def estimate(self) -> Estimate:
         """Counts what a step will take, without making one: parameters under the projection, rules, memory, time."""
@@ -193,10 +192,10 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         if self.args.projection != "none" and not self.accelerator.sync_gradients:
             # one projection against the retain samples of all micro-batches, when the last has come
             return torch.zeros((), device=self.args.device)
-        window, self._window, self._unused = self._window, PairedBatches(), ()
+        window, self._window = self._window, PairedBatches()
         try:
             # a mean over samples, not over tokens: the number of tokens would be that of the retain batch alone
-            loss = super().training_step(model, window, None)
+            return super().training_step(model, window, None)
         except FloatingPointError as error:
             error = FloatingPointError(
                 f"At step {self.state.global_step + 1} {error}. No update was made; checkpoints saved so far in "
@@ -208,9 +207,6 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             if self.accelerator.scaler is not None:  # it takes a step without any gradient for a mistake
                 self.accelerator.backward(0.0 * sum(p.sum() for p in self.model.parameters() if p.requires_grad))
             return torch.zeros((), device=self.args.device)
-        for name in self._unused:
-            self.gradient_engine.parameters.trainable[name].grad = None
-        return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         if isinstance(inputs, PairedBatches):
@@ -252,7 +248,6 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             step.combine(update_weights(args.alpha, projection, step.parameters.projected, device=args.device))
             / loss_scale
         )
-        self._unused = step.unused
         for observer in observers:
             observer.take_gradients(step)
         for name, value in {**summary.losses, **(projection.metrics if projection is not None else {})}.items():
@@ -269,9 +264,8 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         return forget_objective(args.forget_loss, beta=args.npo_beta, gamma=args.simnpo_gamma, reference_losses=losses)
 
     def _step_model(self, model: nn.Module) -> nn.Module:
-        # DeepSpeed's wrapper takes any backward pass for the last
-        alone = self.is_deepspeed_enabled and self.args.projection != "none"
-        return self.accelerator.unwrap_model(model) if alone else model
+        # DDP's wrapper waits for a backward pass through its last forward pass, DeepSpeed's takes any for the last
+        return model if self.args.projection == "none" else self.accelerator.unwrap_model(model)
 
     # ---- What is reported ----
 

@@ -96,9 +96,14 @@ def train(
     folder: Path, kind: str, lora: bool, settings: dict, skip_first: bool = False, resume=None
 ) -> OrthoGradTrainer:
     torch.manual_seed(0)
+    settings = dict(settings)
+    head, unused = settings.pop("head", None), settings.pop("unused", False)
     model = MODELS[kind]()
     if lora:
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+        adapter = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "modules_to_save": head}
+        model = get_peft_model(model, LoraConfig(**adapter))
+    if unused:
+        model.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
     defaults = {
         "max_steps": 3,
         "optim": "sgd",
@@ -110,7 +115,6 @@ def train(
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    settings = dict(settings)
     scaling, ragged, count = settings.pop("scaling", None), settings.pop("ragged", False), settings.pop("count", 24)
     poisoned, _ = settings.pop("poisoned", None), settings.pop("examined", None)
     args = OrthoGradConfig(str(folder), **(defaults | settings))

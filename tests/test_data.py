@@ -92,3 +92,9 @@ def test_row_numbers_travel_with_the_samples():
     collate = IndexedCollator(lambda examples: {"x": torch.stack([example["x"] for example in examples])})
     batch = collate([dataset[index] for index in (3, 1)])
     assert batch["x"].tolist() == batch[SAMPLE_INDEX].tolist() == [3, 1]
+
+
+def test_seeds_share_no_order():
+    """Pass 1 of one seed is not pass 0 of the next."""
+    orders = [tuple(CyclingBatchSampler(50, 50, seed=seed).batch(number)) for seed in range(4) for number in range(4)]
+    assert len(set(orders)) == len(orders)

@@ -54,6 +54,36 @@ def test_corrected_updates_are_the_same_too(launches):
     assert kept[0] == pytest.approx(kept[1], rel=1e-4) and kept[1][-1] < 0.999
 
 
+SCOPES = {
+    "per tensor": ("vit", False, {"projection_scope": "per_tensor"}),
+    "adapter alone": ("vit", True, {"projection_parameters": "lora", "head": ["classifier"]}),
+    "mean": ("llama", False, {"projection": "mean"}),
+    "unused": ("llama", False, {"unused": True, "optim": "adamw_torch", "weight_decay": 0.5, "adam_epsilon": 1e-2}),
+}
+
+
+@pytest.fixture(scope="module")
+def scopes(tmp_path_factory):
+    """Two samples a process for "per_tensor": more leave small tensors directions that float32 cannot tell from zero."""
+    runs = [
+        (name, kind, lora, settings(1 if name == "per tensor" else 4, **own))
+        for name, (kind, lora, own) in SCOPES.items()
+    ]
+    return launch(tmp_path_factory.mktemp("scopes"), 2, runs)
+
+
+@pytest.mark.parametrize("name", SCOPES)
+def test_scopes_are_the_same_in_two_processes(name, scopes, tmp_path):
+    kind, lora, own = SCOPES[name]
+    trainer = train(tmp_path, kind, lora, settings(2 if name == "per tensor" else 8, **own))
+    for parameter_name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            found = scopes[name]["parameters"][parameter_name]
+            assert (found - parameter.detach()).norm() <= 1e-4 * parameter.norm() + 1e-7, parameter_name
+    if name == "unused":  # no gradient of zero, which AdamW would take for one and decay the parameter
+        assert torch.equal(scopes[name]["parameters"]["unused"], torch.ones(3))
+
+
 @pytest.fixture(scope="module")
 def unequal(tmp_path_factory):
     """Sequences as long as they are; and 21 samples, of which the last step has 5 for 8 places."""

@@ -20,7 +20,8 @@ def test_estimate_counts_what_the_step_keeps(kind, tmp_path, make_model, make_sa
     assert estimate.projected == sum(p.numel() for p in trained.values()) == sum(r.parameters for r in estimate.rules)
     assert sum(rule.tensors for rule in estimate.rules) == len(trained)
     assert (estimate.forget_samples, estimate.retain_samples) == (4, 6)
-    assert 1 <= estimate.relative_time < 3
+    # counted by hand for the matrix products: GradDiff has 3 units for each sample; here inner products come on top
+    assert 1 < estimate.relative_time < 1.7
 
     # tensors by form, against what a step really keeps
     engine = trainer.make_gradient_engine(trainer.model)

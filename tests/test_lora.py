@@ -3,6 +3,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
+from hf_orthograd.checkpoints import merged_copy
 
 
 K = 3
@@ -108,3 +109,40 @@ def test_checkpoints_keep_the_adapter(make_model, make_samples, tmp_path):
     )
     trainer.train()
     assert (tmp_path / "checkpoint-1" / "adapter_config.json").exists()
+
+
+def test_merged_weights_have_no_adapter_beside_them(make_model, make_samples, tmp_path, caplog):
+    """A folder that holds an adapter already: `from_pretrained` would put it on top of the merge once more."""
+    model = adapted(make_model("vit"))
+    trainer = trained(model, "vit", make_samples, tmp_path, max_steps=3)
+    model.save_pretrained(tmp_path / "final")
+    assert (tmp_path / "final" / "adapter_config.json").exists()
+    trainer.save_model(tmp_path / "final")
+    assert not [path.name for path in (tmp_path / "final").iterdir() if "adapter" in path.name]
+    assert "the adapter is merged into the weights" in caplog.text
+    batch = torch.stack([example["pixel_values"] for example in make_samples("vit", 2, seed=5)])
+    loaded = type(make_model("vit")).from_pretrained(tmp_path / "final").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(pixel_values=batch).logits, model.eval()(pixel_values=batch).logits, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_the_merge_is_saved_whatever_holds_the_state(make_model, make_samples, tmp_path, monkeypatch):
+    """Under DeepSpeed Trainer takes the state from DeepSpeed's own model, with the adapter's names: not here."""
+    trainer = trained(adapted(make_model("vit")), "vit", make_samples, tmp_path)
+    monkeypatch.setattr(type(trainer), "is_deepspeed_enabled", True, raising=False)
+    trainer.deepspeed = None  # would fail if it were asked
+    trainer.save_model(tmp_path / "final")
+    loaded, report = type(make_model("vit")).from_pretrained(tmp_path / "final", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+
+
+def test_merging_copies_nothing_on_the_device(make_model):
+    model = adapted(make_model("vit"))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    merged = merged_copy(model)
+    assert not isinstance(merged, PeftModel)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    held = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert not held & {p.untyped_storage().data_ptr() for p in merged.parameters()}

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from torch.utils.data import default_collate
 
 from hf_orthograd.objectives import (
@@ -98,3 +99,24 @@ def test_unlabelled_rows():
 def test_loss_that_is_not_per_sample_is_refused(losses):
     with pytest.raises(ValueError, match=r"one number for each sample, shape \(3,\)"):
         check_per_sample(losses, 3)
+
+
+def test_ctc_of_models_that_count_frames_in_their_encoder():
+    """Parakeet and LASR have no `_get_feat_extract_output_lengths`."""
+    config = transformers.ParakeetCTCConfig(
+        vocab_size=20, pad_token_id=0,
+        encoder_config=transformers.ParakeetEncoderConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_mel_bins=16,
+            subsampling_conv_channels=8, dropout=0.0, layerdrop=0.0, activation_dropout=0.0, attention_dropout=0.0,
+        ),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.ParakeetForCTC(config).eval()
+    features, mask = torch.randn(2, 80, 16), torch.ones(2, 80, dtype=torch.long)
+    mask[1, 48:] = 0
+    labels = torch.tensor([[3, 4, 5], [6, 7, -100]])
+    inputs = {"input_features": features, "attention_mask": mask, "labels": labels}
+    with torch.no_grad():
+        found = PerSampleLoss(model)(model, inputs)
+        alone = [model(**{name: value[i : i + 1] for name, value in inputs.items()}).loss for i in range(2)]
+    torch.testing.assert_close(found, torch.stack(alone), rtol=1e-3, atol=1e-3)

@@ -134,3 +134,14 @@ def test_bad_settings_are_named(settings, named):
 def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"\(2,\) and \(1, 3\)"):
         project_orthogonal(torch.ones(2), torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("solver", ["exact", "cg", "kaczmarz"])
+def test_sums_run_in_float64(solver):
+    """float32 rows of which one is a million times the others: in float32 sums the small one would be lost."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, 2000, generator=generator) * torch.tensor([1e3, 1e-3, 1.0, 1.0])[:, None]
+    forget = torch.randn(2000, generator=generator) + rows.sum(0)
+    found = project_orthogonal(forget, rows, solver=solver, rtol=1e-10).double()
+    cosines = (rows.double() @ found) / rows.double().norm(dim=1) / found.norm()
+    assert cosines.abs().max() < 1e-6

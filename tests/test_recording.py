@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from engines import forget_batch, retain_batch
 from test_gradients import measure, relative_error
 from torch import nn
 
 from hf_orthograd.gradients import GramEngine, LoopEngine, UnsupportedModelError
+from hf_orthograd.parallel import Parameters
 
 
 class Odd(nn.Module):
@@ -140,3 +142,26 @@ def test_multi_head_attention_is_followed_inside(batch_first, need_weights):
     reference = measure(LoopEngine, model, losses, forget, retain)
     for name, gram in reference.grams.items():
         torch.testing.assert_close(step.grams[name], gram, rtol=1e-4, atol=1e-5 * gram.abs().max().item(), msg=name)
+
+
+class Compiled(nn.Module):
+    """What a model looks like that does not run through torch's Python functions: nothing is seen of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x):
+        with torch._C.DisableTorchFunction():
+            return x @ self.weight
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_a_step_that_records_nothing_raises(chunk_size):
+    """Projection and retain term would vanish in silence."""
+    model = Compiled()
+    losses = lambda model, inputs: model(inputs["x"]).square().sum(-1)  # noqa: E731
+    engine = GramEngine(Parameters(dict(model.named_parameters()), {}), losses, chunk_size=chunk_size)
+    batches = [forget_batch({"x": torch.randn(2, 4)})], [retain_batch({"x": torch.randn(3, 4)})]
+    with pytest.raises(UnsupportedModelError, match="No call of Compiled that uses a trained parameter was seen"):
+        engine.measure(model, *batches)

@@ -126,7 +126,8 @@ def test_run_that_diverges_ends_with_the_last_good_model(scaled, tmp_path, make_
         trainer.accelerator.native_amp, trainer.accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=1.0)
     trainer.train()
     assert trainer.state.global_step < 10
-    assert not all(torch.isfinite(p).all() for p in snapshots.taken[1]) or not same(model, snapshots.taken[1])
+    # the step that broke it was made, and taken back
+    assert not same(model, snapshots.taken[1]) and max(p.abs().max() for p in snapshots.taken[1]) > 1e20
     assert same(model, snapshots.taken[0])
     assert "is not finite" in caplog.text and "checkpoint-0" in caplog.text
 

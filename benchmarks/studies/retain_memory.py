@@ -44,8 +44,7 @@ class RememberingEngine(FunctionalEngine):
         layout = own.group.layout(len(next(iter(rows.values()))), own.retain_losses.device)
         losses = own.forget_losses, own.retain_losses
         found = materialized(self.parameters, own.group, losses, own.forget_gradients, rows, layout)
-        known = {name: value for name, value in vars(found).items() if name != "unused"}
-        return RememberedGradients(**known)
+        return RememberedGradients(**vars(found))
 
 
 class RetainMemoryTrainer(OrthoGradTrainer):

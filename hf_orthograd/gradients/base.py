@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,6 @@ class StepGradients(ABC):
         layout ([`SampleLayout`]): The rows of this process among those of all.
         parameters ([`Parameters`]): What the gradients belong to.
         group ([`ProcessGroup`]): The processes whose samples make up the step.
-        unused (`tuple[str, ...]`): After [`combine`], with several processes, the parameters that no loss of any of them
-            uses: they were handed zeros, as DDP waits for each, and their `p.grad` is to be `None` again.
     """
 
     forget_losses: Tensor
@@ -57,7 +55,6 @@ class StepGradients(ABC):
     layout: SampleLayout
     parameters: Parameters
     group: ProcessGroup
-    unused: tuple[str, ...] = field(default=(), init=False)
 
     @property
     def has_retain_gradients(self) -> bool:
@@ -91,27 +88,19 @@ class StepGradients(ABC):
 
     def hand_over(self, gradients: dict[str, Tensor | None]) -> Tensor:
         """From the update, by parameter, to a scalar that has it as its gradient; see [`Parameters.hand_over`]."""
-        if not self.group.is_alone:
-            trainable = self.parameters.trainable
-            used = [name for name, gradient in gradients.items() if gradient is not None]
-            anywhere = self.group.used_anywhere(trainable, used, self.forget_losses.device)
-            self.unused = tuple(name for name in trainable if name not in anywhere)
-            for name in trainable:
-                if gradients.get(name) is None:
-                    gradients[name] = torch.zeros_like(trainable[name])
-        return self.parameters.hand_over(gradients)
+        return self.parameters.hand_over(gradients, self.group)
 
     def local_weights(self, weights: UpdateWeights, name: str | None) -> Tensor:
-        """Weights of this process' retain gradients of one parameter, shape (local,).
+        """Weights of this process' retain gradients of one parameter, shape (local,), float32.
 
         In the mean over processes each row comes from one of them alone, hence times their number. `None` stands for
         the parameters that are not projected.
         """
         layout = self.layout
         if name in weights.projected:
-            own = weights.projected[name].to(self.retain_losses)[layout.span]
+            own = weights.projected[name].to(self.retain_losses.device)[layout.span]
         else:
-            own = self.retain_losses.new_full((layout.local,), weights.retain_mean / layout.total)
+            own = torch.full((layout.local,), weights.retain_mean / layout.total, device=self.retain_losses.device)
         return own * layout.group.num_processes
 
 

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..data import Batch
 from ..objectives import PerSampleLosses
@@ -36,12 +35,9 @@ class FunctionalEngine(MaterializingEngine):
                 f"the {retain.size} samples. Set `gradient_engine` to 'gram' or 'loop'."
             )
 
-        # parameters are named as in the model itself
-        plain_model = model.module if isinstance(model, DistributedDataParallel) else model
-
         def loss_of_one(trainable: dict[str, Tensor], sample: dict[str, Tensor]) -> Tensor:
             batch_of_one = {name: value[None] for name, value in sample.items()}
-            functional_model = _FunctionalModel(plain_model, trainable)
+            functional_model = _FunctionalModel(model, trainable)
             return loss_scale * self.per_sample_losses(functional_model, {**batch_of_one, **constants})[0]
 
         gradient_of_one = torch.func.grad_and_value(loss_of_one)

@@ -1,9 +1,11 @@
 """The parameters that receive the update: as a forward pass works with them, and as the optimizer holds them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+from .process_group import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -13,10 +15,12 @@ class Parameters:
     Attributes:
         projected (`dict[str, torch.nn.Parameter]`): Those the projection runs over, by name.
         others (`dict[str, torch.nn.Parameter]`): Trainable ones that take the unprojected gradient.
+        averaged_later (`bool`): Whether somebody else takes the mean of the processes' gradients, as DeepSpeed does.
     """
 
     projected: dict[str, nn.Parameter]
     others: dict[str, nn.Parameter]
+    averaged_later: bool = field(default=False, kw_only=True)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -39,13 +43,24 @@ class Parameters:
         """A full tensor, the same in every process, as the parameter of that name is stored."""
         return tensor
 
-    def hand_over(self, gradients: dict[str, Tensor | None]) -> Tensor:
-        """A scalar of value zero whose gradient with respect to each parameter is the tensor given for it.
+    def hand_over(self, gradients: dict[str, Tensor | None], group: ProcessGroup) -> Tensor:
+        """A scalar of value zero whose gradient with respect to each parameter is the mean over processes of those given.
 
-        The tensors are used up; `None` leaves a parameter out. With several processes, a parameter's gradient will be
-        the mean of theirs.
+        The tensors are used up; `None` in every process leaves a parameter out. The mean is taken here and not by DDP, which
+        would wait for parameters that no loss uses, and lets pass those only that its own last forward pass did not use.
         """
+        if not group.is_alone:
+            gradients = self.agreed(gradients, group)
+            if not self.averaged_later:
+                group.average(list(gradients.values()))
         return known_gradients(self.trainable, gradients)
+
+    def agreed(self, gradients: dict[str, Tensor | None], group: ProcessGroup) -> dict[str, Tensor]:
+        """The same parameters in every process: those that one at least has a gradient of, zeros where this has none."""
+        own = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+        trainable = self.trainable
+        names = group.used_anywhere(trainable, own, self.device)
+        return {name: own[name] if name in own else torch.zeros_like(trainable[name]) for name in names}
 
 
 class _KnownGradients(torch.autograd.Function):

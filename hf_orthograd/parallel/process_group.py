@@ -13,6 +13,10 @@ from accelerate.utils import broadcast_object_list, gather, gather_object, reduc
 from torch import Tensor
 
 
+# numbers that are sent at once, as DDP's buckets of 25 MiB
+_BUCKET = 25 << 18
+
+
 @dataclass(frozen=True)
 class ProcessGroup:
     """The processes that make up a step; with one process every answer is one's own.
@@ -32,6 +36,22 @@ class ProcessGroup:
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over processes of a tensor of the same shape in each."""
         return tensor if self.is_alone else reduce(tensor, "sum")
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Takes the mean over processes of many tensors, in place; small ones travel together."""
+        bucket: list[Tensor] = []
+        for number, tensor in enumerate(tensors):
+            bucket.append(tensor)
+            following = tensors[number + 1] if number + 1 < len(tensors) else None
+            full = sum(map(Tensor.numel, bucket)) >= _BUCKET
+            if following is None or full or following.dtype != tensor.dtype or following.device != tensor.device:
+                flat = (
+                    torch.cat([own.reshape(-1) for own in bucket]) if len(bucket) > 1 else tensor.contiguous().view(-1)
+                )
+                flat = self.sum(flat).div_(self.num_processes)
+                for own, mean in zip(bucket, flat.split([own.numel() for own in bucket]), strict=True):
+                    own.copy_(mean.view_as(own))
+                bucket = []
 
     def gather_numbers(self, *numbers: int, device: torch.device) -> list[list[int]]:
         """The same few integers of every process, process by process. Waits for the device; alone it does not."""

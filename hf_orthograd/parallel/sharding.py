@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from .parameters import Parameters, known_gradients
+from .process_group import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,13 @@ class ShardedParameters(Parameters):
         spread = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
         return spread.redistribute(placements=placements)
 
-    def hand_over(self, gradients: dict[str, Tensor | None]) -> Tensor:
-        sharded = {}
+    def hand_over(self, gradients: dict[str, Tensor | None], group: ProcessGroup) -> Tensor:
+        gradients, sharded = self.agreed(gradients, group), {}
         for name in list(gradients):
             gradient, shard = gradients.pop(name), self.shards[name]
-            if gradient is not None:
-                mesh = shard.device_mesh
-                summed = DTensor.from_local(gradient / mesh.size(), mesh, [Partial()] * mesh.ndim, run_check=False)
-                sharded[name] = summed.redistribute(placements=shard.placements)
+            mesh = shard.device_mesh
+            summed = DTensor.from_local(gradient / mesh.size(), mesh, [Partial()] * mesh.ndim, run_check=False)
+            sharded[name] = summed.redistribute(placements=shard.placements)
         return known_gradients(self.shards, sharded)
 
 

@@ -130,7 +130,8 @@ def _digest(example, columns: frozenset[str] | None) -> bytes:
         value = example[name]
         if name == "attention_mask" or (columns is not None and name not in {*columns, "labels"}):
             continue
-        array = np.asarray(value) if isinstance(value, (list, tuple, np.ndarray, torch.Tensor)) else None
+        value = _plain(value)
+        array = np.asarray(value) if isinstance(value, (list, tuple, np.ndarray)) else None
         if array is not None and array.dtype.kind in "iufb":
             if name == "labels":
                 array = array[array != IGNORED_LABEL]
@@ -142,9 +143,15 @@ def _digest(example, columns: frozenset[str] | None) -> bytes:
     return digest.digest()
 
 
+def _plain(value):
+    """A tensor as an array; numpy knows no bfloat16."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True)
+
+
 def _add(digest, value) -> None:
-    if isinstance(value, torch.Tensor):
-        value = value.numpy(force=True)
+    value = _plain(value)
     if isinstance(value, Mapping):
         for key in sorted(value):
             _add(digest, key)

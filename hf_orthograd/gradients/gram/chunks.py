@@ -101,7 +101,7 @@ class RepeatedGradients(StepGradients):
             losses = self.losses_of(chunk)
             for own_weights, parameters in terms:
                 gradients = torch.autograd.grad(
-                    own_weights[chunk.samples] @ losses,
+                    own_weights[chunk.samples].to(losses.dtype) @ losses,
                     list(parameters.values()),
                     retain_graph=parameters is not terms[-1][1],
                     allow_unused=True,

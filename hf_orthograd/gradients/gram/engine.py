@@ -106,7 +106,7 @@ class RecomputedGradients(StepGradients):
         groups = weigh_groups(self.parameters.others, self.parameters.projected)
         for number, (name, parameters) in enumerate(groups):
             edges = [get_gradient_edge(parameter) for parameter in parameters.values()]
-            weighted = self.local_weights(weights, name) @ self.live_losses
+            weighted = self.local_weights(weights, name).to(self.live_losses.dtype) @ self.live_losses
             with self.recorder:
                 retain_graph = number < len(groups) - 1
                 gradients = self.recorder.gradients(weighted, edges, retain_graph=retain_graph)
