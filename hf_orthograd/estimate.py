@@ -172,9 +172,7 @@ def estimate_step(
     """Counts a step from a few samples of each batch, padded as the batch is.
 
     Args:
-        model (`torch.nn.Module`): In training mode.
-        per_sample_losses (`Callable`): Losses of a batch.
-        parameters ([`Parameters`]): What is trained and what is projected.
+        model, per_sample_losses, parameters: As an engine takes them, the model in training mode.
         forget, retain ([`Batch`]): A few samples each.
         engine (`str`): "gram", "func", "loop", "mean" or "none".
         num_forget, num_retain (`int`): Samples in a step, m and k.
@@ -185,7 +183,8 @@ def estimate_step(
     on_retain = _sample(model, per_sample_losses, parameters, retain) if num_retain else on_forget
     trained = sum(parameter.numel() for parameter in parameters.trainable.values())
     total = sum(parameter.numel() for parameter in model.parameters())
-    resident = sum(parameter.nbytes for parameter in model.parameters()) + optimizer_bytes * trained
+    model_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    resident = model_bytes + optimizer_bytes * trained
     gradients = sum(parameter.nbytes for parameter in parameters.trainable.values())
     samples = max(num_forget, num_retain)
     plain_work = num_forget * on_forget.plain.multiplications + num_retain * on_retain.plain.multiplications
@@ -195,36 +194,16 @@ def estimate_step(
     forget_graph = num_forget * on_forget.needed.activation_bytes
     needed_work = num_forget * on_forget.needed.multiplications + num_retain * on_retain.needed.multiplications
     working = 2 * samples * on_retain.needed.largest_bytes
-    chunk = min(chunk_size or num_retain, num_retain)
     costs = {}
     if engine == "none":
         memory, work = plain, plain_work
     elif engine == "gram":
-        costs = {
-            name: count_cost(parameters.trainable[name].shape, _scaled(uses, num_retain), num_retain)
-            for name, uses in on_retain.uses.items()
-        }
-        kept, extra = sum(cost.kept_bytes for cost in costs.values()), 2 * sum(cost.extra for cost in costs.values())
-        budget = max(
-            sum(parameter.nbytes for parameter in model.parameters()),
-            (1 - 1 / FORWARD_PART) * kept * chunk / num_retain,
-        )
-        passes = 1 if chunk == num_retain else math.ceil(kept / budget)
-        if passes == 1:
-            graph = max(forget_graph, chunk * on_retain.needed.activation_bytes, kept)
-        else:
-            graph = max(forget_graph, budget + max(1, chunk // FORWARD_PART) * on_retain.needed.activation_bytes)
-        memory = resident + gradients + graph + min(BLOCK_BYTES, kept) + working
-        # further groups of a chunked batch take forward passes, shorter backward passes, and one round for the update
-        again = 0 if passes == 1 else (passes - 1) * 0.5 + 1
-        work = needed_work + extra + again * num_retain * on_retain.needed.multiplications
+        costs = _costs(parameters, on_retain, num_retain)
+        graph, extra = _count_gram(costs, on_retain.needed, forget_graph, num_retain, chunk_size, model_bytes)
+        memory, work = resident + gradients + graph + working, needed_work + extra
     else:
-        rows = {"func": num_retain, "loop": num_retain, "mean": 1}[engine]
-        graph = max(forget_graph, num_retain * on_retain.needed.activation_bytes)
-        memory = resident + (2 + rows) * gradients + graph + working
-        backwards = num_retain if engine == "loop" else 1
-        work = needed_work + (backwards - 1) * num_retain * on_retain.needed.multiplications * 2 / 3
-        work += 2 * (rows**2 + 2 * rows) * trained
+        graph, rows, extra = _count_rows(engine, on_retain.needed, forget_graph, num_retain, trained)
+        memory, work = resident + (2 + rows) * gradients + graph + working, needed_work + extra
     return Estimate(
         engine=engine,
         projected=sum(parameter.numel() for parameter in parameters.projected.values()),
@@ -237,6 +216,45 @@ def estimate_step(
         memory=round(memory),
         relative_time=work / plain_work,
     )
+
+
+def _costs(parameters: Parameters, sampled: "_Sampled", num_retain: int) -> dict[str, Cost]:
+    shapes = {name: parameter.shape for name, parameter in parameters.trainable.items()}
+    return {
+        name: count_cost(shapes[name], _scaled(uses, num_retain), num_retain) for name, uses in sampled.uses.items()
+    }
+
+
+def _count_gram(
+    costs: dict[str, Cost],
+    needed: "_Pass",
+    forget_graph: float,
+    num_retain: int,
+    chunk_size: int | None,
+    model_bytes: int,
+) -> tuple[float, float]:
+    """Of the "gram" engine: bytes of graphs or of what replaces them, and multiplications beside the passes."""
+    kept, extra = sum(cost.kept_bytes for cost in costs.values()), 2 * sum(cost.extra for cost in costs.values())
+    chunk = min(chunk_size or num_retain, num_retain)
+    budget = max(model_bytes, (1 - 1 / FORWARD_PART) * kept * chunk / num_retain)
+    passes = 1 if chunk == num_retain else math.ceil(kept / budget)
+    if passes == 1:
+        graph = max(forget_graph, chunk * needed.activation_bytes, kept)
+    else:
+        graph = max(forget_graph, budget + max(1, chunk // FORWARD_PART) * needed.activation_bytes)
+    # further groups of a chunked batch take forward passes, shorter backward passes, and one round for the update
+    again = 0 if passes == 1 else (passes - 1) * 0.5 + 1
+    return graph + min(BLOCK_BYTES, kept), extra + again * num_retain * needed.multiplications
+
+
+def _count_rows(
+    engine: str, needed: "_Pass", forget_graph: float, num_retain: int, trained: int
+) -> tuple[float, int, float]:
+    """Of the engines that hold whole gradients: bytes of graphs, rows held, and multiplications beside the passes."""
+    rows = {"func": num_retain, "loop": num_retain, "mean": 1}[engine]
+    backwards = num_retain if engine == "loop" else 1
+    extra = (backwards - 1) * num_retain * needed.multiplications * 2 / 3 + 2 * (rows**2 + 2 * rows) * trained
+    return max(forget_graph, num_retain * needed.activation_bytes), rows, extra
 
 
 def _scaled(uses: list[Use], num_samples: int) -> list[Use]:
@@ -333,7 +351,6 @@ def _form(cost: Cost | None) -> str:
 
 
 def optimizer_state_bytes(optim: str) -> int:
-    """Bytes of optimizer state for each trained number, for the optimizers of torch; 0 for others."""
-    if "8bit" in optim and "adam" in optim:
-        return 2
-    return 8 if optim.startswith("adam") else 0
+    """Bytes of optimizer state for each trained number: two moments of Adam's kin, one of Lion's, none that is not known."""
+    moments = 2 if "adamw" in optim else 1 if "lion" in optim else 0
+    return moments * (1 if "8bit" in optim else 4)

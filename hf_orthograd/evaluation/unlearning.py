@@ -75,46 +75,16 @@ def evaluate_unlearning(
         ValueError: No set "forget", an empty set, an unknown goal, two attacks or two metrics of one name, or a loss that is not known
             per sample.
     """
-    if goal not in ("retrained", "erased"):
-        raise ValueError(f"`goal` must be 'retrained' or 'erased', but is {goal!r}.")
-    names = [attack.name for attack in attacks]
-    if len(set(names)) < len(names):
-        raise ValueError(f"`attacks` must have names of their own, but they are {', '.join(names)}. Pass `name`.")
+    names = _check_goal(goal, attacks)
     datasets = _check_datasets(trainer.eval_dataset if datasets is None else datasets)
     if metric is None and _classifies(trainer):
         metric = Accuracy()
-    metrics = [*([] if metric is None else [metric]), *further_metrics]
-    if len({one.name for one in metrics}) < len(metrics):
-        raise ValueError(
-            "`metric` and `further_metrics` must have names of their own, but they are "
-            f"{', '.join(one.name for one in metrics)}."
-        )
+    metrics = _check_metrics(metric, further_metrics)
     groups = {name: column_values(rows, group_column) for name, rows in datasets.items()} if group_column else {}
     examination = _Examination(trainer, datasets, metric, metrics, groups, seed)
     models = {"unlearned": trainer.model, "original": original, "reference": reference}
-    for name, model in models.items():
-        if model is not None:
-            examination.examine(name, model)
-    for attack in attacks:
-        for name in ("unlearned", "reference"):
-            if models[name] is not None:
-                examination.attack(attack, name, models[name])
-
-    report = UnlearningReport(
-        goal=goal,
-        metric=None if metric is None else metric.name,
-        greater_is_better=metric is None or metric.greater_is_better,
-        models=examination.qualities,
-        membership=examination.membership(),
-        distances=examination.distances(),
-        relearning=examination.relearning,
-        cost=_costs(trainer, cost or {}),
-        history=list(trainer.state.log_history),
-        losses={
-            model: {name: one.losses.tolist() for name, one in sets.items()}
-            for model, sets in examination.measurements.items()
-        },
-    )
+    examination.examine_all({name: model for name, model in models.items() if model is not None}, attacks)
+    report = examination.report(goal, _costs(trainer, cost or {}))
     _summarize(report)
     report.hardest_hit = _hardest_hit(report)
     report.checks = check_report(report, tolerances or Tolerances(), names)
@@ -123,6 +93,25 @@ def evaluate_unlearning(
 
 def _classifies(trainer: Trainer) -> bool:
     return PerSampleLoss(trainer.accelerator.unwrap_model(trainer.model), loss_function(trainer)).classifies
+
+
+def _check_goal(goal: str, attacks: Sequence[Attack]) -> list[str]:
+    if goal not in ("retrained", "erased"):
+        raise ValueError(f"`goal` must be 'retrained' or 'erased', but is {goal!r}.")
+    names = [attack.name for attack in attacks]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`attacks` must have names of their own, but they are {', '.join(names)}. Pass `name`.")
+    return names
+
+
+def _check_metrics(metric: SampleMetric | None, further: Sequence[SampleMetric]) -> list[SampleMetric]:
+    metrics = [*([] if metric is None else [metric]), *further]
+    if len({one.name for one in metrics}) < len(metrics):
+        raise ValueError(
+            "`metric` and `further_metrics` must have names of their own, but they are "
+            f"{', '.join(one.name for one in metrics)}."
+        )
+    return metrics
 
 
 def _check_datasets(datasets) -> dict:
@@ -154,6 +143,15 @@ class _Examination:
         self.measurements: dict[str, dict[str, Measurement]] = {}
         self.qualities: dict[str, dict[str, Quality]] = {}
         self.relearning: dict[str, dict[str, list[RelearningPoint]]] = {}
+
+    def examine_all(self, models: Mapping[str, nn.Module], attacks: Sequence[Attack]) -> None:
+        """Measures each model, and the attacked ones of those that attacks are made on."""
+        for name, model in models.items():
+            self.examine(name, model)
+        for attack in attacks:
+            for name in ("unlearned", "reference"):
+                if name in models:
+                    self.attack(attack, name, models[name])
 
     def examine(self, name: str, model: nn.Module) -> None:
         self.measurements[name] = self._measure(name, model, tuple(self._datasets))
@@ -191,6 +189,24 @@ class _Examination:
             groups=self._groups.get(of),
             further={name: counts for name, counts in found.counts.items() if name != main},
             seed=self._seed,
+        )
+
+    def report(self, goal: str, cost: dict[str, dict[str, float | None]]) -> UnlearningReport:
+        """Of all that was measured, before anything is compared."""
+        return UnlearningReport(
+            goal=goal,
+            metric=None if self._metric is None else self._metric.name,
+            greater_is_better=self._metric is None or self._metric.greater_is_better,
+            models=self.qualities,
+            membership=self.membership(),
+            distances=self.distances(),
+            relearning=self.relearning,
+            cost=cost,
+            history=list(self._trainer.state.log_history),
+            losses={
+                model: {name: one.losses.tolist() for name, one in sets.items()}
+                for model, sets in self.measurements.items()
+            },
         )
 
     def membership(self) -> dict[str, dict[str, MembershipInference]]:
