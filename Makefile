@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := hf_orthograd examples benchmarks tests setup.py
 
-.PHONY: demo test bench quality style
+.PHONY: demo test test-oldest bench quality style
 
 # torch comes first: with it in place no other package pulls in a build with CUDA
 $(BIN)/.installed: setup.py constraints.txt
@@ -18,6 +18,17 @@ demo: $(BIN)/.installed  # the main job on the embedded default
 
 test: $(BIN)/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
+
+OLDEST ?= .venv-oldest
+
+# the lower bounds of setup.py, in an environment of their own; what starts processes is left to the tested versions
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet -c constraints.txt torch
+	$(OLDEST)/bin/pip install --quiet -c constraints-oldest.txt -e ".[dev]"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -p no:cacheprovider \
+		--ignore tests/test_distributed.py --ignore tests/test_sharding.py --ignore tests/test_precision.py \
+		--ignore tests/test_examples.py --ignore tests/test_image_example.py
 
 bench: $(BIN)/.installed  # hours on a small machine; skips what is measured already
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[bench]"

@@ -146,3 +146,19 @@ def test_merging_copies_nothing_on_the_device(make_model):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     held = {p.untyped_storage().data_ptr() for p in model.parameters()}
     assert not held & {p.untyped_storage().data_ptr() for p in merged.parameters()}
+
+
+def test_a_published_adapter_gives_the_original_back_from_the_merge(make_model, make_samples, tmp_path):
+    """Why an adapter of the run may never be public: the merge minus what it adds is the model that remembers."""
+    model = adapted(make_model("vit"))
+    trained(model, "vit", make_samples, tmp_path, max_steps=3)
+    merged = dict(merged_copy(model).named_parameters())
+    original = dict(make_model("vit").named_parameters())
+    changed = 0
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and len(module.lora_A):
+            own = name.removeprefix("base_model.model.") + ".weight"
+            added = module.get_delta_weight("default").detach()
+            changed += added.abs().max() > 0
+            torch.testing.assert_close(merged[own].detach() - added, original[own].detach(), rtol=0, atol=1e-6)
+    assert changed

@@ -77,13 +77,12 @@ def evaluate_unlearning(
     """
     names = _check_goal(goal, attacks)
     datasets = _check_datasets(trainer.eval_dataset if datasets is None else datasets)
-    if metric is None and _classifies(trainer):
-        metric = Accuracy()
+    metric = Accuracy() if metric is None and _classifies(trainer) else metric
     metrics = _check_metrics(metric, further_metrics)
     groups = {name: column_values(rows, group_column) for name, rows in datasets.items()} if group_column else {}
     examination = _Examination(trainer, datasets, metric, metrics, groups, seed)
     models = {"unlearned": trainer.model, "original": original, "reference": reference}
-    examination.examine_all({name: model for name, model in models.items() if model is not None}, attacks)
+    examination.examine_all(models, attacks)
     report = examination.report(goal, _costs(trainer, cost or {}))
     _summarize(report)
     report.hardest_hit = _hardest_hit(report)
@@ -144,14 +143,15 @@ class _Examination:
         self.qualities: dict[str, dict[str, Quality]] = {}
         self.relearning: dict[str, dict[str, list[RelearningPoint]]] = {}
 
-    def examine_all(self, models: Mapping[str, nn.Module], attacks: Sequence[Attack]) -> None:
-        """Measures each model, and the attacked ones of those that attacks are made on."""
-        for name, model in models.items():
+    def examine_all(self, models: Mapping[str, nn.Module | None], attacks: Sequence[Attack]) -> None:
+        """Measures each model that there is, and the attacked ones of those that attacks are made on."""
+        given = {name: model for name, model in models.items() if model is not None}
+        for name, model in given.items():
             self.examine(name, model)
         for attack in attacks:
             for name in ("unlearned", "reference"):
-                if name in models:
-                    self.attack(attack, name, models[name])
+                if name in given:
+                    self.attack(attack, name, given[name])
 
     def examine(self, name: str, model: nn.Module) -> None:
         self.measurements[name] = self._measure(name, model, tuple(self._datasets))
