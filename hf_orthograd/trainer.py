@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
 
 from . import callbacks as watching
-from . import checkpoints, validation
+from . import checkpoints, validation, verbosity
 from .config import OrthoGradConfig, with_unlearning
 from .data import Batch, ForgetStream, PairedBatches, RowSource, fill_last_batch
 from .estimate import Estimate, estimate_run
@@ -97,6 +97,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
 
     def _set_up_unlearning(self) -> None:
         args, model = self.args, self.accelerator.unwrap_model(self.model)
+        verbosity.follow(args.get_process_log_level())
         validation.check_launch(args, self.accelerator.state, model)
         validation.find_parameters(model, args)
         self.per_sample_loss = PerSampleLoss(model, self.per_sample_loss_func)

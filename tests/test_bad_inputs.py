@@ -230,6 +230,10 @@ RUNS = {
     "no adapter to project": ({"settings": {"projection_parameters": "lora"}}, "no trainable LoRA parameter"),
     "BatchNorm in training mode": ({"model": resnet}, "BatchNorm in training mode couples the samples"),
     "a compiled model": ({"model": lambda: torch.compile(MODELS["vit"]())}, "does not support a compiled model"),
+    "a quantised model": (
+        {"model": lambda: torch.ao.quantization.quantize_dynamic(MODELS["vit"](), {torch.nn.Linear})},
+        "does not support a dynamically quantised model",
+    ),
     "torch_compile": ({"settings": {"torch_compile": True}}, "does not support a compiled model (leave `torch_compile`"),
     "label smoothing": ({"settings": {"label_smoothing_factor": 0.1}}, "does not support `label_smoothing_factor`"),
     "reentrant checkpointing": (

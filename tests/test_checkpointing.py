@@ -27,7 +27,9 @@ def trainable(model):
 
 
 def checkpointed(model):
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    # the older of the two names goes in transformers 6, the newer came after 5.17
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     return model.train()
 
 

@@ -2,7 +2,10 @@
 
 import copy
 import logging
+import subprocess
+import sys
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -386,3 +389,20 @@ def test_without_a_forget_set_predictions_are_those_of_trainer(tmp_path):
         trainer = trainer_class(MODELS["vit"](), settings(tmp_path, TrainingArguments), eval_dataset=rows)
         found.append((trainer.evaluate()["eval_loss"], trainer.predict(rows).predictions))
     assert found[0][0] == found[1][0] and (found[0][1] == found[1][1]).all()
+
+
+def test_the_log_follows_the_log_level(tmp_path):
+    """In a process of its own, where no test has taken the log."""
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from conftest import MODELS
+from launched import samples
+from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
+args = OrthoGradConfig({str(tmp_path)!r}, max_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, log_level=sys.argv[1])
+sets = {{"train_dataset": samples("vit", 8, seed=1), "forget_dataset": samples("vit", 8, seed=2)}}
+OrthoGradTrainer(MODELS["vit"](), args, **sets).train()
+"""
+    for level, shown in (("info", True), ("warning", False)):
+        done = subprocess.run([sys.executable, "-c", code, level], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-1000:]
+        assert ("Using the gradient engine 'gram'" in done.stderr) == shown

@@ -5,6 +5,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers.trainer_utils import has_length, seed_worker
 from transformers.utils import logging
@@ -73,7 +74,8 @@ class ForgetStream:
         self._batches = iter(self._loader(batch_sampler=sampler))
 
     def next_batch(self) -> dict:
-        return dict(next(self._batches))
+        """On its way to the device, which need not wait for it: memory is pinned where there is one."""
+        return send_to_device(dict(next(self._batches)), self._args.device, non_blocking=True)
 
     def in_order(self, batch_size: int) -> Iterator[Mapping]:
         """Each row once, in order, in every process alike."""

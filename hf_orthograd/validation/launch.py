@@ -24,7 +24,9 @@ def check_arguments(args: OrthoGradConfig) -> None:
     Raises:
         ValueError: The message names what is not supported, and what to do.
     """
-    activation_kwargs = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}
+    # the second is the first's name in transformers before 5.18
+    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+    activation_kwargs = next((vars(args)[name] for name in names if vars(args).get(name)), {})
     _refuse(
         {
             "`push_to_hub` with hub_strategy="
@@ -65,6 +67,9 @@ def check_launch(args: OrthoGradConfig, state: AcceleratorState, model: nn.Modul
         "torch.nn.DataParallel (set CUDA_VISIBLE_DEVICES to one device)": args.n_gpu > 1,
         "a compiled model (leave `torch_compile` and `torch.compile` out: gradients of single samples are found by watching "
         "the calls of the model's own forward pass)": compiled,
+        "a dynamically quantised model, whose linear layers have no gradients (take the model before quantisation)": any(
+            type(module).__module__.startswith("torch.ao.nn.quantized") for module in model.modules()
+        ),
         "prompt learning (use LoRA: virtual tokens shift the labels that losses are taken at)": (
             isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
         ),

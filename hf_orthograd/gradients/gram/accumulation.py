@@ -252,9 +252,14 @@ class ParameterGradients:
             step = max(1, BLOCK_BYTES // block_bytes)
             for start in range(0, length, step):
                 stop = min(start + step, length)
-                rows = scratch.view(self._device, self._num_samples, stop - start, *self._shape[1:])
-                self._form_rows(rows, start, stop)
-                self._add_products(rows, None if forget is None else forget.view(length, *self._shape[1:])[start:stop])
+                # `g_u` stands in the first row: one reading of the block gives both kinds of products
+                block = scratch.view(self._device, 1 + self._num_samples, stop - start, *self._shape[1:])
+                self._form_rows(block[1:], start, stop)
+                if forget is None:
+                    block[0].zero_()
+                else:
+                    block[0].copy_(forget.view(length, *self._shape[1:])[start:stop])
+                self._add_block(block.flatten(1))
 
     def _form_rows(self, rows: Tensor, start: int, stop: int) -> None:
         at_once = bool(self._forms) and self._forms[0][0] == slice(0, self._num_samples)
@@ -262,6 +267,13 @@ class ParameterGradients:
             rows.zero_()
         for i, (samples, form) in enumerate(self._forms):
             form.add_rows(start, stop, rows[samples], overwrite=at_once and i == 0)
+
+    def _add_block(self, block: Tensor) -> None:
+        rows = block[1:]
+        others = block if self._layout.group.is_alone else torch.cat((block[:1], self._layout.gather_rows(rows)))
+        products = inner_products(rows, others)
+        self._forget_products.append(products[:, 0])
+        self._retain_products.append(products[:, 1:])
 
     def _add_products(self, gradients: Tensor, forget: Tensor | None) -> None:
         rows = gradients.flatten(1).float()
