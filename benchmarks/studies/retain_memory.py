@@ -37,13 +37,13 @@ class RememberingEngine(FunctionalEngine):
         super().__init__(*args, **kwargs)
         self.past: deque[dict[str, Tensor]] = deque(maxlen=remembered_steps)
 
-    def measure(self, model, forget, retain, **options) -> RememberedGradients:
-        own = super().measure(model, forget, retain, **options)
+    def step_gradients(self, model, forget, retain, settings) -> RememberedGradients:
+        own = super().step_gradients(model, forget, retain, settings)
         rows = {name: torch.cat([fresh, *(past[name] for past in self.past)]) for name, fresh in own.rows.items()}
         self.past.appendleft(own.rows)
         layout = own.group.layout(len(next(iter(rows.values()))), own.retain_losses.device)
         losses = own.forget_losses, own.retain_losses
-        found = materialized(self.parameters, own.group, losses, own.forget_gradients, rows, layout)
+        found = materialized(self.parameters, settings, losses, own.forget_gradients, rows, layout)
         return RememberedGradients(**vars(found))
 
 

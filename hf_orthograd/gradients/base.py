@@ -104,6 +104,16 @@ class StepGradients(ABC):
         return own * layout.group.num_processes
 
 
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What [`GradientEngine.measure`] was asked for; its arguments say what each means."""
+
+    group: ProcessGroup
+    loss_scale: float
+    keep_gradients: bool
+    per_parameter: bool
+
+
 class GradientEngine(ABC):
     """A way from forget and retain batches to the inner products of their gradients.
 
@@ -120,7 +130,6 @@ class GradientEngine(ABC):
         self.parameters = parameters
         self.per_sample_losses = per_sample_losses
 
-    @abstractmethod
     def measure(
         self,
         model: nn.Module,
@@ -148,6 +157,14 @@ class GradientEngine(ABC):
         Raises:
             UnsupportedModelError: The model does something this engine cannot follow.
         """
+        settings = MeasureSettings(group, loss_scale, keep_gradients, per_parameter)
+        return self.step_gradients(model, forget, retain, settings)
+
+    @abstractmethod
+    def step_gradients(
+        self, model: nn.Module, forget: list[ForgetBatch], retain: list[Batch], settings: MeasureSettings
+    ) -> StepGradients:
+        """What an engine of its own implements: [`measure`], whose settings come in one piece."""
 
     def forget_gradients(
         self, model: nn.Module, forget: list[ForgetBatch], group: ProcessGroup, loss_scale: float

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Batch
-from ..parallel import ALONE, Parameters, ProcessGroup, SampleLayout
+from ..parallel import ALONE, Parameters, SampleLayout
 from ..projection import UpdateWeights
-from .base import ForgetBatch, GradientEngine, StepGradients
+from .base import ForgetBatch, GradientEngine, MeasureSettings, StepGradients
 from .products import accumulation_dtype, assemble_grams, exact_arithmetic, inner_products
 
 
@@ -56,25 +56,22 @@ class MaterializedGradients(StepGradients):
 
 def materialized(
     parameters: Parameters,
-    group: ProcessGroup,
+    settings: MeasureSettings,
     losses: tuple[Tensor, Tensor],
     forget_gradients: dict[str, Tensor],
     rows: dict[str, Tensor],
     layout: SampleLayout,
-    *,
-    per_parameter: bool = False,
 ) -> MaterializedGradients:
     """Takes the inner products of gradients that are held in memory.
 
     Args:
         parameters ([`Parameters`]): What they belong to.
-        group ([`ProcessGroup`]): The processes whose samples make up the step.
+        settings ([`MeasureSettings`]): What was asked for.
         losses (`tuple[torch.Tensor, torch.Tensor]`): Of this process' forget and retain samples.
         forget_gradients (`dict[str, torch.Tensor]`): `g_u` of each trainable parameter that the forget loss uses.
         rows (`dict[str, torch.Tensor]`): For each trainable parameter that a retain loss uses, in any process, shape
             (local, *parameter.shape).
         layout ([`SampleLayout`]): The rows among those of all processes.
-        per_parameter (`bool`): Whether the Gram matrix of each parameter is wanted, and not only their sum.
     """
     products, device = {}, losses[1].device
     for name in parameters.projected:
@@ -87,13 +84,13 @@ def materialized(
         first = flat.new_zeros(1, flat.shape[1]) if forget is None else forget.reshape(1, -1)
         products[name] = inner_products(flat, torch.cat((first, layout.gather_rows(flat))))
     parts = {name: [forget_gradients[name]] if name in forget_gradients else [] for name in products}
-    if not per_parameter:
+    if not settings.per_parameter:
         products = {"": torch.stack([product.to(device) for product in products.values()]).sum(dim=0)}
         parts = {"": [part for own in parts.values() for part in own]}
     grams = assemble_grams(products, parts, layout)
     forget_losses, retain_losses = losses
     return MaterializedGradients(
-        forget_losses, retain_losses.detach(), grams, layout, parameters, group, forget_gradients, rows
+        forget_losses, retain_losses.detach(), grams, layout, parameters, settings.group, forget_gradients, rows
     )
 
 
@@ -104,32 +101,23 @@ class MaterializingEngine(GradientEngine):
         """Returns the retain losses (k,), and for each trainable parameter rows of shape (k, *parameter.shape)."""
         raise NotImplementedError
 
-    def measure(
-        self,
-        model: nn.Module,
-        forget: list[ForgetBatch],
-        retain: list[Batch],
-        *,
-        group: ProcessGroup = ALONE,
-        loss_scale: float = 1.0,
-        keep_gradients: bool = False,
-        per_parameter: bool = False,
+    def step_gradients(
+        self, model: nn.Module, forget: list[ForgetBatch], retain: list[Batch], settings: MeasureSettings
     ) -> MaterializedGradients:
-        forget_losses, forget_gradients = self.forget_gradients(model, forget, group, loss_scale)
-        found = [self.retain_rows(model, batch, loss_scale) for batch in retain]
+        forget_losses, forget_gradients = self.forget_gradients(model, forget, settings.group, settings.loss_scale)
+        found = [self.retain_rows(model, batch, settings.loss_scale) for batch in retain]
         retain_losses = torch.cat([losses for losses, _ in found])
-        layout = group.layout(len(retain_losses), retain_losses.device)
+        layout = settings.group.layout(len(retain_losses), retain_losses.device)
         trainable, rows = self.parameters.trainable, {}
         used = {name for _, own in found for name in own}
-        for name in group.used_anywhere(trainable, used, retain_losses.device):
+        for name in settings.group.used_anywhere(trainable, used, retain_losses.device):
             zeros = trainable[name].detach().new_zeros(1, *trainable[name].shape)
             parts = [
                 own[name] if name in own else zeros.expand(len(losses), *zeros.shape[1:]) for losses, own in found
             ]
             rows[name] = torch.cat(parts)
         losses = forget_losses, retain_losses
-        settings = {"per_parameter": per_parameter}
-        return materialized(self.parameters, group, losses, forget_gradients, rows, layout, **settings)
+        return materialized(self.parameters, settings, losses, forget_gradients, rows, layout)
 
 
 class LoopEngine(MaterializingEngine):
@@ -147,34 +135,25 @@ class MeanEngine(GradientEngine):
 
     name = "mean"
 
-    def measure(
-        self,
-        model: nn.Module,
-        forget: list[ForgetBatch],
-        retain: list[Batch],
-        *,
-        group: ProcessGroup = ALONE,
-        loss_scale: float = 1.0,
-        keep_gradients: bool = False,
-        per_parameter: bool = False,
+    def step_gradients(
+        self, model: nn.Module, forget: list[ForgetBatch], retain: list[Batch], settings: MeasureSettings
     ) -> MaterializedGradients:
-        forget_losses, forget_gradients = self.forget_gradients(model, forget, group, loss_scale)
+        forget_losses, forget_gradients = self.forget_gradients(model, forget, settings.group, settings.loss_scale)
         losses, own_rows, trainable = [], {}, self.parameters.trainable
-        total = group.layout(sum(batch.size for batch in retain), self.parameters.device).total
+        total = settings.group.layout(sum(batch.size for batch in retain), self.parameters.device).total
         for batch in retain:
             own = batch.losses(model, self.per_sample_losses)
-            for name, row in _stacked_gradients([loss_scale * own.sum() / total], trainable).items():
+            for name, row in _stacked_gradients([settings.loss_scale * own.sum() / total], trainable).items():
                 own_rows[name] = row if name not in own_rows else own_rows[name] + row
             losses.append(own.detach())
         losses, rows = torch.cat(losses), {}
-        for name in group.used_anywhere(trainable, own_rows, losses.device):
+        for name in settings.group.used_anywhere(trainable, own_rows, losses.device):
             row = own_rows[name] if name in own_rows else trainable[name].detach().new_zeros(1, *trainable[name].shape)
-            rows[name] = group.sum(row)
+            rows[name] = settings.group.sum(row)
         # every process has the one row of all
         layout = SampleLayout(ALONE, (1,))
         losses = forget_losses, losses
-        settings = {"per_parameter": per_parameter}
-        return materialized(self.parameters, group, losses, forget_gradients, rows, layout, **settings)
+        return materialized(self.parameters, settings, losses, forget_gradients, rows, layout)
 
 
 def _stacked_gradients(losses: list[Tensor], parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

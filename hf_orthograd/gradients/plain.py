@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..data import Batch
-from ..parallel import ALONE, ProcessGroup
 from ..projection import UpdateWeights
-from .base import ForgetBatch, GradientEngine, StepGradients
+from .base import ForgetBatch, GradientEngine, MeasureSettings, StepGradients
 
 
 @dataclass
@@ -32,16 +31,8 @@ class PlainEngine(GradientEngine):
 
     name = "none"
 
-    def measure(
-        self,
-        model: nn.Module,
-        forget: list[ForgetBatch],
-        retain: list[Batch],
-        *,
-        group: ProcessGroup = ALONE,
-        loss_scale: float = 1.0,
-        keep_gradients: bool = False,
-        per_parameter: bool = False,
+    def step_gradients(
+        self, model: nn.Module, forget: list[ForgetBatch], retain: list[Batch], settings: MeasureSettings
     ) -> StepGradients:
         """Takes one batch of each kind at most: without inner products, batches and processes simply add up.
 
@@ -52,6 +43,6 @@ class PlainEngine(GradientEngine):
         forget_term = (batch.slopes(forget_losses.detach()) * forget_losses).mean()
         retain_losses = retain[0].losses(model, self.per_sample_losses) if retain else forget_losses.new_zeros(0)
         retain_term = retain_losses.mean() if retain else retain_losses.sum()
-        layout = group.layout(len(retain_losses), retain_losses.device)
+        layout = settings.group.layout(len(retain_losses), retain_losses.device)
         losses = forget_losses.detach(), retain_losses.detach()
-        return PlainGradients(*losses, {}, layout, self.parameters, group, forget_term, retain_term)
+        return PlainGradients(*losses, {}, layout, self.parameters, settings.group, forget_term, retain_term)

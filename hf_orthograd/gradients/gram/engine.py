@@ -15,10 +15,10 @@ from torch.autograd.graph import get_gradient_edge
 
 from ...data import Batch
 from ...objectives import PerSampleLosses
-from ...parallel import ALONE, Parameters, ProcessGroup, SampleLayout
+from ...parallel import Parameters, SampleLayout
 from ...projection import UpdateWeights
 from ...trials import RandomState, preserved_random_state
-from ..base import ForgetBatch, GradientEngine, StepGradients, UnsupportedModelError
+from ..base import ForgetBatch, GradientEngine, MeasureSettings, StepGradients, UnsupportedModelError
 from ..products import exact_arithmetic
 from .accumulation import ParameterGradients, Products, Scratch, Use, count_cost
 from .calls import Call, Source, SpreadCall
@@ -147,17 +147,10 @@ class GramEngine(GradientEngine):
         self.scratch = Scratch()
         self._grouping: tuple[tuple[int, ...], int, list[list[str]]] | None = None
 
-    def measure(
-        self,
-        model: nn.Module,
-        forget: list[ForgetBatch],
-        retain: list[Batch],
-        *,
-        group: ProcessGroup = ALONE,
-        loss_scale: float = 1.0,
-        keep_gradients: bool = False,
-        per_parameter: bool = False,
+    def step_gradients(
+        self, model: nn.Module, forget: list[ForgetBatch], retain: list[Batch], settings: MeasureSettings
     ) -> StepGradients:
+        group, loss_scale = settings.group, settings.loss_scale
         forget_losses, forget_gradients = self.forget_gradients(model, forget, group, loss_scale)
         chunks = split_samples(retain, self.chunk_size)
         layout = group.layout(chunks[-1].samples.stop, forget_losses.device)
@@ -169,7 +162,7 @@ class GramEngine(GradientEngine):
             keeps = len(groups) == 1
             if not keeps and self.chunk_size is not None:
                 chunks = split_samples(retain, max(1, self.chunk_size // FORWARD_PART))
-        found, end = Products(self.parameters, forget_gradients, layout, per_parameter), None
+        found, end = Products(self.parameters, forget_gradients, layout, settings.per_parameter), None
         for names in groups:
             kept = self._make_accumulators(names, forget_gradients, layout, keeps=keeps)
             losses, recorder = sweep.run(chunks, kept, retain_graph=not keeps and len(groups) == 1)
@@ -180,7 +173,7 @@ class GramEngine(GradientEngine):
             end.restore()
         everything = (forget_losses, retain_losses.detach(), found.grams(), layout, self.parameters, group)
         if keeps:
-            return KeptGradients(*everything, kept, self.needs_gradients or keep_gradients, found.joined)
+            return KeptGradients(*everything, kept, self.needs_gradients or settings.keep_gradients, found.joined)
         if len(groups) == 1:
             return RecomputedGradients(*everything, forget_gradients, loss_scale * retain_losses, recorder)
         return RepeatedGradients(*everything, sweep.scaled_losses, forget_gradients, chunks)
