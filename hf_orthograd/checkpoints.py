@@ -27,12 +27,11 @@ ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 # ---- Which checkpoint is whole: a run may be killed, or a disk full, in the middle of a save ----
 
 
-def find_last_checkpoint(folder: str, num_processes: int = 1) -> str | None:
+def find_last_checkpoint(folder: str) -> str | None:
     """The newest whole checkpoint in a folder; says which newer ones are not whole.
 
     Args:
         folder (`str`): The run's `output_dir`.
-        num_processes (`int`): That a checkpoint is to hold the random numbers of.
 
     Returns:
         Its path, or `None` if there is none that is whole.
@@ -47,7 +46,7 @@ def find_last_checkpoint(folder: str, num_processes: int = 1) -> str | None:
             "the beginning, or pass the folder of a checkpoint."
         )
     for number, (_, path) in enumerate(found):
-        if is_whole(path, num_processes):
+        if is_whole(path):
             if number:
                 logger.warning(
                     f"{', '.join(path.name for _, path in found[:number])} in {folder!r} was not saved to its end, by a kill or "
@@ -69,14 +68,18 @@ def _checkpoints(folder: str) -> Iterator[tuple[int, Path]]:
                 yield int(match.group(1)), path
 
 
-def is_whole(folder: str | Path, num_processes: int = 1) -> bool:
-    """Whether a checkpoint was saved to its end: the trainer's state is what Trainer writes last."""
+def is_whole(folder: str | Path) -> bool:
+    """Whether a checkpoint was saved to its end: the trainer's state is what Trainer writes last, beside it random numbers.
+
+    Of several processes these are numbered; a run may go on with another number of processes.
+    """
     folder = Path(folder)
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return False
-    return num_processes == 1 or all((folder / f"rng_state_{i}.pth").exists() for i in range(num_processes))
+    numbered = {path.name for path in folder.glob("rng_state_*.pth")}
+    return numbered == {f"rng_state_{i}.pth" for i in range(len(numbered))}
 
 
 def begin_checkpoint(folder: str | Path) -> None:

@@ -136,11 +136,15 @@ def estimate_run(trainer) -> Estimate:
     if trainer.forget_dataset is None:
         raise ValueError("`estimate()` needs a `forget_dataset`: without one the trainer is Trainer.")
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
-    num_retain = args.train_batch_size if trainer.has_retain else 0
+    # with a projection the micro-batches of a step are taken together, as chunks are
+    batches = args.gradient_accumulation_steps if args.projection != "none" else 1
+    num_retain = batches * args.train_batch_size if trainer.has_retain else 0
+    num_forget = batches * min(args.per_device_forget_batch_size, len(trainer.forget_dataset))
+    chunk_size = args.retain_chunk_size or (args.train_batch_size if batches > 1 else None)
     with preserved_random_state(), preserved_modes(model), trainer.compute_loss_context_manager():
         engine = trainer.make_gradient_engine(model)
         forget = trainer.first_batch("forget_dataset", args.per_device_forget_batch_size)
-        retain = trainer.first_batch("train_dataset", max(num_retain, 1))
+        retain = trainer.first_batch("train_dataset", args.train_batch_size)
         return estimate_step(
             model,
             engine.per_sample_losses,
@@ -149,9 +153,9 @@ def estimate_run(trainer) -> Estimate:
             split_samples([forget], 2)[0],
             split_samples([retain], 2)[0],
             engine=engine.name,
-            num_forget=args.per_device_forget_batch_size,
+            num_forget=num_forget,
             num_retain=num_retain,
-            chunk_size=args.retain_chunk_size,
+            chunk_size=chunk_size,
             optimizer_bytes=optimizer_state_bytes(args.optim.value),
         )
 

@@ -40,7 +40,7 @@ def prepare_engine(trainer, model: nn.Module) -> GradientEngine:
             return PlainEngine(parameters, trainer.per_sample_loss)
         if args.projection == "mean":
             return MeanEngine(parameters, trainer.per_sample_loss)
-        return choose_engine(
+        engine = choose_engine(
             args.gradient_engine,
             parameters,
             trainer.per_sample_loss,
@@ -53,3 +53,9 @@ def prepare_engine(trainer, model: nn.Module) -> GradientEngine:
             compute_dtype=torch.bfloat16 if args.bf16 else torch.float16 if scaler else torch.float32,
             loss_scale=scaler.get_scale() if scaler else 1.0,
         )
+    if not trainer.group.all_equal(engine.name):
+        raise ValueError(
+            "The processes would use different gradient engines: the first samples of one did not pass the check that others "
+            "passed. Set `gradient_engine` to 'loop'."
+        )
+    return engine

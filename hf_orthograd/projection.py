@@ -180,6 +180,8 @@ def solve_projections(grams: dict[str, Tensor], **settings) -> Projection:
         return projections[0]
     squared = [gram[0, 0].item() for gram in grams.values()]
     kept = sum(projection.kept_signal**2 * own for projection, own in zip(projections, squared, strict=True))
+    if not math.isfinite(kept):
+        kept, squared = math.nan, [1.0]
     return Projection(
         coefficients=torch.stack([projection.coefficients for projection in projections]),
         kept_signal=math.sqrt(kept / sum(squared)) if sum(squared) > 0 else 0.0,

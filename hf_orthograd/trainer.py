@@ -103,17 +103,21 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         self.per_sample_loss = PerSampleLoss(model, self.per_sample_loss_func)
         if args.check_overlap and self.has_retain and self.is_world_process_zero():
             validation.check_overlap(self.forget_dataset, self.train_dataset, self.per_sample_loss.model)
-        others, self._observers = watching.make_callbacks(args, self.record, has_retain=self.has_retain)
-        for callback in (*others, *self._observers, watching.BeginCallback(self.begin_unlearning)):
-            self.add_callback(callback)
+        self._observers = watching.set_callbacks(self)
 
     # ---- Before the first step ----
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """As [`~transformers.Trainer.train`]; `True` goes on from the last checkpoint that was saved to its end."""
-        if self.forget_dataset is not None and resume_from_checkpoint is True:
-            resume_from_checkpoint = checkpoints.find_last_checkpoint(self.args.output_dir, self.args.world_size)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.forget_dataset is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = checkpoints.find_last_checkpoint(self.args.output_dir)
+        self._observers = watching.set_callbacks(self)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._forget_stream = None  # its workers would go on
 
     def begin_unlearning(self) -> None:
         """Finds the engine and what steps are compared with; called when model and optimizer are ready for the first step."""
@@ -128,7 +132,8 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         with self.compute_loss_context_manager():
             self.gradient_engine = self.make_gradient_engine(model)
             if (reference := self._callback(watching.ReferenceLosses)) is not None:
-                reference.begin_run(self.state, model, self.per_sample_loss, self.forget_batches())
+                rows = self.forget_batches(), len(self.forget_dataset)
+                reference.begin_run(self.state, model, self.per_sample_loss, *rows)
         for observer in self._observers:
             observer.attach(self.gradient_engine.parameters, self.per_sample_loss, self.state.logging_steps)
         if (rule := self._callback(watching.StoppingRule)) is not None:
@@ -161,7 +166,9 @@ class OrthoGradTrainer(Seq2SeqTrainer):
                 dataset=source.dataset,
                 description="Training",
                 batch_size=self._train_batch_size,
-                sampler_fn=lambda rows: fill_last_batch(self._get_train_sampler(rows), len(rows), step_size),
+                sampler_fn=lambda rows: fill_last_batch(
+                    self._get_train_sampler(self.train_dataset), len(rows), step_size
+                ),
                 is_training=True,
             )
 
@@ -186,7 +193,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
         if self.forget_dataset is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        if self.gradient_engine is None:
+        if not self.is_in_train:
             raise RuntimeError("An unlearning step rests on what `train()` prepares: call `train()`.")
         self._window["forget"].append(self._forget_stream.next_batch() if self.has_retain else {**inputs})
         self._window["retain"] += [{**inputs}] if self.has_retain else []
@@ -205,6 +212,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             rule = self._callback(watching.StoppingRule)
             if rule is None or not rule.end_after(error, self.state, self.control):
                 raise error from None
+            self.model.zero_grad()  # of micro-batches before
             if self.accelerator.scaler is not None:  # it takes a step without any gradient for a mistake
                 self.accelerator.backward(0.0 * sum(p.sum() for p in self.model.parameters() if p.requires_grad))
             return torch.zeros((), device=self.args.device)

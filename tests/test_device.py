@@ -50,8 +50,8 @@ def deep_vit(layers):
 @pytest.mark.parametrize("forget_loss", ["npo", "ascent"])
 def test_a_step_waits_for_the_device_at_most_four_times(kind, forget_loss, tmp_path):
     own = counted_step(tmp_path, MODELS[kind](), kind, forget_loss=forget_loss)
-    if kind == "llama":  # whose own forward pass looks at its attention mask, under any trainer
-        own.stalls -= counted_step(tmp_path, MODELS[kind](), kind, projection="none").stalls - Counter(cpu=1)
+    # less those of the model itself, as where it looks at its attention mask, which any trainer has
+    own.stalls -= counted_step(tmp_path, MODELS[kind](), kind, projection="none").stalls - Counter(cpu=1)
     assert 1 <= sum(own.stalls.values()) <= 4, own.stalls
 
 

@@ -50,12 +50,14 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path, caplog):
     (tmp_path / "checkpoint-x").mkdir()
     assert find_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
     assert "checkpoint-12, checkpoint-11" in caplog.text and "going on from checkpoint-10" in caplog.text
-    # a checkpoint of two processes has the random numbers of both
-    assert find_last_checkpoint(str(tmp_path), num_processes=2) is None
-    assert "starting from the beginning" in caplog.text
-    for process in range(2):
-        (tmp_path / "checkpoint-9" / f"rng_state_{process}.pth").touch()
-    assert find_last_checkpoint(str(tmp_path), num_processes=2) == str(tmp_path / "checkpoint-9")
+    # of two processes: the random numbers of the first are missing
+    (tmp_path / "checkpoint-10" / "rng_state_1.pth").touch()
+    assert find_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-9")
+    (tmp_path / "checkpoint-10" / "rng_state_0.pth").touch()
+    assert find_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    for number in (9, 10):
+        (tmp_path / f"checkpoint-{number}" / "trainer_state.json").unlink()
+    assert find_last_checkpoint(str(tmp_path)) is None and "starting from the beginning" in caplog.text
 
 
 def test_a_checkpoint_that_is_written_over_does_not_look_whole(tmp_path):

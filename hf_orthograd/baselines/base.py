@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..config import with_unlearning
+from ..config import OrthoGradConfig, with_unlearning
 from ..data import Batch
 from ..trainer import OrthoGradTrainer
 
@@ -21,7 +21,8 @@ class BaselineTrainer(OrthoGradTrainer):
     """
 
     def __init__(self, model=None, args=None, *further, forget_dataset=None, **kwargs):
-        if forget_dataset is not None and args is not None:
+        if forget_dataset is not None:
+            args = OrthoGradConfig("tmp_trainer") if args is None else args
             args = copy.copy(with_unlearning(args))
             if args.projection_target == "update":
                 raise ValueError(

@@ -24,7 +24,7 @@ class RandomLabelTrainer(BaselineTrainer):
         super().__init__(*args, **kwargs)
         if saliency is not None and not 0 < saliency <= 1:
             raise ValueError(f"`saliency` must lie in (0, 1], but is {saliency}.")
-        self._saliency, self._masked = saliency, False
+        self._saliency, self._masks = saliency, []
 
     def forget_loss(self, model: nn.Module, batch: Batch) -> Tensor | None:
         rows = batch.rows.tolist()
@@ -41,9 +41,16 @@ class RandomLabelTrainer(BaselineTrainer):
 
     def begin_unlearning(self) -> None:
         super().begin_unlearning()
-        if self._saliency is None or self._masked:
+        for mask in self._masks:
+            mask.remove()
+        self._masks = []
+        if self._saliency is None:
             return
-        self._masked = True
+        if self.state.global_step > 0:
+            raise ValueError(
+                "A run with `saliency` cannot be resumed: its masks come from the gradients of the original model, and the "
+                "checkpoint is of another. Start from the beginning."
+            )
         plain = self.accelerator.unwrap_model(self.model)
         trained = [parameter for parameter in plain.parameters() if parameter.requires_grad]
         total = [torch.zeros_like(parameter) for parameter in trained]
@@ -54,7 +61,7 @@ class RandomLabelTrainer(BaselineTrainer):
                 gradients = torch.autograd.grad(losses.sum(), trained, allow_unused=True)
                 total = [t if g is None else t + g for t, g in zip(total, gradients, strict=True)]
         for parameter, mask in zip(trained, saliency_masks(total, self._saliency), strict=True):
-            parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
+            self._masks.append(parameter.register_hook(lambda gradient, mask=mask: gradient * mask))
 
 
 def saliency_masks(gradients: list[Tensor], share: float) -> list[Tensor]:

@@ -17,6 +17,10 @@ class TeacherTrainer(BaselineTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.forget_dataset is not None and not self.has_retain:
+            raise ValueError(
+                f"{type(self).__name__} holds on to retain samples, but `train_dataset` has none. Pass some."
+            )
         self.teacher = _frozen(self.model, self.args.device)
 
     def divergence(self, model: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:

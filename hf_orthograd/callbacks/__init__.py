@@ -2,7 +2,6 @@
 
 from transformers import TrainerCallback
 
-from ..config import OrthoGradConfig
 from .correction import UpdateCorrection
 from .monitor import UnlearningMonitor
 from .observer import BeginCallback, Found, Record, StepObserver, find_callback
@@ -23,20 +22,35 @@ __all__ = [
     "find_callback",
     "has_rule",
     "keep_best_model",
-    "make_callbacks",
+    "set_callbacks",
 ]
 
 
-def make_callbacks(
-    args: OrthoGradConfig, record: Record, *, has_retain: bool
-) -> tuple[list[TrainerCallback], list[StepObserver]]:
-    """Those that a configuration asks for: the ones that see evaluations and checkpoints, and the ones that see steps."""
+def set_callbacks(trainer) -> list[StepObserver]:
+    """Gives a trainer the callbacks that its arguments ask for as they are now, in place of those of an earlier call.
+
+    Args:
+        trainer ([`OrthoGradTrainer`]): With a forget set. Its `record` takes what is logged, and its `begin_unlearning` is
+            called before the first step.
+
+    Returns:
+        Those that see steps.
+
+    Raises:
+        ValueError: An argument was set to a value out of its range since the trainer was made.
+    """
+    args = trainer.args
+    args.check_unlearning()
+    for kind in (ReferenceLosses, StoppingRule, UpdateCorrection, UnlearningMonitor, BeginCallback):
+        trainer.remove_callback(kind)
+    observers: list[StepObserver] = []
+    if args.projection_target == "update":
+        observers.append(UpdateCorrection(equality=args.alpha == 0, record=trainer.record))
+    if trainer.has_retain:
+        observers.append(UnlearningMonitor(args.monitor_steps, record=trainer.record))
     others: list[TrainerCallback] = [ReferenceLosses()] if args.forget_loss == "npo" else []
     if has_rule(args):
         others.append(StoppingRule(args))
-    observers: list[StepObserver] = []
-    if args.projection_target == "update":
-        observers.append(UpdateCorrection(equality=args.alpha == 0, record=record))
-    if has_retain:
-        observers.append(UnlearningMonitor(args.monitor_steps, record=record))
-    return others, observers
+    for callback in (*others, *observers, BeginCallback(trainer.begin_unlearning)):
+        trainer.add_callback(callback)
+    return observers

@@ -73,7 +73,7 @@ class UpdateCorrection(StepObserver):
         self._step: StepGradients | None = None
 
     def attach(self, parameters: Parameters, per_sample_losses: PerSampleLosses, logging_steps: int) -> None:
-        self._parameters, self._step = parameters, None
+        self._parameters, self._step, self._before = parameters, None, {}
 
     def watches(self, global_step: int) -> bool:
         return True

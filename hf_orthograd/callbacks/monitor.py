@@ -58,6 +58,11 @@ class UnlearningMonitor(StepObserver):
         self._parameters, self._per_sample_losses = parameters, per_sample_losses
         self._steps = logging_steps if self._asked_steps is None else self._asked_steps
         self._warned.clear()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Of what a step left behind that was never made."""
+        self._model, self._retain, self._losses, self._step, self._before = None, [], None, None, {}
 
     def watches(self, global_step: int) -> bool:
         return self._steps > 0 and (global_step == 0 or (global_step + 1) % self._steps == 0)
@@ -75,6 +80,7 @@ class UnlearningMonitor(StepObserver):
         step, self._step = self._step, None
         before, self._before = self._before, {}
         if step is None:
+            self._let_go()
             return
         changes = self._current_losses() - self._losses
         rises = changes > _ROUNDING * self._losses.abs()
@@ -92,7 +98,7 @@ class UnlearningMonitor(StepObserver):
         values = torch.stack([number.float() for number in numbers.values()]).tolist()
         for name, value in zip(numbers, values, strict=True):
             self.record(name, value)
-        self._model, self._retain, self._losses = None, [], None
+        self._let_go()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         kept = (logs or {}).get("kept_signal")

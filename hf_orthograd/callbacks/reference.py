@@ -30,12 +30,18 @@ class ReferenceLosses(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"losses": self.losses}}
 
     def begin_run(
-        self, state: TrainerState, model: nn.Module, per_sample_losses: PerSampleLosses, batches: Iterable[Batch]
+        self,
+        state: TrainerState,
+        model: nn.Module,
+        per_sample_losses: PerSampleLosses,
+        batches: Iterable[Batch],
+        num_rows: int,
     ) -> None:
         """Takes the losses from the checkpoint that a run goes on from, or those of the model that it starts with.
 
         Args:
             batches (`Iterable[Batch]`): The forget set, with row numbers.
+            num_rows (`int`): Its length.
 
         Raises:
             ValueError: The run has already changed the model, and its checkpoint holds no losses.
@@ -47,6 +53,11 @@ class ReferenceLosses(TrainerCallback, ExportableState):
                 raise ValueError(
                     "The checkpoint holds no reference losses, and the starting model is gone: it was saved with another "
                     "`forget_loss`. Resume with that one, or start from the beginning with forget_loss='npo'."
+                )
+            if len(self.losses) != num_rows:
+                raise ValueError(
+                    f"The checkpoint holds reference losses of {len(self.losses)} rows, but `forget_dataset` has {num_rows}: it "
+                    "was saved with another. Resume with that one, or start from the beginning."
                 )
             return
         rows, losses = [], []

@@ -31,7 +31,7 @@ class Batch:
 
     @classmethod
     def of(cls, inputs: Mapping) -> "Batch":
-        """Takes the row numbers off a batch of a [`numbered_collator`]; without them its labels are counted.
+        """Takes off the row numbers that a [`RowSource`] gave a batch; without them its labels are counted.
 
         Raises:
             ValueError: It has neither.

@@ -146,17 +146,17 @@ class Relearning:
         for parameter in attacked.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         own_loss = loss_function(self._trainer)
-        trainer = Trainer(
-            attacked,
-            self._args,
-            train_dataset=self._dataset,
-            data_collator=self._trainer.data_collator,
-            processing_class=self._trainer.processing_class,
-            compute_loss_func=None if own_loss is None else _MeanLoss(own_loss),
-            callbacks=[] if observe is None else [_Observer(self.steps, observe)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        with preserved_random_state():
+        with preserved_random_state():  # Trainer sets the seed when it is made
+            trainer = Trainer(
+                attacked,
+                self._args,
+                train_dataset=self._dataset,
+                data_collator=self._trainer.data_collator,
+                processing_class=self._trainer.processing_class,
+                compute_loss_func=None if own_loss is None else _MeanLoss(own_loss),
+                callbacks=[] if observe is None else [_Observer(self.steps, observe)],
+            )
+            trainer.remove_callback(PrinterCallback)
             trainer.train()
         return trainer.accelerator.unwrap_model(trainer.model)
 

@@ -66,7 +66,7 @@ class WordErrors:
 
     Args:
         transcribe (`Callable`): From an `EvalPrediction` to (predicted, reference) transcripts, as
-            [`~hf_orthograd.speech.transcripts`] returns.
+            [`~hf_orthograd.data.speech.transcripts`] returns.
     """
 
     name, greater_is_better, unit = "wer", False, "word"

@@ -11,6 +11,7 @@ from ..data import Batch
 from ..objectives import PerSampleLosses
 from ..parallel import ALONE, Parameters, ProcessGroup, SampleLayout
 from ..projection import UpdateWeights
+from .products import own_memory
 
 
 # maps forget losses (m,) to the slopes (m,) of the forget objective at them
@@ -70,8 +71,8 @@ class StepGradients(ABC):
     def combine(self, weights: UpdateWeights) -> Tensor:
         """A scalar of value zero whose gradient is the update: the weighted sum of `g_u` and the retain gradients.
 
-        With several processes it is the mean over them that has this gradient, as their gradients are averaged. To be
-        called once: it may use up what was kept.
+        With several processes it has it in each ([`Parameters.hand_over`] takes the mean of their parts), but for the engine
+        without a projection, whose mean DDP takes. To be called once: it may use up what was kept.
         """
 
     def along(self, step: Iterable[tuple[str, Tensor]]) -> Tensor:
@@ -117,7 +118,7 @@ class MeasureSettings:
 class GradientEngine(ABC):
     """A way from forget and retain batches to the inner products of their gradients.
 
-    An engine remembers nothing of a step: what one needs are arguments of [`measure`].
+    What a step needs are arguments of [`measure`]; what an engine keeps between steps is what it found out of the model.
 
     Args:
         parameters ([`Parameters`]): What to differentiate by, and what is projected.
@@ -178,7 +179,7 @@ class GradientEngine(ABC):
             own = batch.losses(model, self.per_sample_losses)
             weighted = loss_scale * (batch.slopes(own.detach()) * own).sum() / total
             gradients = torch.autograd.grad(weighted, list(trainable.values()), allow_unused=True)
-            for name, gradient in zip(trainable, gradients, strict=True):
+            for name, gradient in zip(trainable, own_memory(gradients), strict=True):
                 if gradient is not None:
                     found[name] = gradient if name not in found else found[name].add_(gradient)
             losses.append(own.detach())

@@ -32,9 +32,8 @@ class MaterializedGradients(StepGradients):
     def combine(self, weights: UpdateWeights) -> Tensor:
         gradients = {name: weights.forget * gradient for name, gradient in self.forget_gradients.items()}
         for name, rows in self.rows.items():
-            own = self.local_weights(weights, name).to(rows.dtype)
             with exact_arithmetic(rows.device):
-                retained = torch.tensordot(own, rows, dims=1)
+                retained = torch.tensordot(self.local_weights(weights, name), rows.float(), dims=1)
             gradients[name] = retained if name not in gradients else gradients[name].add_(retained)
         return self.hand_over(gradients)
 
@@ -50,8 +49,8 @@ class MaterializedGradients(StepGradients):
     def combination(self, name: str, coefficients: Tensor) -> Tensor:
         if name not in self.rows:
             return torch.zeros_like(self.parameters.trainable[name])
-        weights = coefficients[self.layout.span].to(self.rows[name])
-        return self.layout.group.sum(torch.tensordot(weights, self.rows[name], dims=1))
+        weights = coefficients[self.layout.span].to(self.retain_losses.device, torch.float32)
+        return self.layout.group.sum(torch.tensordot(weights, self.rows[name].float(), dims=1))
 
 
 def materialized(

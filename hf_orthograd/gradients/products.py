@@ -1,6 +1,6 @@
 """Inner products of gradients, in the precision that the eigenvalue cut of the projection assumes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -36,6 +36,22 @@ def _backends(device: torch.device) -> tuple:
     return (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv) if device.type == "cpu" else ()
 
 
+def own_memory(gradients: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Gradients that may be written into: each in memory of its own.
+
+    autograd gives one tensor for two parameters that only ever meet in a sum, and an expanded one for a sum's parts.
+    """
+    seen, found = set(), []
+    for gradient in gradients:
+        if gradient is not None:
+            storage = gradient.untyped_storage().data_ptr()
+            if storage in seen or not gradient.is_contiguous():
+                gradient = gradient.clone(memory_format=torch.contiguous_format)
+            seen.add(storage)
+        found.append(gradient)
+    return found
+
+
 def accumulation_dtype(device: torch.device) -> torch.dtype:
     """float64, where the device has it: MPS does not."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -47,6 +63,8 @@ def inner_products(rows: Tensor, others: Tensor) -> Tensor:
     In float32 within blocks of columns and float64 over them: a float32 sum over the 2e7 entries of a vocabulary is off
     by 4e-5. Four kernels at most, however many columns there are.
     """
+    # half precision would round each block's sum
+    rows, others = (t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in (rows, others))
     with exact_arithmetic(rows.device):
         blocks, rest = divmod(rows.shape[1], _COLUMNS)
         dtype = accumulation_dtype(rows.device)

@@ -58,9 +58,12 @@ class Parameters:
     def agreed(self, gradients: dict[str, Tensor | None], group: ProcessGroup) -> dict[str, Tensor]:
         """The same parameters in every process: those that one at least has a gradient of, zeros where this has none."""
         own = {name: gradient for name, gradient in gradients.items() if gradient is not None}
-        trainable = self.trainable
-        names = group.used_anywhere(trainable, own, self.device)
-        return {name: own[name] if name in own else torch.zeros_like(trainable[name]) for name in names}
+        trainable, found = self.trainable, {}
+        for name in group.used_anywhere(trainable, own, self.device):
+            # in the same precision everywhere, whichever way each process came by it
+            dtype = torch.promote_types(trainable[name].dtype, torch.float32)
+            found[name] = own.pop(name).to(dtype) if name in own else torch.zeros_like(trainable[name], dtype=dtype)
+        return found
 
 
 class _KnownGradients(torch.autograd.Function):
@@ -79,8 +82,8 @@ class _KnownGradients(torch.autograd.Function):
 def known_gradients(parameters: dict[str, nn.Parameter], gradients: dict[str, Tensor | None]) -> Tensor:
     """A scalar of value zero whose gradient with respect to each parameter is the tensor given for it.
 
-    Handing known gradients to the ordinary backward pass in this way keeps loss scaling, accumulation and the
-    reduction over processes as they are. The tensors are used up; `None` leaves a parameter out.
+    Handing known gradients to the ordinary backward pass in this way keeps loss scaling and accumulation as they are. The
+    tensors are used up; `None` leaves a parameter out.
     """
     known = {name: gradient for name, gradient in gradients.items() if gradient is not None}
     if not known:

@@ -54,6 +54,7 @@ def check_launch(args: OrthoGradConfig, state: AcceleratorState, model: nn.Modul
         ValueError: The message names what is not supported, and what to do.
     """
     fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
+    parallelism = getattr(state, "parallelism_config", None)
     zero_stage = None if deepspeed is None else deepspeed.zero_stage
     compiled = isinstance(model, torch._dynamo.OptimizedModule) or args.torch_compile
     refusals = {
@@ -67,6 +68,11 @@ def check_launch(args: OrthoGradConfig, state: AcceleratorState, model: nn.Modul
         "torch.nn.DataParallel (set CUDA_VISIBLE_DEVICES to one device)": args.n_gpu > 1,
         "a compiled model (leave `torch_compile` and `torch.compile` out: gradients of single samples are found by watching "
         "the calls of the model's own forward pass)": compiled,
+        "tensor, context or sequence parallelism (use `fsdp` of version 2)": parallelism is not None
+        and any(getattr(parallelism, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp")),
+        "a model spread over several devices by `device_map` (use `fsdp` of version 2)": (
+            len(set((getattr(model, "hf_device_map", None) or {}).values()) - {"cpu", "disk"}) > 1
+        ),
         "a dynamically quantised model, whose linear layers have no gradients (take the model before quantisation)": any(
             type(module).__module__.startswith("torch.ao.nn.quantized") for module in model.modules()
         ),

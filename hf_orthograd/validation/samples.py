@@ -31,7 +31,16 @@ def check_samples(per_sample_loss: PerSampleLoss, model: nn.Module, sets: Mappin
     if not per_sample_loss.needs_labels:  # a loss of the user's own
         with preserved_modes(model):
             model.eval()
-            check_coupling(per_sample_loss, model, pair, alone)
+            check_coupling(per_sample_loss, model, pair, _cut(pair) or alone)
+
+
+def _cut(batch: Batch) -> list[Batch]:
+    """The batch's own samples one by one, as a transform has varied them; none if its tensors do not run over samples."""
+    tensors = {name: value for name, value in batch.inputs.items() if isinstance(value, Tensor)}
+    if any(value.ndim == 0 or len(value) != batch.size for value in tensors.values()):
+        return []
+    parts = [{name: value[row : row + 1] for name, value in tensors.items()} for row in range(batch.size)]
+    return [Batch({**batch.inputs, **part}, 1) for part in parts]
 
 
 def check_batch(batch: Batch, name: str, per_sample_loss: PerSampleLoss) -> None:

@@ -180,11 +180,6 @@ class ParameterGradients:
             self.let_go()
 
     @property
-    def is_used(self) -> bool:
-        """Whether the forget loss or a retain loss of this process uses the parameter."""
-        return self._forget_gradient is not None or bool(self._forms)
-
-    @property
     def are_dense(self) -> bool:
         """Whether gradients are kept and not their factors."""
         return all(isinstance(form, Dense) for _, form in self._forms)
@@ -216,7 +211,9 @@ class ParameterGradients:
         """Brings what has come of these samples into the form in which it will be kept."""
         forms, self._new = self._new, []
         all_outer = all(isinstance(form, Outer) for form in forms)
-        if forms and (not all_outer or (self._for_update and self._cost.keeps_gradients)):
+        if len(forms) == 1 and not all_outer:
+            forms = [Dense(forms[0].gradients.float())]
+        elif forms and (not all_outer or (self._for_update and self._cost.keeps_gradients)):
             forms = [Dense(self._sum_dense(forms))]
         self._forms += [(samples, form) for form in forms]
 
@@ -224,7 +221,8 @@ class ParameterGradients:
         total = None
         for form in forms:
             if total is None:
-                total = form.dense() if isinstance(form, Outer) else form.gradients.float()
+                # not in the memory of gradients that another parameter may have got, too
+                total = form.dense() if isinstance(form, Outer) else form.gradients.float().clone()
             elif isinstance(form, Outer):
                 form.add_rows(0, self._shape[0], total, overwrite=False)
             else:

@@ -19,6 +19,7 @@ from ...objectives import PerSampleLosses
 from ...projection import UpdateWeights
 from ...trials import RandomState
 from ..base import StepGradients
+from ..products import own_memory
 
 
 @dataclass
@@ -106,7 +107,7 @@ class RepeatedGradients(StepGradients):
                     retain_graph=parameters is not terms[-1][1],
                     allow_unused=True,
                 )
-                for name, gradient in zip(parameters, gradients, strict=True):
+                for name, gradient in zip(parameters, own_memory(gradients), strict=True):
                     if gradient is not None:
                         found[name] = gradient if name not in found else found[name].add_(gradient)
         end.restore()

@@ -19,7 +19,7 @@ from ...parallel import Parameters, SampleLayout
 from ...projection import UpdateWeights
 from ...trials import RandomState, preserved_random_state
 from ..base import ForgetBatch, GradientEngine, MeasureSettings, StepGradients, UnsupportedModelError
-from ..products import exact_arithmetic
+from ..products import exact_arithmetic, own_memory
 from .accumulation import ParameterGradients, Products, Scratch, Use, count_cost
 from .calls import Call, Source, SpreadCall
 from .chunks import Chunk, RepeatedGradients, split_samples, weigh_groups
@@ -39,17 +39,17 @@ class KeptGradients(StepGradients):
 
     Attributes:
         kept (`dict[str, ParameterGradients]`): What is kept for each trainable parameter.
-        keep (`bool`): Whether it is there after [`combine`].
+        survives_combine (`bool`): Whether it is there after [`combine`].
         joined (`tuple`, *optional*): Small parameters side by side, as [`Products`] has them.
     """
 
     kept: dict[str, ParameterGradients]
-    keep: bool
+    survives_combine: bool
     joined: tuple[dict[str, int], Tensor] | None = None
 
     @property
     def has_retain_gradients(self) -> bool:
-        return self.keep
+        return self.survives_combine
 
     def combine(self, weights: UpdateWeights) -> Tensor:
         gradients = {name: own.begin_update() for name, own in self.kept.items()}
@@ -66,7 +66,7 @@ class KeptGradients(StepGradients):
                 torch._foreach_add_(
                     *map(list, zip(*((total, own.view_as(total)) for total, own in pairs), strict=True))
                 )
-        if not self.keep:
+        if not self.survives_combine:
             self.joined = None
             for own in self.kept.values():
                 own.let_go()
@@ -110,7 +110,7 @@ class RecomputedGradients(StepGradients):
             with self.recorder:
                 retain_graph = number < len(groups) - 1
                 gradients = self.recorder.gradients(weighted, edges, retain_graph=retain_graph)
-            found.update(zip(parameters, gradients, strict=True))
+            found.update(zip(parameters, own_memory(gradients), strict=True))
         for name, gradient in self.forget_gradients.items():
             gradient.mul_(weights.forget)
             found[name] = gradient if found[name] is None else gradient.add_(found[name])
@@ -155,31 +155,34 @@ class GramEngine(GradientEngine):
         chunks = split_samples(retain, self.chunk_size)
         layout = group.layout(chunks[-1].samples.stop, forget_losses.device)
         sweep = _Sweep(self, model, loss_scale)
-        if len(chunks) == 1 and not self._keeps_gradients(model, max(layout.counts)):
-            groups, keeps = [list(self.parameters.trainable)], False
+        own = len(chunks), max(chunk.extent for chunk in chunks)
+        numbers = group.gather_numbers(*own, device=self.parameters.device)
+        most, longest = (max(values) for values in zip(*numbers, strict=True))
+        if most == 1 and not self._keeps_gradients(model, max(layout.counts)):
+            groups, replaces_graph = [list(self.parameters.trainable)], False
         else:
-            groups = self._group(sweep, chunks, layout)
-            keeps = len(groups) == 1
-            if not keeps and self.chunk_size is not None:
+            groups = self._group(sweep, chunks, layout, most, longest)
+            replaces_graph = len(groups) == 1
+            if not replaces_graph and self.chunk_size is not None:
                 chunks = split_samples(retain, max(1, self.chunk_size // FORWARD_PART))
         found, end = Products(self.parameters, forget_gradients, layout, settings.per_parameter), None
         for names in groups:
-            kept = self._make_accumulators(names, forget_gradients, layout, keeps=keeps)
-            losses, recorder = sweep.run(chunks, kept, retain_graph=not keeps and len(groups) == 1)
+            kept = self._make_accumulators(names, forget_gradients, layout, replaces_graph=replaces_graph)
+            losses, recorder = sweep.run(chunks, kept, retain_graph=not replaces_graph and len(groups) == 1)
             found.take(kept, self.scratch)
             if names is groups[0]:
                 retain_losses, end = losses, RandomState.now() if len(groups) > 1 else None
         if end is not None:
             end.restore()
         everything = (forget_losses, retain_losses.detach(), found.grams(), layout, self.parameters, group)
-        if keeps:
+        if replaces_graph:
             return KeptGradients(*everything, kept, self.needs_gradients or settings.keep_gradients, found.joined)
         if len(groups) == 1:
             return RecomputedGradients(*everything, forget_gradients, loss_scale * retain_losses, recorder)
         return RepeatedGradients(*everything, sweep.scaled_losses, forget_gradients, chunks)
 
     def _keeps_gradients(self, model: nn.Module, num_samples: int) -> bool:
-        """By rule: what is kept replaces the graph, unless checkpointing keeps that small.
+        """By rule: what is kept replaces the graph, unless checkpointing replaces_graph that small.
 
         Then only gradients that together take no more memory than the model are kept, those of an adapter, unless
         they are needed in any case.
@@ -189,14 +192,13 @@ class GramEngine(GradientEngine):
         trained = sum(parameter.numel() for parameter in self.parameters.trainable.values())
         return num_samples * trained <= sum(parameter.numel() for parameter in model.parameters())
 
-    def _group(self, sweep: "_Sweep", chunks: list[Chunk], layout: SampleLayout) -> list[list[str]]:
+    def _group(
+        self, sweep: "_Sweep", chunks: list[Chunk], layout: SampleLayout, most: int, longest: int
+    ) -> list[list[str]]:
         """Parameters in the order of their use, cut where a group would keep too much, the same in every process.
 
         It takes a forward pass to find out, whose answer holds until more samples or longer ones come.
         """
-        own = len(chunks), max(chunk.extent for chunk in chunks)
-        numbers = layout.group.gather_numbers(*own, device=self.parameters.device)
-        most, longest = (max(values) for values in zip(*numbers, strict=True))
         if most == 1 or self.needs_gradients:
             return [list(self.parameters.trainable)]
         if self._grouping is None or self._grouping[0] != layout.counts or self._grouping[1] < longest:
@@ -205,7 +207,7 @@ class GramEngine(GradientEngine):
         return self._grouping[2]
 
     def _find_groups(self, sweep: "_Sweep", chunks: list[Chunk]) -> list[list[str]]:
-        """A group keeps no more than all parameters would of one chunk together.
+        """A group replaces_graph no more than all parameters would of one chunk together.
 
         Less the part of it that will run forward, or, as with an adapter, no more than the model takes.
         """
@@ -225,12 +227,16 @@ class GramEngine(GradientEngine):
         return groups
 
     def _make_accumulators(
-        self, names: list[str], forget_gradients: dict[str, Tensor], layout: SampleLayout, *, keeps: bool
+        self, names: list[str], forget_gradients: dict[str, Tensor], layout: SampleLayout, *, replaces_graph: bool
     ) -> dict[str, ParameterGradients]:
         trainable, projected = self.parameters.trainable, self.parameters.projected
         return {
             name: ParameterGradients(
-                trainable[name], forget_gradients.get(name), layout, projected=name in projected, for_update=keeps
+                trainable[name],
+                forget_gradients.get(name),
+                layout,
+                projected=name in projected,
+                for_update=replaces_graph,
             )
             for name in names
         }
