@@ -2,10 +2,7 @@
 
 import copy
 import logging
-import subprocess
-import sys
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -392,17 +389,9 @@ def test_without_a_forget_set_predictions_are_those_of_trainer(tmp_path):
 
 
 def test_the_log_follows_the_log_level(tmp_path):
-    """In a process of its own, where no test has taken the log."""
-    code = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-from conftest import MODELS
-from launched import samples
-from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
-args = OrthoGradConfig({str(tmp_path)!r}, max_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, log_level=sys.argv[1])
-sets = {{"train_dataset": samples("vit", 8, seed=1), "forget_dataset": samples("vit", 8, seed=2)}}
-OrthoGradTrainer(MODELS["vit"](), args, **sets).train()
-"""
+    """The library's own, which is none of transformers'."""
+    logger = logging.getLogger("hf_orthograd")
     for level, shown in (("info", True), ("warning", False)):
-        done = subprocess.run([sys.executable, "-c", code, level], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-1000:]
-        assert ("Using the gradient engine 'gram'" in done.stderr) == shown
+        unlearner(tmp_path, args=settings(tmp_path, log_level=level))
+        assert logging.getLogger("hf_orthograd.gradients.selection").isEnabledFor(logging.INFO) == shown
+        assert logger.hasHandlers()

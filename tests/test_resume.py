@@ -25,7 +25,7 @@ def trials(folder, *numbers):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("kills", "full_disks"), [(4, 2), pytest.param(20, 10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "full_disks"), [(2, 1), pytest.param(20, 10, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_or_meets_a_full_disk_goes_on_bit_for_bit(kills, full_disks, tmp_path):
     """At random moments, saving included: dropout, accumulation, AdamW, both streams, NPO's references, corrected updates."""
     results = trials(tmp_path, 0, kills, full_disks)
