@@ -90,6 +90,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             self.model.generation_config = self.load_generation_config(args.generation_config)
         self.group = ProcessGroup(self.accelerator.num_processes, self.accelerator.process_index)
         self.gradient_engine: GradientEngine | None = None
+        self._forget_stream: ForgetStream | None = None
         self._observers, self._window, self._loading = [], PairedBatches(), checkpoints.CompleteLoading()
         self._recorded: dict[str, list[float]] = defaultdict(list)
         if unlearns:
@@ -193,7 +194,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
         if self.forget_dataset is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        if not self.is_in_train:
+        if self._forget_stream is None:
             raise RuntimeError("An unlearning step rests on what `train()` prepares: call `train()`.")
         self._window["forget"].append(self._forget_stream.next_batch() if self.has_retain else {**inputs})
         self._window["retain"] += [{**inputs}] if self.has_retain else []
@@ -319,7 +320,8 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         Under FSDP the adapter is saved as it is, with a warning.
         """
         if output_dir is not None and _internal_call:
-            checkpoints.begin_checkpoint(output_dir)
+            if self.args.should_save:  # another process may be late, and would take the new state for the old
+                checkpoints.begin_checkpoint(output_dir)
             return super().save_model(output_dir, _internal_call)
         if self.forget_dataset is None or not checkpoints.merges(self.model, self.args, sharded=self.is_fsdp_enabled):
             return super().save_model(output_dir, _internal_call)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..data.batches import UNKNOWN_ROW, Batch
 from .base import StepGradients
+from .products import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,8 @@ class StepSummary:
 def summarize_step(step: StepGradients) -> StepSummary:
     """Brings a step's numbers to the host. With several processes, all have to come here."""
     losses = step.forget_losses, step.retain_losses
-    dtype, device = torch.float64, step.forget_losses.device
-    if device.type == "mps":
-        dtype = torch.float32
+    device = step.forget_losses.device
+    dtype = accumulation_dtype(device)
     counts = torch.tensor([len(own) for own in losses], dtype=dtype, device=device)
     bad = sum((~torch.isfinite(own)).sum() for own in losses)
     local = torch.stack([*(own.sum(dtype=dtype) for own in losses), bad.to(dtype)])

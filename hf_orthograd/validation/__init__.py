@@ -10,12 +10,11 @@ from .launch import (
     freeze_batch_norm,
     warn_of_half_precision,
 )
-from .samples import check_batch, check_per_sample, check_samples
+from .samples import check_per_sample, check_samples
 
 
 __all__ = [
     "check_arguments",
-    "check_batch",
     "check_batch_norm",
     "check_datasets",
     "check_launch",

@@ -60,6 +60,8 @@ class KeptGradients(StepGradients):
             for name, total in totals.items():
                 if name not in sizes:
                     self.kept[name].add_update(self.local_weights(weights, name), total)
+                if not self.survives_combine:
+                    self.kept[name].let_go()
             if sizes:  # many tensors of few numbers in one product
                 summed = (self.local_weights(weights, next(iter(sizes))) @ rows).split(list(sizes.values()))
                 pairs = [(totals[name], own) for name, own in zip(sizes, summed, strict=True) if name in totals]
@@ -68,8 +70,6 @@ class KeptGradients(StepGradients):
                 )
         if not self.survives_combine:
             self.joined = None
-            for own in self.kept.values():
-                own.let_go()
         return self.hand_over(gradients)
 
     def along(self, step: Iterable[tuple[str, Tensor]]) -> Tensor:
