@@ -75,3 +75,13 @@ def test_every_weight_of_a_checkpoint_comes_back(kind, tmp_path):
     resumed = train(tmp_path, kind, False, settings, resume=tmp_path / "checkpoint-2")
     for one, other in zip(first.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_late_process_leaves_the_new_state_alone(saves, tmp_path, monkeypatch):
+    """Of several processes only the one that saves may take an older state away."""
+    trainer = train(tmp_path, "vit", False, {"max_steps": 1})
+    monkeypatch.setattr(type(trainer.args), "should_save", saves)
+    folder = whole_checkpoint(tmp_path, 7)
+    trainer.save_model(str(folder), _internal_call=True)
+    assert is_whole(folder) != saves
