@@ -11,13 +11,39 @@ from launched import KINDS, examine, launch, settings, train
 UPDATE = {"projection_target": "update", "optim": "adamw_torch", "adam_epsilon": 1e-2, "alpha": 0.0}
 
 
+SCOPES = {
+    "per tensor": ("vit", False, {"projection_scope": "per_tensor"}),
+    "adapter alone": ("vit", True, {"projection_parameters": "lora", "head": ["classifier"]}),
+    "mean": ("llama", False, {"projection": "mean"}),
+    "unused": ("llama", False, {"unused": True, "optim": "adamw_torch", "weight_decay": 0.5, "adam_epsilon": 1e-2}),
+}
+
+CASES = [(kind, lora) for kind in KINDS for lora in (False, True)]
+
+
 @pytest.fixture(scope="module")
-def launches(tmp_path_factory):
-    """All runs by (kind, lora, launch): processes are started once."""
+def two_processes(tmp_path_factory):
+    """The folder and what each run saved: processes are started once, whatever they are to show."""
+    folder = tmp_path_factory.mktemp("processes")
+    shapes = {"2x4": settings(4), "2x2x2": settings(2, 2)}
+    runs = [(f"{kind}-{lora}-{name}", kind, lora, shape) for kind, lora in CASES for name, shape in shapes.items()]
+    runs.append(("llama-False-2x2x2u", "llama", False, settings(2, 2, **UPDATE)))
+    # two samples a process for "per tensor": more leave small tensors directions that float32 cannot tell from zero
+    for name, (kind, lora, own) in SCOPES.items():
+        runs.append((name, kind, lora, settings(1 if name == "per tensor" else 4, **own)))
+    # sequences as long as they are; and 21 samples, of which the last step has 5 for 8 places
+    runs.append(("ragged", "llama", False, settings(4, ragged=True)))
+    runs.append(("uneven", "llama", False, settings(4, ragged=True, count=21, max_steps=6)))
+    runs.append(("examined", "vit", False, settings(4, examined=True)))
+    return folder, launch(folder, 2, runs)
+
+
+@pytest.fixture(scope="module")
+def launches(two_processes, tmp_path_factory):
+    """All runs by (kind, lora, launch)."""
     folder = tmp_path_factory.mktemp("launches")
     found = {}
-    cases = [(kind, lora) for kind in KINDS for lora in (False, True)]
-    for kind, lora in cases:
+    for kind, lora in CASES:
         for name, own in (("1x8", settings(8)), ("1x4x2", settings(4, 2)), ("1x2x4", settings(2, 4))):
             trainer = train(folder, kind, lora, own)
             trained = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
@@ -25,14 +51,12 @@ def launches(tmp_path_factory):
     trainer = train(folder, "llama", False, settings(8, **UPDATE))
     trained = {n: p.detach() for n, p in trainer.model.named_parameters()}
     found["llama", False, "1x8u"] = {"parameters": trained, "logs": trainer.state.log_history}
-    for processes, shapes in ((2, {"2x4": settings(4), "2x2x2": settings(2, 2)}), (4, {"4x2": settings(2)})):
-        own = [case for case in cases if processes == 2 or case == ("llama", False)]
-        runs = [(f"{kind}-{lora}-{name}", kind, lora, shape) for kind, lora in own for name, shape in shapes.items()]
-        if processes == 2:
-            runs.append(("llama-False-2x2x2u", "llama", False, settings(2, 2, **UPDATE)))
-        for name, result in launch(folder, processes, runs).items():
+    for name, result in two_processes[1].items():
+        if name.count("-") == 2:
             kind, lora, shape = name.split("-")
             found[kind, lora == "True", shape] = result
+    four = launch(folder, 4, [("four", "llama", False, settings(2))])
+    found["llama", False, "4x2"] = four["four"]
     return found
 
 
@@ -54,26 +78,9 @@ def test_corrected_updates_are_the_same_too(launches):
     assert kept[0] == pytest.approx(kept[1], rel=1e-4) and kept[1][-1] < 0.999
 
 
-SCOPES = {
-    "per tensor": ("vit", False, {"projection_scope": "per_tensor"}),
-    "adapter alone": ("vit", True, {"projection_parameters": "lora", "head": ["classifier"]}),
-    "mean": ("llama", False, {"projection": "mean"}),
-    "unused": ("llama", False, {"unused": True, "optim": "adamw_torch", "weight_decay": 0.5, "adam_epsilon": 1e-2}),
-}
-
-
-@pytest.fixture(scope="module")
-def scopes(tmp_path_factory):
-    """Two samples a process for "per_tensor": more leave small tensors directions that float32 cannot tell from zero."""
-    runs = [
-        (name, kind, lora, settings(1 if name == "per tensor" else 4, **own))
-        for name, (kind, lora, own) in SCOPES.items()
-    ]
-    return launch(tmp_path_factory.mktemp("scopes"), 2, runs)
-
-
 @pytest.mark.parametrize("name", SCOPES)
-def test_scopes_are_the_same_in_two_processes(name, scopes, tmp_path):
+def test_scopes_are_the_same_in_two_processes(name, two_processes, tmp_path):
+    _, scopes = two_processes
     kind, lora, own = SCOPES[name]
     trainer = train(tmp_path, kind, lora, settings(2 if name == "per tensor" else 8, **own))
     for parameter_name, parameter in trainer.model.named_parameters():
@@ -84,19 +91,9 @@ def test_scopes_are_the_same_in_two_processes(name, scopes, tmp_path):
         assert torch.equal(scopes[name]["parameters"]["unused"], torch.ones(3))
 
 
-@pytest.fixture(scope="module")
-def unequal(tmp_path_factory):
-    """Sequences as long as they are; and 21 samples, of which the last step has 5 for 8 places."""
-    folder = tmp_path_factory.mktemp("unequal")
-    runs = [("ragged", "llama", False, settings(4, ragged=True))]
-    runs.append(("uneven", "llama", False, settings(4, ragged=True, count=21, max_steps=6)))
-    runs.append(("examined", "vit", False, settings(4, examined=True)))
-    return folder, launch(folder, 2, runs)
-
-
-def test_report_is_the_same_in_two_processes(unequal, tmp_path):
+def test_report_is_the_same_in_two_processes(two_processes, tmp_path):
     """Sets of 13, 7 and 11 rows in batches of 3, and an attack that trains."""
-    _, launches = unequal
+    _, launches = two_processes
     trainer = train(tmp_path, "vit", False, settings(8, examined=True))
     found = json.loads(launches["examined"]["report"])
     expected = json.loads(examine(trainer, "vit"))
@@ -118,15 +115,15 @@ def assert_close(found, expected):
             assert_close(*pair)
 
 
-def test_sequences_of_other_lengths_in_each_process(unequal, tmp_path):
-    _, launches = unequal
+def test_sequences_of_other_lengths_in_each_process(two_processes, tmp_path):
+    _, launches = two_processes
     trainer = train(tmp_path, "llama", False, settings(8, ragged=True))
     trained = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
     assert_equal(launches["ragged"], {"parameters": trained, "logs": trainer.state.log_history})
 
 
-def test_last_batches_that_do_not_come_out_even(unequal):
-    folder, launches = unequal
+def test_last_batches_that_do_not_come_out_even(two_processes):
+    folder, launches = two_processes
     found, other = launches["uneven"], torch.load(folder / "uneven-1.pt")
     assert len(found["logs"]) == 6  # two epochs
     for name, parameter in found["parameters"].items():

@@ -31,6 +31,8 @@ from .rules import per_sample_forms
 # of a chunk, as many samples as memory holds at once, one in so many runs forward where that has to be done again and
 # again; what the others would take is left to gradients or factors of all samples
 FORWARD_PART = 4
+# torch has no batching rule for these: it would take the samples one by one too, and hold all results twice
+_WITHOUT_BATCHING = frozenset({"WeightNormInterfaceBackward0"})
 
 
 @dataclass
@@ -331,12 +333,25 @@ def _resolve(source: Source, form: Form, parameters: dict[str, nn.Parameter]) ->
     if source.is_parameter or not names:
         return [(name, form) for name in names]
     gradients = form.dense() if isinstance(form, Outer) else form.gradients
-    with torch.enable_grad():
-        gradients = torch.autograd.grad(
-            [source.edge],
-            [parameters[name] for name in names],
-            grad_outputs=[gradients.to(source.dtype)],
-            is_grads_batched=True,
-            retain_graph=True,
-        )
-    return [(name, Dense(gradient)) for name, gradient in zip(names, gradients, strict=True)]
+    wanted = [parameters[name] for name in names]
+    if source.edge.node.name() in _WITHOUT_BATCHING:
+        rows = _pull_back_one_by_one(source, gradients, wanted)
+    else:
+        with torch.enable_grad():
+            rows = torch.autograd.grad(
+                [source.edge], wanted, [gradients.to(source.dtype)], is_grads_batched=True, retain_graph=True
+            )
+    return [(name, Dense(gradient)) for name, gradient in zip(names, rows, strict=True)]
+
+
+def _pull_back_one_by_one(source: Source, gradients: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    rows = [gradients.new_empty(len(gradients), *parameter.shape) for parameter in parameters[1:]]
+    # the direction of a weight has its shape: its rows take the place of the weight's
+    fits = parameters[0].shape == source.shape
+    rows.insert(0, gradients if fits else gradients.new_empty(len(gradients), *parameters[0].shape))
+    for sample, gradient in enumerate(gradients):
+        with torch.enable_grad():
+            found = torch.autograd.grad([source.edge], parameters, [gradient.to(source.dtype)], retain_graph=True)
+        for own, row in zip(rows, found, strict=True):
+            own[sample] = row
+    return rows

@@ -30,7 +30,8 @@ def register_rule(*functions: Callable) -> Callable[[Rule], Rule]:
 
     The rule gets a [`Call`] and the gradient of its output, whose first dimension runs over the samples (possibly
     times windows or positions, sample by sample), and returns a [`Dense`] or [`Outer`] form for each [`Source`] among
-    the call's arguments, or `None` to leave this call to the general rule.
+    the call's arguments, or `None` to leave this call to the general rule. A form's memory is given away: it may be
+    written over.
     """
 
     def register(rule: Rule) -> Rule:
