@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .config import OrthoGradConfig
+from .trials import replaced
 
 
 logger = logging.get_logger(__name__)
@@ -101,6 +102,13 @@ def merges(model: nn.Module, args: OrthoGradConfig, *, sharded: bool) -> bool:
             "`merge_and_unload()` and save the result."
         )
     return not sharded
+
+
+def save_merged(trainer, folder: str) -> None:
+    """Saves the base model of a LoRA run with the adapter merged into it, as Trainer saves a model."""
+    remove_adapter_files(folder)
+    with replaced(trainer, "model", merged_copy(trainer.accelerator.unwrap_model(trainer.model))):
+        trainer._save(folder)  # not by way of DeepSpeed's own model, which is the one without the merge
 
 
 def merged_copy(model: PeftModel) -> nn.Module:

@@ -8,7 +8,7 @@ from numbers import Integral, Real
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from .objectives import FORGET_LOSSES
+from .objectives import FORGET_LOSSES, RETAIN_LOSSES
 from .projection import SOLVERS, check_solver
 
 
@@ -17,6 +17,7 @@ SCORE = "eval_forgotten_within_budget"
 
 CHOICES = {
     "forget_loss": FORGET_LOSSES,
+    "retain_loss": RETAIN_LOSSES,
     "projection": ("orthogonal", "mean", "none"),
     "projection_scope": ("global", "per_tensor"),
     "projection_parameters": ("trainable", "lora"),
@@ -60,6 +61,12 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
             "simnpo", the same without a reference (arXiv 2410.07163), or "ascent", the loss itself, unbounded, as in
             the paper. The first step of "npo" is that of "ascent". Bounded by default, because there is no stopping
             rule by default: `docs/choosing_settings.md` has the numbers.
+        retain_loss (`str`, *optional*, defaults to `"nll"`):
+            What is descended on the retain set: "nll", the loss of its labels, as in the paper, or "kl", how far
+            predictions have gone from those of the starting model, KL(start || model) per class, token or frame. Few
+            samples whose labels are trained on are learned by heart, and the rest of the retained data pays. The projection is
+            on the gradients of the loss in either case. "kl" takes a forward pass of the starting model at each step, and
+            one more copy of what is trained.
         npo_beta (`float`, *optional*, defaults to `1.0`):
             Inverse temperature of NPO and SimNPO, in 1 / nats of per-sample loss. The larger, the sooner a sample
             counts as forgotten.
@@ -139,6 +146,12 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
         default="npo",
         metadata={"help": "What is ascended on the forget set: the bounded 'npo' or 'simnpo', or 'ascent'."},
     )
+    retain_loss: str = field(
+        default="nll",
+        metadata={
+            "help": "What is descended on the retain set: the labels' loss, 'nll', or the change of predictions, 'kl'."
+        },
+    )
     npo_beta: float = field(
         default=1.0, metadata={"help": "Inverse temperature of NPO and SimNPO, in 1 / nats of per-sample loss."}
     )
@@ -216,6 +229,11 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
     def __post_init__(self):
         self.check_unlearning()
         super().__post_init__()
+
+    @property
+    def keeps_predictions(self) -> bool:
+        """Whether the run holds retain samples to the predictions of the model that it starts from."""
+        return self.retain_loss == "kl" and self.alpha > 0
 
     @property
     def solver_settings(self) -> dict:

@@ -18,6 +18,7 @@ from transformers.models.auto import modeling_auto as auto
 PerSampleLosses = Callable[[nn.Module, Mapping], Tensor]
 
 FORGET_LOSSES = ("ascent", "npo", "simnpo")
+RETAIN_LOSSES = ("nll", "kl")
 IGNORED_LABEL = -100
 
 
@@ -60,11 +61,7 @@ def ctc_losses(outputs, inputs: Mapping, model: nn.Module) -> Tensor:
     """
     config, labels = model.config, inputs["labels"]
     present = labels >= 0
-    attention_mask = inputs.get("attention_mask")
-    if attention_mask is None:
-        frames = torch.full((len(labels),), outputs.logits.shape[1], dtype=torch.long, device=labels.device)
-    else:
-        frames = _output_frames(model, attention_mask)
+    frames = _num_frames(outputs, inputs, model)
     target_lengths = present.sum(dim=-1)
     # summed over thousands of alignments, float32 would leave an error of 3e-5 in the gradient
     log_probabilities = F.log_softmax(outputs.logits.double(), dim=-1).transpose(0, 1)
@@ -83,8 +80,11 @@ def ctc_losses(outputs, inputs: Mapping, model: nn.Module) -> Tensor:
     return losses / target_lengths if config.ctc_loss_reduction == "mean" else losses
 
 
-def _output_frames(model: nn.Module, attention_mask: Tensor) -> Tensor:
+def _num_frames(outputs, inputs: Mapping, model: nn.Module) -> Tensor:
     """How many frames of logits each sample has, shape (B,), by the model's own count."""
+    attention_mask, logits = inputs.get("attention_mask"), outputs.logits
+    if attention_mask is None:
+        return torch.full((len(logits),), logits.shape[1], dtype=torch.long, device=logits.device)
     lengths = attention_mask.sum(dim=-1)
     if hasattr(model, "_get_feat_extract_output_lengths"):  # Wav2Vec2 and its kin
         return model._get_feat_extract_output_lengths(lengths).long()
@@ -95,6 +95,18 @@ def _output_frames(model: nn.Module, attention_mask: Tensor) -> Tensor:
         f"{type(model).__name__} does not say how many frames an utterance has under its `attention_mask`. Pass a "
         "`compute_loss_func` that returns one CTC loss for each sample, shape (batch size,)."
     )
+
+
+def kl_divergence(logits: Tensor, start_logits: Tensor, counted: Tensor | None = None) -> Tensor:
+    """KL(start || model) of each sample, in nats, shape (B,): the mean over the positions that count.
+
+    Args:
+        logits, start_logits (`torch.Tensor`): Shape (B, V) or (B, T, V).
+        counted (`torch.Tensor`, *optional*): Shape (B, T), True where a position counts.
+    """
+    start = start_logits.float().log_softmax(-1)
+    divergence = F.kl_div(logits.float().log_softmax(-1), start, reduction="none", log_target=True).sum(-1)
+    return divergence if counted is None else (divergence * counted).sum(1) / counted.sum(1)
 
 
 Family = Callable[[object, Mapping, nn.Module], Tensor]
@@ -142,12 +154,24 @@ class PerSampleLoss:
             loss.
         compute_loss_func (`Callable`, *optional*): The user's own, with the signature that `Trainer` documents; it
             must return shape (B,) here.
+        compute_divergence_func (`Callable`, *optional*): Maps outputs of the model, those of the starting model, and labels
+            to shape (B,): what retain samples are held by under `retain_loss="kl"`, in place of KL.
     """
 
-    def __init__(self, model: nn.Module, compute_loss_func: Callable | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        compute_loss_func: Callable | None = None,
+        compute_divergence_func: Callable | None = None,
+    ):
         self.model = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._compute_loss_func = compute_loss_func
+        self._compute_loss_func, self._compute_divergence_func = compute_loss_func, compute_divergence_func
         self._family = find_family(self.model) if compute_loss_func is None else None
+
+    @property
+    def has_divergence(self) -> bool:
+        """Whether [`divergences`] is known: for a loss of the user's own, they bring that too."""
+        return self._compute_loss_func is None or self._compute_divergence_func is not None
 
     @property
     def shifts_labels(self) -> bool:
@@ -179,13 +203,35 @@ class PerSampleLoss:
 
     def with_outputs(self, model: nn.Module, inputs: Mapping) -> tuple[Tensor, object]:
         """Also returns the model's outputs, which hold the loss that the model itself computed."""
+        outputs = self.outputs(model, inputs)
         if self._compute_loss_func is None:
-            outputs = model(**inputs)
             return self._family(outputs, inputs, self.model), outputs
-        inputs = dict(inputs)
-        labels = inputs.pop("labels", None)
-        outputs = model(**inputs)
-        return self._compute_loss_func(outputs, labels, num_items_in_batch=None), outputs
+        return self._compute_loss_func(outputs, inputs.get("labels"), num_items_in_batch=None), outputs
+
+    def outputs(self, model: nn.Module, inputs: Mapping) -> object:
+        """What the model returns; a loss of the user's own is taken from outputs that were made without labels."""
+        own = self._compute_loss_func is not None
+        return model(**{name: value for name, value in inputs.items() if not own or name != "labels"})
+
+    def divergences(self, outputs, start_outputs, inputs: Mapping) -> Tensor:
+        """How far each sample's predictions have gone from those of the starting model, shape (B,).
+
+        KL(start || model) in nats: of the classes, or the mean over the tokens or frames that count. With a divergence of the
+        user's own, what that returns.
+        """
+        if self._compute_divergence_func is not None:
+            return self._compute_divergence_func(outputs, start_outputs, inputs.get("labels"))
+        logits, start = outputs.logits, start_outputs.logits
+        if self._family is class_losses:
+            return kl_divergence(logits, start)
+        if self._family is ctc_losses:
+            frames = _num_frames(outputs, inputs, self.model)
+            counted = torch.arange(logits.shape[1], device=logits.device) < frames[:, None]
+            return kl_divergence(logits, start, counted)
+        labels = inputs["labels"]
+        if self.shifts_labels:
+            logits, start, labels = logits[:, :-1], start[:, :-1], labels[:, 1:]
+        return kl_divergence(logits, start, labels != IGNORED_LABEL)
 
 
 class Ascent:

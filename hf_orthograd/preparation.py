@@ -1,13 +1,14 @@
-"""The engine of a run: found before its first step, after a look at the first samples of both sets."""
+"""What a run needs before its first step: its engine, after a look at the first samples of both sets, and its retain term."""
 
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from . import validation
+from . import callbacks, validation
 from .gradients import GradientEngine, MeanEngine, PlainEngine, choose_engine
 from .parallel.sharding import is_sharded, unshard
+from .starting_model import KeepPredictions, StartingModel
 from .trials import preserved_random_state
 
 
@@ -59,3 +60,25 @@ def prepare_engine(trainer, model: nn.Module) -> GradientEngine:
             "passed. Set `gradient_engine` to 'loop'."
         )
     return engine
+
+
+def prepare_retain_term(trainer, start: StartingModel | None) -> KeepPredictions:
+    """Keeps the model that a run starts from, for `retain_loss="kl"`.
+
+    Args:
+        trainer ([`OrthoGradTrainer`]): With its model ready for the first step.
+        start ([`StartingModel`], *optional*): The model as it was before a checkpoint was loaded, if one was.
+
+    Raises:
+        ValueError: A run goes on whose starting model is gone, or another than it was.
+    """
+    if start is None and trainer.state.global_step > 0:
+        raise ValueError(
+            "retain_loss='kl' needs the model that the run started from, which is gone when DeepSpeed loads a checkpoint. Start "
+            "from the beginning, resume without DeepSpeed, or set retain_loss='nll'."
+        )
+    if start is None:
+        start = StartingModel(trainer.accelerator.unwrap_model(trainer.model))
+    fingerprint = callbacks.find_callback(trainer.callback_handler, callbacks.StartingFingerprint)
+    fingerprint.begin_run(trainer.state, start.fingerprint(trainer.group))
+    return KeepPredictions(start, trainer.per_sample_loss)

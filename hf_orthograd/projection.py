@@ -55,15 +55,23 @@ class UpdateWeights:
         retain_mean (`float`): Of the mean of the retain gradients, for parameters without a projection: alpha.
         projected (`dict[str, torch.Tensor]`): For each projected parameter, those of its k retain gradients, shape (k,):
             alpha / k + (1 - alpha) c_i, as the projection takes `sum_i c_i g_i` out of what is ascended.
+        retain_term (`float`): Of the gradient of a retain term that is not the losses' mean: alpha, which then has left both
+            entries above.
     """
 
     forget: float
     retain_mean: float
     projected: dict[str, Tensor]
+    retain_term: float = 0.0
 
 
 def update_weights(
-    alpha: float, projection: "Projection | None", names: Iterable[str], *, device: torch.device | None = None
+    alpha: float,
+    projection: "Projection | None",
+    names: Iterable[str],
+    *,
+    device: torch.device | None = None,
+    has_term: bool = False,
 ) -> UpdateWeights:
     """The weights of `alpha * mean_i g_i - (1 - alpha) * g_perp`.
 
@@ -72,14 +80,16 @@ def update_weights(
         projection ([`Projection`], *optional*): None where nothing is projected.
         names (`Iterable[str]`): The projected parameters.
         device (`torch.device`, *optional*): Where the weights are needed; they go there in one piece.
+        has_term (`bool`): Whether a retain term of its own takes the place of the losses' mean.
     """
+    of_mean, of_term = (0.0, alpha) if has_term else (alpha, 0.0)
     if projection is None:
-        return UpdateWeights(-(1 - alpha), alpha, {})
+        return UpdateWeights(-(1 - alpha), of_mean, {}, of_term)
     coefficients = projection.coefficients
-    weights = (alpha / coefficients.shape[-1] + (1 - alpha) * coefficients).float().to(device)
+    weights = (of_mean / coefficients.shape[-1] + (1 - alpha) * coefficients).float().to(device)
     names = list(names)
     each = weights.unbind() if weights.ndim == 2 else [weights] * len(names)
-    return UpdateWeights(-(1 - alpha), alpha, dict(zip(names, each, strict=True)))
+    return UpdateWeights(-(1 - alpha), of_mean, dict(zip(names, each, strict=True)), of_term)
 
 
 def check_solver(solver: str, num_iterations: int | None, rtol: float | None) -> None:

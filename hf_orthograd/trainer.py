@@ -14,11 +14,12 @@ from . import checkpoints, validation, verbosity
 from .config import OrthoGradConfig, with_unlearning
 from .data import Batch, ForgetStream, PairedBatches, RowSource, fill_last_batch
 from .estimate import Estimate, estimate_run
-from .gradients import ForgetBatch, GradientEngine, check_finite, summarize_step
-from .objectives import ForgetObjective, PerSampleLoss, forget_objective
+from .gradients import ForgetBatch, GradientEngine, check_finite, mean_retain_term, summarize_step
+from .objectives import PerSampleLoss
 from .parallel import ProcessGroup
-from .preparation import prepare_engine
+from .preparation import prepare_engine, prepare_retain_term
 from .projection import solve_projections, update_weights
+from .starting_model import StartingModel
 from .trials import replaced
 
 
@@ -39,9 +40,12 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             sample, must return shape (batch size,).
         forget_dataset (`torch.utils.data.Dataset` or `datasets.Dataset`, *optional*): What to forget, with the columns
             of `train_dataset`.
+        compute_divergence_func (`Callable`, *optional*): For `retain_loss="kl"` beside a `compute_loss_func`: maps outputs
+            of the model, those of the starting model, and labels to shape (batch size,).
 
     Attributes:
         per_sample_loss ([`PerSampleLoss`]): The losses of a batch's samples; there is one with a forget set.
+        retain_term (`RetainTerm`, *optional*): While it trains under `retain_loss="kl"`, what is descended on retain samples.
         group ([`ProcessGroup`]): The processes of the run.
         gradient_engine ([`GradientEngine`], *optional*): While it trains, where inner products come from.
 
@@ -67,6 +71,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         preprocess_logits_for_metrics: Callable | None = None,
         *,
         forget_dataset=None,
+        compute_divergence_func: Callable | None = None,
     ):
         args = OrthoGradConfig(output_dir="tmp_trainer") if args is None else args
         unlearns = forget_dataset is not None
@@ -80,6 +85,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         self.forget_dataset, self.has_retain = forget_dataset, not validation.is_empty(train_dataset)
         # kept from Trainer, which would take its loss as already scaled for accumulation
         self.per_sample_loss_func = compute_loss_func if unlearns else None
+        self.divergence_func, self.retain_term = compute_divergence_func, None
         train_dataset = train_dataset if self.has_retain or not unlearns else forget_dataset
         compute_loss_func = None if unlearns else compute_loss_func
         given = model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init
@@ -91,6 +97,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         self.group = ProcessGroup(self.accelerator.num_processes, self.accelerator.process_index)
         self.gradient_engine: GradientEngine | None = None
         self._forget_stream: ForgetStream | None = None
+        self._start: StartingModel | None = None  # as it was before a checkpoint was loaded
         self._observers, self._window, self._loading = [], PairedBatches(), checkpoints.CompleteLoading()
         self._recorded: dict[str, list[float]] = defaultdict(list)
         if unlearns:
@@ -101,10 +108,15 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         verbosity.follow(args.get_process_log_level())
         validation.check_launch(args, self.accelerator.state, model)
         validation.find_parameters(model, args)
-        self.per_sample_loss = PerSampleLoss(model, self.per_sample_loss_func)
+        self._make_per_sample_loss()
+        validation.check_retain_loss(args, self.per_sample_loss)
         if args.check_overlap and self.has_retain and self.is_world_process_zero():
             validation.check_overlap(self.forget_dataset, self.train_dataset, self.per_sample_loss.model)
         self._observers = watching.set_callbacks(self)
+
+    def _make_per_sample_loss(self) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        self.per_sample_loss = PerSampleLoss(model, self.per_sample_loss_func, self.divergence_func)
 
     # ---- Before the first step ----
 
@@ -118,13 +130,14 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self._forget_stream = None  # its workers would go on
+            self._forget_stream = self._start = self.retain_term = None  # workers would go on, a copy stay
 
     def begin_unlearning(self) -> None:
         """Finds the engine and what steps are compared with; called when model and optimizer are ready for the first step."""
         self._window, model = PairedBatches(), self.model_wrapped
         self._recorded.clear()
-        self.per_sample_loss = PerSampleLoss(self.accelerator.unwrap_model(self.model), self.per_sample_loss_func)
+        self._make_per_sample_loss()
+        self.retain_term = prepare_retain_term(self, self._start) if self.args.keeps_predictions else None
         self._forget_stream = ForgetStream(
             self._source("forget_dataset"), self.args, self._train_batch_size, self.group
         )
@@ -206,16 +219,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             # a mean over samples, not over tokens: the number of tokens would be that of the retain batch alone
             return super().training_step(model, window, None)
         except FloatingPointError as error:
-            error = FloatingPointError(
-                f"At step {self.state.global_step + 1} {error}. No update was made; checkpoints saved so far in "
-                f"{self.args.output_dir!r} are intact. Lower the learning rate, set forget_loss='npo', or look at the samples."
-            )
-            rule = self._callback(watching.StoppingRule)
-            if rule is None or not rule.end_after(error, self.state, self.control):
-                raise error from None
-            self.model.zero_grad()  # of micro-batches before
-            if self.accelerator.scaler is not None:  # it takes a step without any gradient for a mistake
-                self.accelerator.backward(0.0 * sum(p.sum() for p in self.model.parameters() if p.requires_grad))
+            watching.stop_or_raise(error, self)
             return torch.zeros((), device=self.args.device)
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
@@ -233,8 +237,8 @@ class OrthoGradTrainer(Seq2SeqTrainer):
     def unlearning_loss(self, model: nn.Module, forget: list[Batch], retain: list[Batch]) -> Tensor:
         """What a step descends: a scalar whose gradient is the update, and whose value is for the log.
 
-        Here the gradient is `alpha * mean_i g_i - (1 - alpha) * g_perp` (arXiv 2503.02312, equation 5) and the value
-        GradDiff's loss. A method of your own returns what it descends, and calls [`record`] for its quantities.
+        Here the gradient is `alpha * mean_i g_i - (1 - alpha) * g_perp` (arXiv 2503.02312, equation 5), the mean's place taken
+        by that of [`retain_term`] if there is one, and the value GradDiff's loss. A method of your own returns what it descends, and calls [`record`] for its quantities.
 
         Args:
             model (`torch.nn.Module`): In training mode, wrapped as the launch has it.
@@ -243,21 +247,21 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         """
         args, scaler = self.args, self.accelerator.scaler if self.args.projection != "none" else None
         loss_scale = 1.0 if scaler is None else scaler.get_scale()
-        objectives = [self._forget_objective(batch) for batch in forget]
+        reference = self._callback(watching.ReferenceLosses)
+        objectives = [watching.objective_of(batch, args, reference) for batch in forget]
         ascended = [ForgetBatch(b.inputs, b.size, o.slopes) for b, o in zip(forget, objectives, strict=True)]
         model, observers = self._step_model(model), [o for o in self._observers if o.watches(self.state.global_step)]
         for observer in observers:
             observer.begin_step(model, retain)
         options = {"group": self.group, "loss_scale": loss_scale, "keep_gradients": bool(observers)}
         options["per_parameter"] = args.projection_scope == "per_tensor"
+        options["retain_term"] = term = self.retain_term
         step = self.gradient_engine.measure(model, ascended, retain, **options)
         summary = summarize_step(step)
         check_finite(step, summary, forget, retain, can_back_off=loss_scale > 1)
         projection = solve_projections(summary.grams, **args.solver_settings) if summary.grams else None
-        loss = (
-            step.combine(update_weights(args.alpha, projection, step.parameters.projected, device=args.device))
-            / loss_scale
-        )
+        names, where = step.parameters.projected, {"device": args.device, "has_term": term is not None}
+        loss = step.combine(update_weights(args.alpha, projection, names, **where)) / loss_scale
         for observer in observers:
             observer.take_gradients(step)
         for name, value in {**summary.losses, **(projection.metrics if projection is not None else {})}.items():
@@ -265,13 +269,10 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         # the value is for the log; the gradient is that of the combination
         parts = zip(objectives, step.forget_losses.split([batch.size for batch in forget]), strict=True)
         ascent = sum(objective.value(own) * len(own) for objective, own in parts) / len(step.forget_losses)
-        kept = step.retain_losses.mean() if len(step.retain_losses) else 0.0
-        return loss + args.alpha * kept - (1 - args.alpha) * ascent
-
-    def _forget_objective(self, batch: Batch) -> ForgetObjective:
-        reference, args = self._callback(watching.ReferenceLosses), self.args
-        losses = None if reference is None else reference.of_rows(batch.rows)
-        return forget_objective(args.forget_loss, beta=args.npo_beta, gamma=args.simnpo_gamma, reference_losses=losses)
+        terms = step.retain_losses if step.retain_terms is None else step.retain_terms
+        if term is not None:
+            self.record("retain_divergence", mean_retain_term(step))
+        return loss + args.alpha * (terms.mean() if len(terms) else 0.0) - (1 - args.alpha) * ascent
 
     def _step_model(self, model: nn.Module) -> nn.Module:
         # DDP's wrapper waits for a backward pass through its last forward pass, DeepSpeed's takes any for the last
@@ -326,10 +327,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         if self.forget_dataset is None or not checkpoints.merges(self.model, self.args, sharded=self.is_fsdp_enabled):
             return super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            folder = self.args.output_dir if output_dir is None else output_dir
-            checkpoints.remove_adapter_files(folder)
-            with replaced(self, "model", checkpoints.merged_copy(self.accelerator.unwrap_model(self.model))):
-                self._save(folder)  # not by way of DeepSpeed's own model, which is the one without the merge
+            checkpoints.save_merged(self, self.args.output_dir if output_dir is None else output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -338,6 +336,8 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             super()._issue_warnings_after_load(load_result)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.forget_dataset is not None and self.args.keeps_predictions:
+            self._start = StartingModel(self.accelerator.unwrap_model(self.model))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._loading.complete(resume_from_checkpoint, model or self.model)
 

@@ -18,6 +18,8 @@ SCOPES = {
     "unused": ("llama", False, {"unused": True, "optim": "adamw_torch", "weight_decay": 0.5, "adam_epsilon": 1e-2}),
 }
 
+KL = {"retain_loss": "kl", "learning_rate": 0.3}
+KEEPING = [("whisper", True), ("vit", False), ("llama", False)]
 CASES = [(kind, lora) for kind in KINDS for lora in (False, True)]
 
 
@@ -28,6 +30,7 @@ def two_processes(tmp_path_factory):
     shapes = {"2x4": settings(4), "2x2x2": settings(2, 2)}
     runs = [(f"{kind}-{lora}-{name}", kind, lora, shape) for kind, lora in CASES for name, shape in shapes.items()]
     runs.append(("llama-False-2x2x2u", "llama", False, settings(2, 2, **UPDATE)))
+    runs += [(f"{kind}-{lora}-2x2x2k", kind, lora, settings(2, 2, **KL)) for kind, lora in KEEPING]
     # two samples a process for "per tensor": more leave small tensors directions that float32 cannot tell from zero
     for name, (kind, lora, own) in SCOPES.items():
         runs.append((name, kind, lora, settings(1 if name == "per tensor" else 4, **own)))
@@ -51,6 +54,10 @@ def launches(two_processes, tmp_path_factory):
     trainer = train(folder, "llama", False, settings(8, **UPDATE))
     trained = {n: p.detach() for n, p in trainer.model.named_parameters()}
     found["llama", False, "1x8u"] = {"parameters": trained, "logs": trainer.state.log_history}
+    for kind, lora in KEEPING:
+        trainer = train(folder, kind, lora, settings(8, **KL))
+        trained = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        found[kind, lora, "1x8k"] = {"parameters": trained, "logs": trainer.state.log_history}
     for name, result in two_processes[1].items():
         if name.count("-") == 2:
             kind, lora, shape = name.split("-")
@@ -69,6 +76,14 @@ def test_every_launch_gives_the_same_model(kind, lora, shape, launches):
 
 def test_four_processes_give_the_same_model(launches):
     assert_equal(launches["llama", False, "4x2"], launches["llama", False, "1x8"])
+
+
+@pytest.mark.parametrize(("kind", "lora"), KEEPING)
+def test_a_retain_term_is_the_same_too(kind, lora, launches):
+    found, expected = launches[kind, lora, "2x2x2k"], launches[kind, lora, "1x8k"]
+    assert_equal(found, expected)
+    held = [[e["retain_divergence"] for e in run["logs"] if "retain_divergence" in e] for run in (found, expected)]
+    assert held[0] == pytest.approx(held[1], rel=1e-3, abs=1e-7) and held[1][-1] > 1e-6
 
 
 def test_corrected_updates_are_the_same_too(launches):

@@ -19,6 +19,8 @@ VARIANTS = {
     "mean": {"projection": "mean"},
     "none": {"projection": "none"},
     "checkpointing": {"gradient_checkpointing": True},
+    "predictions kept": {"retain_loss": "kl", "learning_rate": 0.3},
+    "predictions kept, none": {"retain_loss": "kl", "learning_rate": 0.3, "projection": "none"},
 }
 
 

@@ -36,8 +36,9 @@ class BaselineTrainer(OrthoGradTrainer):
         raise NotImplementedError
 
     def retain_loss(self, model: nn.Module, batch: Batch) -> Tensor | None:
-        """What is descended on a retain batch: by default the mean of its samples' losses."""
-        return batch.losses(model, self.per_sample_loss).mean()
+        """What is descended on a retain batch: by default what `retain_loss` asks for, in the mean over its samples."""
+        _, terms = batch.losses_and_terms(model, self.per_sample_loss, self.retain_term)
+        return terms.mean()
 
     def weigh(self, losses: dict[str, Tensor], forget: list[Batch], retain: list[Batch]) -> Tensor:
         """The scalar that a step descends, from "forget_loss" and "retain_loss", as far as there are such: their sum."""

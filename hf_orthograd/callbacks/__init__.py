@@ -5,8 +5,8 @@ from transformers import TrainerCallback
 from .correction import UpdateCorrection
 from .monitor import UnlearningMonitor
 from .observer import BeginCallback, Found, Record, StepObserver, find_callback
-from .reference import ReferenceLosses
-from .stopping import StoppingRule, check_stopping, has_rule, keep_best_model
+from .reference import ReferenceLosses, StartingFingerprint, objective_of
+from .stopping import StoppingRule, check_stopping, has_rule, keep_best_model, stop_or_raise
 
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Found",
     "Record",
     "ReferenceLosses",
+    "StartingFingerprint",
     "StepObserver",
     "StoppingRule",
     "UnlearningMonitor",
@@ -22,7 +23,9 @@ __all__ = [
     "find_callback",
     "has_rule",
     "keep_best_model",
+    "objective_of",
     "set_callbacks",
+    "stop_or_raise",
 ]
 
 
@@ -41,7 +44,14 @@ def set_callbacks(trainer) -> list[StepObserver]:
     """
     args = trainer.args
     args.check_unlearning()
-    for kind in (ReferenceLosses, StoppingRule, UpdateCorrection, UnlearningMonitor, BeginCallback):
+    for kind in (
+        ReferenceLosses,
+        StartingFingerprint,
+        StoppingRule,
+        UpdateCorrection,
+        UnlearningMonitor,
+        BeginCallback,
+    ):
         trainer.remove_callback(kind)
     observers: list[StepObserver] = []
     if args.projection_target == "update":
@@ -49,6 +59,8 @@ def set_callbacks(trainer) -> list[StepObserver]:
     if trainer.has_retain:
         observers.append(UnlearningMonitor(args.monitor_steps, record=trainer.record))
     others: list[TrainerCallback] = [ReferenceLosses()] if args.forget_loss == "npo" else []
+    if args.keeps_predictions:
+        others.append(StartingFingerprint())
     if has_rule(args):
         others.append(StoppingRule(args))
     for callback in (*others, *observers, BeginCallback(trainer.begin_unlearning)):

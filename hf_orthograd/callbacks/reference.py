@@ -1,4 +1,4 @@
-"""Losses of the forget set under the model a run started from, which bounded forget objectives compare with."""
+"""What a run keeps of the model it started from: losses that bounded objectives compare with, and a sign to know it by."""
 
 from collections.abc import Iterable
 
@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
+from ..config import OrthoGradConfig
 from ..data import Batch
-from ..objectives import PerSampleLosses
+from ..objectives import ForgetObjective, PerSampleLosses, forget_objective
 from ..trials import preserved_modes
 
 
@@ -75,3 +76,44 @@ class ReferenceLosses(TrainerCallback, ExportableState):
         if self._on_device is None or self._on_device.device != rows.device:
             self._on_device = torch.tensor(self.losses, device=rows.device)
         return self._on_device[rows]
+
+
+def objective_of(batch: Batch, args: OrthoGradConfig, reference: ReferenceLosses | None) -> ForgetObjective:
+    """What is ascended on a forget batch, with row numbers; "npo" has reference losses."""
+    losses = None if reference is None else reference.of_rows(batch.rows)
+    return forget_objective(args.forget_loss, beta=args.npo_beta, gamma=args.simnpo_gamma, reference_losses=losses)
+
+
+class StartingFingerprint(TrainerCallback, ExportableState):
+    """Says in every checkpoint which model a run started from, so that it goes on beside the same one.
+
+    Attributes:
+        numbers (`list[float]`, *optional*): As [`StartingModel.fingerprint`] has them.
+    """
+
+    def __init__(self):
+        self.numbers: list[float] | None = None
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"numbers": self.numbers}}
+
+    def begin_run(self, state: TrainerState, numbers: list[float]) -> None:
+        """Takes those of the model that a run starts with, or compares them with those of the checkpoint it goes on from.
+
+        Raises:
+            ValueError: They are others, or there are none.
+        """
+        saved, self.numbers = state.stateful_callbacks.get(type(self).__name__), numbers
+        if state.global_step == 0:
+            return
+        if saved is None:
+            raise ValueError(
+                "The checkpoint does not say which model its run started from: it was saved with another `retain_loss`. Resume "
+                "with that one, or start from the beginning with retain_loss='kl'."
+            )
+        before = saved["attributes"]["numbers"]
+        if len(before) != len(numbers) or not torch.allclose(torch.tensor(before), torch.tensor(numbers), rtol=1e-3):
+            raise ValueError(
+                "retain_loss='kl' holds predictions to those of the model that the run started from, but `model` is another. "
+                "Pass the model that unlearning started from, not the checkpoint's."
+            )

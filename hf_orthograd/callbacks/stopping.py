@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..config import SCORE, OrthoGradConfig
 from ..trials import preserved_random_state
+from .observer import find_callback
 
 
 logger = logging.get_logger(__name__)
@@ -145,6 +146,22 @@ class StoppingRule(TrainerCallback, ExportableState):
                 )
             found[name] = metrics[key]
         return found
+
+
+def stop_or_raise(error: FloatingPointError, trainer) -> None:
+    """At losses that are not finite: ends the run without a step if a rule has a model to go back to, and raises if not."""
+    args, state = trainer.args, trainer.state
+    error = FloatingPointError(
+        f"At step {state.global_step + 1} {error}. No update was made; checkpoints saved so far in {args.output_dir!r} are "
+        "intact. Lower the learning rate, set forget_loss='npo', or look at the samples."
+    )
+    rule = find_callback(trainer.callback_handler, StoppingRule)
+    if rule is None or not rule.end_after(error, state, trainer.control):
+        raise error from None
+    trainer.model.zero_grad()  # of micro-batches before
+    if trainer.accelerator.scaler is not None:  # it takes a step without any gradient for a mistake
+        trained = (parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
+        trainer.accelerator.backward(0.0 * sum(parameter.sum() for parameter in trained))
 
 
 def check_stopping(args: OrthoGradConfig, forget_dataset, eval_dataset, compute_metrics) -> None:

@@ -52,7 +52,19 @@ class Batch:
         Raises:
             ValueError: The losses are not as many as the samples.
         """
-        losses = per_sample_losses(model, self.inputs)
+        return self._checked(per_sample_losses(model, self.inputs))
+
+    def losses_and_terms(
+        self, model: nn.Module, per_sample_losses: PerSampleLosses, term: Callable | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same, beside what is descended on retain samples, both (size,): the losses themselves, or those of `term`."""
+        if term is None:
+            losses = self._checked(per_sample_losses(model, self.inputs))
+            return losses, losses
+        losses, terms = term(model, self.inputs)
+        return self._checked(losses), self._checked(terms)
+
+    def _checked(self, losses: Tensor) -> Tensor:
         if losses.shape != (self.size,):
             raise ValueError(
                 f"A batch of {self.size} samples gave losses of shape {tuple(losses.shape)}: there must be one for each "

@@ -6,7 +6,7 @@ from .gram import Call, Dense, GramEngine, Outer, Source, register_rule
 from .loop import LoopEngine, MaterializedGradients, MeanEngine
 from .plain import PlainEngine
 from .selection import choose_engine
-from .summary import check_finite, summarize_step
+from .summary import check_finite, mean_retain_term, summarize_step
 
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "UnsupportedModelError",
     "check_finite",
     "choose_engine",
+    "mean_retain_term",
     "register_rule",
     "summarize_step",
 ]

@@ -1,7 +1,7 @@
 """What every gradient engine offers the trainer, whichever way it comes by the inner products."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,8 @@ from ..projection import UpdateWeights
 from .products import own_memory
 
 
+# maps (model, inputs) of a retain batch to its losses and to what is descended in their place, both (size,)
+RetainTerm = Callable[[nn.Module, Mapping], tuple[Tensor, Tensor]]
 # maps forget losses (m,) to the slopes (m,) of the forget objective at them
 Slopes = Callable[[Tensor], Tensor]
 
@@ -43,6 +45,8 @@ class StepGradients(ABC):
     Attributes:
         forget_losses (`torch.Tensor`): Of this process' forget samples, detached.
         retain_losses (`torch.Tensor`): Of this process' retain samples, detached.
+        retain_terms (`torch.Tensor`, *optional*): What is descended on them in place of their losses, detached; `None` without
+            a term of its own, and where only [`combine`] finds it.
         grams (`dict[str, torch.Tensor]`): The Gram matrix over the retain samples of all processes, shape (1 + k, 1 + k),
             float64, under the name "", or, where that was asked for, the part of each projected parameter.
         layout ([`SampleLayout`]): The rows of this process among those of all.
@@ -52,6 +56,7 @@ class StepGradients(ABC):
 
     forget_losses: Tensor
     retain_losses: Tensor
+    retain_terms: Tensor | None
     grams: dict[str, Tensor]
     layout: SampleLayout
     parameters: Parameters
@@ -104,6 +109,10 @@ class StepGradients(ABC):
             own = torch.full((layout.local,), weights.retain_mean / layout.total, device=self.retain_losses.device)
         return own * layout.group.num_processes
 
+    def term_weight(self, weights: UpdateWeights) -> float:
+        """Weight of the gradient of the mean retain term, where that is of this process' samples over the number of all."""
+        return weights.retain_term * self.layout.group.num_processes
+
 
 @dataclass(frozen=True)
 class MeasureSettings:
@@ -113,6 +122,7 @@ class MeasureSettings:
     loss_scale: float
     keep_gradients: bool
     per_parameter: bool
+    retain_term: RetainTerm | None
 
 
 class GradientEngine(ABC):
@@ -141,6 +151,7 @@ class GradientEngine(ABC):
         loss_scale: float = 1.0,
         keep_gradients: bool = False,
         per_parameter: bool = False,
+        retain_term: RetainTerm | None = None,
     ) -> StepGradients:
         """Runs the forward passes and finds the inner products.
 
@@ -154,11 +165,13 @@ class GradientEngine(ABC):
             keep_gradients (`bool`): Whether the retain gradients, if they are kept at all, are to be there until the step
                 is made.
             per_parameter (`bool`): Whether the Gram matrix of each parameter is wanted, and not only their sum.
+            retain_term (`Callable`, *optional*): Maps (model, inputs) of a retain batch to its losses, whose gradients are
+                projected on, and to what is descended in their place, both (size,).
 
         Raises:
             UnsupportedModelError: The model does something this engine cannot follow.
         """
-        settings = MeasureSettings(group, loss_scale, keep_gradients, per_parameter)
+        settings = MeasureSettings(group, loss_scale, keep_gradients, per_parameter, retain_term)
         return self.step_gradients(model, forget, retain, settings)
 
     @abstractmethod

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from ..data import Batch
 from ..objectives import PerSampleLosses
 from ..parallel import Parameters
-from .base import UnsupportedModelError
-from .loop import MaterializingEngine
+from .base import RetainTerm, UnsupportedModelError
+from .loop import MaterializingEngine, sum_gradients
 
 
 class FunctionalEngine(MaterializingEngine):
@@ -25,7 +25,7 @@ class FunctionalEngine(MaterializingEngine):
         super().__init__(parameters, per_sample_losses)
         self.chunk_size = chunk_size
 
-    def retain_rows(self, model: nn.Module, retain: Batch, loss_scale: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def retain_rows(self, model: nn.Module, retain: Batch, loss_scale: float, term: RetainTerm | None):
         tensors = {name: value for name, value in retain.inputs.items() if isinstance(value, Tensor)}
         constants = {name: value for name, value in retain.inputs.items() if not isinstance(value, Tensor)}
         other = [name for name, value in tensors.items() if value.ndim == 0 or len(value) != retain.size]
@@ -52,7 +52,11 @@ class FunctionalEngine(MaterializingEngine):
                 f"torch.func cannot vectorise {type(model).__name__} over samples ({str(error).splitlines()[0]}). "
                 "Set `gradient_engine` to 'gram' or 'loop'."
             ) from error
-        return losses / loss_scale, rows
+        if term is None:
+            return losses / loss_scale, rows, losses / loss_scale, {}
+        # a forward pass of its own: what runs sample by sample under torch.func leaves no graph
+        _, terms = retain.losses_and_terms(model, self.per_sample_losses, term)
+        return losses / loss_scale, rows, terms, sum_gradients(loss_scale * terms.sum(), self.parameters.trainable)
 
 
 class _FunctionalModel:

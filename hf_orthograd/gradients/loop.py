@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ..data import Batch
 from ..parallel import ALONE, Parameters, SampleLayout
 from ..projection import UpdateWeights
-from .base import ForgetBatch, GradientEngine, MeasureSettings, StepGradients
-from .products import accumulation_dtype, assemble_grams, exact_arithmetic, inner_products
+from .base import ForgetBatch, GradientEngine, MeasureSettings, RetainTerm, StepGradients
+from .products import accumulation_dtype, assemble_grams, exact_arithmetic, inner_products, own_memory
 
 
 @dataclass
@@ -20,10 +20,12 @@ class MaterializedGradients(StepGradients):
     Attributes:
         forget_gradients (`dict[str, torch.Tensor]`): `g_u` of each trainable parameter that the forget loss uses.
         rows (`dict[str, torch.Tensor]`): For each trainable parameter, the retain rows, shape (k, *parameter.shape).
+        term_gradients (`dict[str, torch.Tensor]`): Of the retain term, if it is not the losses' mean.
     """
 
     forget_gradients: dict[str, Tensor]
     rows: dict[str, Tensor]
+    term_gradients: dict[str, Tensor]
 
     @property
     def has_retain_gradients(self) -> bool:
@@ -35,6 +37,9 @@ class MaterializedGradients(StepGradients):
             with exact_arithmetic(rows.device):
                 retained = torch.tensordot(self.local_weights(weights, name), rows.float(), dims=1)
             gradients[name] = retained if name not in gradients else gradients[name].add_(retained)
+        for name, gradient in self.term_gradients.items():
+            own = self.term_weight(weights) * gradient
+            gradients[name] = own if name not in gradients else gradients[name].add_(own)
         return self.hand_over(gradients)
 
     def along(self, step: Iterable[tuple[str, Tensor]]) -> Tensor:
@@ -56,9 +61,10 @@ class MaterializedGradients(StepGradients):
 def materialized(
     parameters: Parameters,
     settings: MeasureSettings,
-    losses: tuple[Tensor, Tensor],
+    losses: tuple[Tensor, Tensor, Tensor | None],
     forget_gradients: dict[str, Tensor],
     rows: dict[str, Tensor],
+    term_gradients: dict[str, Tensor],
     layout: SampleLayout,
 ) -> MaterializedGradients:
     """Takes the inner products of gradients that are held in memory.
@@ -66,10 +72,11 @@ def materialized(
     Args:
         parameters ([`Parameters`]): What they belong to.
         settings ([`MeasureSettings`]): What was asked for.
-        losses (`tuple[torch.Tensor, torch.Tensor]`): Of this process' forget and retain samples.
+        losses (`tuple`): Of this process' forget and retain samples, and the retain terms, if they are others.
         forget_gradients (`dict[str, torch.Tensor]`): `g_u` of each trainable parameter that the forget loss uses.
         rows (`dict[str, torch.Tensor]`): For each trainable parameter that a retain loss uses, in any process, shape
             (local, *parameter.shape).
+        term_gradients (`dict[str, torch.Tensor]`): Of this process' part of the mean retain term.
         layout ([`SampleLayout`]): The rows among those of all processes.
     """
     products, device = {}, losses[1].device
@@ -87,36 +94,43 @@ def materialized(
         products = {"": torch.stack([product.to(device) for product in products.values()]).sum(dim=0)}
         parts = {"": [part for own in parts.values() for part in own]}
     grams = assemble_grams(products, parts, layout)
-    forget_losses, retain_losses = losses
-    return MaterializedGradients(
-        forget_losses, retain_losses.detach(), grams, layout, parameters, settings.group, forget_gradients, rows
-    )
+    whose = grams, layout, parameters, settings.group
+    return MaterializedGradients(*losses, *whose, forget_gradients, rows, term_gradients)
 
 
 class MaterializingEngine(GradientEngine):
     """Shared by the engines that differ only in how the retain rows are made."""
 
-    def retain_rows(self, model: nn.Module, retain: Batch, loss_scale: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the retain losses (k,), and for each trainable parameter rows of shape (k, *parameter.shape)."""
+    def retain_rows(
+        self, model: nn.Module, retain: Batch, loss_scale: float, term: RetainTerm | None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor]]:
+        """Returns of a retain batch the losses (k,), for each trainable parameter rows of shape (k, *parameter.shape), the
+        retain terms (k,), and the gradients of their sum, none without a term of its own."""
         raise NotImplementedError
 
     def step_gradients(
         self, model: nn.Module, forget: list[ForgetBatch], retain: list[Batch], settings: MeasureSettings
     ) -> MaterializedGradients:
         forget_losses, forget_gradients = self.forget_gradients(model, forget, settings.group, settings.loss_scale)
-        found = [self.retain_rows(model, batch, settings.loss_scale) for batch in retain]
-        retain_losses = torch.cat([losses for losses, _ in found])
+        found, term_gradients = [], {}
+        for batch in retain:
+            losses, own, terms, of_terms = self.retain_rows(model, batch, settings.loss_scale, settings.retain_term)
+            found.append((losses.detach(), own, terms.detach()))
+            for name, gradient in of_terms.items():
+                term_gradients[name] = gradient + term_gradients[name] if name in term_gradients else gradient
+        retain_losses, retain_terms = (torch.cat([batch[i] for batch in found]) for i in (0, 2))
         layout = settings.group.layout(len(retain_losses), retain_losses.device)
         trainable, rows = self.parameters.trainable, {}
-        used = {name for _, own in found for name in own}
+        used = {name for _, own, _ in found for name in own}
         for name in settings.group.used_anywhere(trainable, used, retain_losses.device):
             zeros = trainable[name].detach().new_zeros(1, *trainable[name].shape)
             parts = [
-                own[name] if name in own else zeros.expand(len(losses), *zeros.shape[1:]) for losses, own in found
+                own[name] if name in own else zeros.expand(len(losses), *zeros.shape[1:]) for losses, own, _ in found
             ]
             rows[name] = torch.cat(parts)
-        losses = forget_losses, retain_losses
-        return materialized(self.parameters, settings, losses, forget_gradients, rows, layout)
+        losses = forget_losses, retain_losses, retain_terms if settings.retain_term else None
+        term_gradients = {name: gradient / layout.total for name, gradient in term_gradients.items()}
+        return materialized(self.parameters, settings, losses, forget_gradients, rows, term_gradients, layout)
 
 
 class LoopEngine(MaterializingEngine):
@@ -124,9 +138,10 @@ class LoopEngine(MaterializingEngine):
 
     name = "loop"
 
-    def retain_rows(self, model: nn.Module, retain: Batch, loss_scale: float) -> tuple[Tensor, dict[str, Tensor]]:
-        losses = retain.losses(model, self.per_sample_losses)
-        return losses, _stacked_gradients(list(loss_scale * losses), self.parameters.trainable)
+    def retain_rows(self, model: nn.Module, retain: Batch, loss_scale: float, term: RetainTerm | None):
+        losses, terms = retain.losses_and_terms(model, self.per_sample_losses, term)
+        of_terms = sum_gradients(loss_scale * terms.sum(), self.parameters.trainable) if term is not None else {}
+        return losses, _stacked_gradients(list(loss_scale * losses), self.parameters.trainable), terms, of_terms
 
 
 class MeanEngine(GradientEngine):
@@ -138,21 +153,34 @@ class MeanEngine(GradientEngine):
         self, model: nn.Module, forget: list[ForgetBatch], retain: list[Batch], settings: MeasureSettings
     ) -> MaterializedGradients:
         forget_losses, forget_gradients = self.forget_gradients(model, forget, settings.group, settings.loss_scale)
-        losses, own_rows, trainable = [], {}, self.parameters.trainable
+        losses, terms, own_rows, term_gradients, trainable = [], [], {}, {}, self.parameters.trainable
+        term = settings.retain_term
         total = settings.group.layout(sum(batch.size for batch in retain), self.parameters.device).total
         for batch in retain:
-            own = batch.losses(model, self.per_sample_losses)
+            own, own_terms = batch.losses_and_terms(model, self.per_sample_losses, term)
+            if term is not None:
+                for name, gradient in sum_gradients(settings.loss_scale * own_terms.sum() / total, trainable).items():
+                    term_gradients[name] = gradient + term_gradients[name] if name in term_gradients else gradient
             for name, row in _stacked_gradients([settings.loss_scale * own.sum() / total], trainable).items():
                 own_rows[name] = row if name not in own_rows else own_rows[name] + row
             losses.append(own.detach())
+            terms.append(own_terms.detach())
         losses, rows = torch.cat(losses), {}
         for name in settings.group.used_anywhere(trainable, own_rows, losses.device):
             row = own_rows[name] if name in own_rows else trainable[name].detach().new_zeros(1, *trainable[name].shape)
             rows[name] = settings.group.sum(row)
         # every process has the one row of all
         layout = SampleLayout(ALONE, (1,))
-        losses = forget_losses, losses
-        return materialized(self.parameters, settings, losses, forget_gradients, rows, layout)
+        # and of the term its own part, of which the mean is taken
+        term_gradients = {name: settings.group.num_processes * gradient for name, gradient in term_gradients.items()}
+        losses = forget_losses, losses, torch.cat(terms) if term is not None else None
+        return materialized(self.parameters, settings, losses, forget_gradients, rows, term_gradients, layout)
+
+
+def sum_gradients(total: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The gradients of a scalar whose graph is needed again, of the parameters that it uses."""
+    gradients = torch.autograd.grad(total, list(parameters.values()), retain_graph=True, allow_unused=True)
+    return {n: g for n, g in zip(parameters, own_memory(gradients), strict=True) if g is not None}
 
 
 def _stacked_gradients(losses: list[Tensor], parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

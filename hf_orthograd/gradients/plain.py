@@ -15,14 +15,16 @@ class PlainGradients(StepGradients):
 
     Attributes:
         forget_term (`torch.Tensor`): Scalar whose gradient is `g_u`.
-        retain_term (`torch.Tensor`): Scalar whose gradient is the mean retain gradient.
+        retain_term (`torch.Tensor`): Scalar whose gradient is that of the retain samples' losses, or of the term in their
+            place, in the mean.
     """
 
     forget_term: Tensor
     retain_term: Tensor
 
     def combine(self, weights: UpdateWeights) -> Tensor:
-        total = weights.forget * self.forget_term + weights.retain_mean * self.retain_term
+        of_retain = weights.retain_mean if self.retain_terms is None else weights.retain_term
+        total = weights.forget * self.forget_term + of_retain * self.retain_term
         return total - total.detach()
 
 
@@ -41,8 +43,10 @@ class PlainEngine(GradientEngine):
         (batch,) = forget
         forget_losses = batch.losses(model, self.per_sample_losses)
         forget_term = (batch.slopes(forget_losses.detach()) * forget_losses).mean()
-        retain_losses = retain[0].losses(model, self.per_sample_losses) if retain else forget_losses.new_zeros(0)
-        retain_term = retain_losses.mean() if retain else retain_losses.sum()
+        retain_losses = terms = forget_losses.new_zeros(0)
+        if retain:
+            retain_losses, terms = retain[0].losses_and_terms(model, self.per_sample_losses, settings.retain_term)
+        retain_term = terms.mean() if retain else terms.sum()
         layout = settings.group.layout(len(retain_losses), retain_losses.device)
-        losses = forget_losses.detach(), retain_losses.detach()
+        losses = forget_losses.detach(), retain_losses.detach(), terms.detach() if settings.retain_term else None
         return PlainGradients(*losses, {}, layout, self.parameters, settings.group, forget_term, retain_term)

@@ -1,5 +1,6 @@
 """What the host needs to know of a step, brought there in one transfer: each would make the device wait."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,19 @@ def summarize_step(step: StepGradients) -> StepSummary:
         retain_loss=retain_sum / retain_count if retain_count else None,
         num_bad=int(num_bad),
     )
+
+
+def mean_retain_term(step: StepGradients) -> float:
+    """The mean of the retain terms over the samples of all processes; all have to come here.
+
+    Raises:
+        FloatingPointError: It is not finite, though the losses are.
+    """
+    terms = step.retain_terms
+    total, count = step.group.sum(torch.stack((terms.sum(dtype=torch.float32), terms.new_tensor(len(terms))))).tolist()
+    if not math.isfinite(total):
+        raise FloatingPointError("the divergence from the starting model is not finite, though all losses are")
+    return total / count
 
 
 def check_finite(

@@ -10,7 +10,7 @@ from .launch import (
     freeze_batch_norm,
     warn_of_half_precision,
 )
-from .samples import check_per_sample, check_samples
+from .samples import check_per_sample, check_retain_loss, check_samples
 
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "check_launch",
     "check_overlap",
     "check_per_sample",
+    "check_retain_loss",
     "check_samples",
     "check_steps",
     "find_parameters",

@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from ..config import OrthoGradConfig
 from ..data import Batch
 from ..objectives import IGNORED_LABEL, PerSampleLoss
 from ..trials import preserved_modes
@@ -41,6 +42,20 @@ def _cut(batch: Batch) -> list[Batch]:
         return []
     parts = [{name: value[row : row + 1] for name, value in tensors.items()} for row in range(batch.size)]
     return [Batch({**batch.inputs, **part}, 1) for part in parts]
+
+
+def check_retain_loss(args: OrthoGradConfig, per_sample_loss: PerSampleLoss) -> None:
+    """Checks that what `retain_loss` asks for is known.
+
+    Raises:
+        ValueError: "kl" with a loss of the user's own, whose divergence is not known.
+    """
+    if args.keeps_predictions and not per_sample_loss.has_divergence:
+        raise ValueError(
+            "`retain_loss` is 'kl', and with a `compute_loss_func` of your own it is not known what diverges. Pass "
+            "`compute_divergence_func(outputs, start_outputs, labels)` that returns shape (batch size,), or set "
+            "retain_loss='nll'."
+        )
 
 
 def check_batch(batch: Batch, name: str, per_sample_loss: PerSampleLoss) -> None:

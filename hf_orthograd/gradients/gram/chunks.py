@@ -37,11 +37,20 @@ class Chunk(Batch):
     random_state: RandomState | None = None
 
     def losses(self, model: nn.Module, per_sample_losses: PerSampleLosses) -> Tensor:
+        self._start()
+        return super().losses(model, per_sample_losses)
+
+    def losses_and_terms(
+        self, model: nn.Module, per_sample_losses: PerSampleLosses, term: Callable | None
+    ) -> tuple[Tensor, Tensor]:
+        self._start()
+        return super().losses_and_terms(model, per_sample_losses, term)
+
+    def _start(self) -> None:
         if self.random_state is not None:
             self.random_state.restore()
         elif self.repeats:
             self.random_state = RandomState.now()
-        return super().losses(model, per_sample_losses)
 
     @property
     def extent(self) -> int:
@@ -84,12 +93,14 @@ class RepeatedGradients(StepGradients):
     """Inner products without any gradients: the update takes each chunk forward and backward once more.
 
     Attributes:
-        losses_of (`Callable`): Maps a chunk to its losses, scaled.
+        losses_of (`Callable`): Maps a chunk to its losses and its retain terms.
+        loss_scale (`float`): What both are multiplied by before they go backward.
         forget_gradients (`dict[str, torch.Tensor]`): `g_u` of each trainable parameter that the forget loss uses.
         chunks (`list[Chunk]`): The retain samples of this process.
     """
 
-    losses_of: Callable[[Chunk], Tensor]
+    losses_of: Callable[[Chunk], tuple[Tensor, Tensor]]
+    loss_scale: float
     forget_gradients: dict[str, Tensor]
     chunks: list[Chunk]
 
@@ -97,12 +108,16 @@ class RepeatedGradients(StepGradients):
         others, projected = self.parameters.others, self.parameters.projected
         terms = [(self.local_weights(weights, name), group) for name, group in weigh_groups(others, projected)]
         found = {name: gradient.mul_(weights.forget) for name, gradient in self.forget_gradients.items()}
-        end = RandomState.now()
+        end, found_terms = RandomState.now(), []
         for chunk in self.chunks:
-            losses = self.losses_of(chunk)
+            losses, retain_terms = self.losses_of(chunk)
+            found_terms.append(retain_terms.detach())
             for own_weights, parameters in terms:
+                weighted = own_weights[chunk.samples].to(losses.dtype) @ losses
+                if weights.retain_term:
+                    weighted = weighted + self.term_weight(weights) / self.layout.total * retain_terms.sum()
                 gradients = torch.autograd.grad(
-                    own_weights[chunk.samples].to(losses.dtype) @ losses,
+                    self.loss_scale * weighted,
                     list(parameters.values()),
                     retain_graph=parameters is not terms[-1][1],
                     allow_unused=True,
@@ -111,6 +126,7 @@ class RepeatedGradients(StepGradients):
                     if gradient is not None:
                         found[name] = gradient if name not in found else found[name].add_(gradient)
         end.restore()
+        self.retain_terms = torch.cat(found_terms) if weights.retain_term else None
         return self.hand_over(found)
 
 

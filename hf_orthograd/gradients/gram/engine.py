@@ -7,7 +7,7 @@ the update will need of it is kept in its smaller form while the graph is given 
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ...objectives import PerSampleLosses
 from ...parallel import Parameters, SampleLayout
 from ...projection import UpdateWeights
 from ...trials import RandomState, preserved_random_state
-from ..base import ForgetBatch, GradientEngine, MeasureSettings, StepGradients, UnsupportedModelError
+from ..base import ForgetBatch, GradientEngine, MeasureSettings, RetainTerm, StepGradients, UnsupportedModelError
 from ..products import exact_arithmetic, own_memory
 from .accumulation import ParameterGradients, Products, Scratch, Use, count_cost
 from .calls import Call, Source, SpreadCall
@@ -42,11 +42,13 @@ class KeptGradients(StepGradients):
     Attributes:
         kept (`dict[str, ParameterGradients]`): What is kept for each trainable parameter.
         survives_combine (`bool`): Whether it is there after [`combine`].
+        term_gradients (`dict[str, torch.Tensor]`): Of the retain term, if it is not the losses' mean.
         joined (`tuple`, *optional*): Small parameters side by side, as [`Products`] has them.
     """
 
     kept: dict[str, ParameterGradients]
     survives_combine: bool
+    term_gradients: dict[str, Tensor]
     joined: tuple[dict[str, int], Tensor] | None = None
 
     @property
@@ -59,6 +61,11 @@ class KeptGradients(StepGradients):
         sizes, rows = ({}, None) if self.joined is None else self.joined
         with exact_arithmetic(self.retain_losses.device):
             torch._foreach_mul_(list(totals.values()), weights.forget)
+            for name, gradient in self.term_gradients.items():
+                if name not in totals:
+                    totals[name] = gradients[name] = torch.zeros_like(gradient, dtype=torch.float32)
+                totals[name].add_(gradient, alpha=self.term_weight(weights))
+            self.term_gradients = {}
             for name, total in totals.items():
                 if name not in sizes:
                     self.kept[name].add_update(self.local_weights(weights, name), total)
@@ -91,16 +98,19 @@ class KeptGradients(StepGradients):
 class RecomputedGradients(StepGradients):
     """Inner products beside the live graph of the retain batch, for a second backward pass of weighted losses.
 
-    Under activation checkpointing that graph is small, and keeping gradients or factors would undo the saving.
+    Under activation checkpointing that graph is small, and keeping gradients or factors would undo the saving. A retain term
+    of its own takes a second backward pass in any case.
 
     Attributes:
         forget_gradients (`dict[str, torch.Tensor]`): `g_u` of each trainable parameter that the forget loss uses.
-        live_losses (`torch.Tensor`): The retain losses, scaled, with their graph, shape (k,).
+        live_losses, live_terms (`torch.Tensor`): The retain losses, scaled, with their graph, shape (k,), and the retain
+            terms; the losses again without a term of its own.
         recorder ([`Recorder`]): The one that the graph was made under: what runs again must keep the same tensors.
     """
 
     forget_gradients: dict[str, Tensor]
     live_losses: Tensor
+    live_terms: Tensor
     recorder: Recorder
 
     def combine(self, weights: UpdateWeights) -> Tensor:
@@ -109,6 +119,8 @@ class RecomputedGradients(StepGradients):
         for number, (name, parameters) in enumerate(groups):
             edges = [get_gradient_edge(parameter) for parameter in parameters.values()]
             weighted = self.local_weights(weights, name).to(self.live_losses.dtype) @ self.live_losses
+            if weights.retain_term:
+                weighted = weighted + self.term_weight(weights) / self.layout.total * self.live_terms.sum()
             with self.recorder:
                 retain_graph = number < len(groups) - 1
                 gradients = self.recorder.gradients(weighted, edges, retain_graph=retain_graph)
@@ -156,11 +168,12 @@ class GramEngine(GradientEngine):
         forget_losses, forget_gradients = self.forget_gradients(model, forget, group, loss_scale)
         chunks = split_samples(retain, self.chunk_size)
         layout = group.layout(chunks[-1].samples.stop, forget_losses.device)
-        sweep = _Sweep(self, model, loss_scale)
+        sweep = _Sweep(self, model, loss_scale, settings.retain_term, layout.total)
         own = len(chunks), max(chunk.extent for chunk in chunks)
         numbers = group.gather_numbers(*own, device=self.parameters.device)
         most, longest = (max(values) for values in zip(*numbers, strict=True))
-        if most == 1 and not self._keeps_gradients(model, max(layout.counts)):
+        term = settings.retain_term
+        if most == 1 and not self._keeps_gradients(model, max(layout.counts), takes_term=term is not None):
             groups, replaces_graph = [list(self.parameters.trainable)], False
         else:
             groups = self._group(sweep, chunks, layout, most, longest)
@@ -170,26 +183,29 @@ class GramEngine(GradientEngine):
         found, end = Products(self.parameters, forget_gradients, layout, settings.per_parameter), None
         for names in groups:
             kept = self._make_accumulators(names, forget_gradients, layout, replaces_graph=replaces_graph)
-            losses, recorder = sweep.run(chunks, kept, retain_graph=not replaces_graph and len(groups) == 1)
+            (losses, terms), recorder = sweep.run(chunks, kept, retain_graph=not replaces_graph and len(groups) == 1)
             found.take(kept, self.scratch)
             if names is groups[0]:
                 retain_losses, end = losses, RandomState.now() if len(groups) > 1 else None
         if end is not None:
             end.restore()
-        everything = (forget_losses, retain_losses.detach(), found.grams(), layout, self.parameters, group)
+        own_terms = terms.detach() if term is not None and len(groups) == 1 else None
+        everything = (forget_losses, retain_losses.detach(), own_terms, found.grams(), layout, self.parameters, group)
         if replaces_graph:
-            return KeptGradients(*everything, kept, self.needs_gradients or settings.keep_gradients, found.joined)
+            survives = self.needs_gradients or settings.keep_gradients
+            return KeptGradients(*everything, kept, survives, sweep.term_gradients, found.joined)
         if len(groups) == 1:
-            return RecomputedGradients(*everything, forget_gradients, loss_scale * retain_losses, recorder)
-        return RepeatedGradients(*everything, sweep.scaled_losses, forget_gradients, chunks)
+            live = loss_scale * retain_losses, loss_scale * terms
+            return RecomputedGradients(*everything, forget_gradients, *live, recorder)
+        return RepeatedGradients(*everything, sweep.losses_of, loss_scale, forget_gradients, chunks)
 
-    def _keeps_gradients(self, model: nn.Module, num_samples: int) -> bool:
-        """By rule: what is kept replaces the graph, unless checkpointing replaces_graph that small.
+    def _keeps_gradients(self, model: nn.Module, num_samples: int, *, takes_term: bool) -> bool:
+        """By rule: what is kept replaces the graph, unless checkpointing keeps that small, or a retain term needs it.
 
         Then only gradients that together take no more memory than the model are kept, those of an adapter, unless
         they are needed in any case.
         """
-        if not self.recomputes or self.needs_gradients:
+        if not (self.recomputes or takes_term) or self.needs_gradients:
             return True
         trained = sum(parameter.numel() for parameter in self.parameters.trainable.values())
         return num_samples * trained <= sum(parameter.numel() for parameter in model.parameters())
@@ -251,9 +267,13 @@ class _Sweep:
     engine: GramEngine
     model: nn.Module
     loss_scale: float
+    term: RetainTerm | None
+    total: int
+    term_gradients: dict[str, Tensor] = field(default_factory=dict)
 
-    def scaled_losses(self, chunk: Chunk) -> Tensor:
-        return self.loss_scale * chunk.losses(self.model, self.engine.per_sample_losses)
+    def losses_of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """And its retain terms."""
+        return chunk.losses_and_terms(self.model, self.engine.per_sample_losses, self.term)
 
     def watch(self, chunk: Chunk) -> dict[str, list[Use]]:
         """How a forward pass of the chunk uses each parameter; leaves the random numbers as they were."""
@@ -268,27 +288,42 @@ class _Sweep:
 
     def run(
         self, chunks: list[Chunk], kept: dict[str, ParameterGradients], *, retain_graph: bool
-    ) -> tuple[Tensor, Recorder]:
-        """Takes every chunk forward and backward for one group; returns all losses and the last recorder."""
-        losses = []
+    ) -> tuple[tuple[Tensor, Tensor], Recorder]:
+        """Takes every chunk forward and backward for one group; returns all losses, all terms, and the last recorder."""
+        found = []
+        # where the parameters come in several groups, the terms wait for the update
+        term = self.term if len(kept) == len(self.engine.parameters.trainable) else None
         for chunk in chunks:
             recorder = Recorder(self.engine.parameters.trainable, wanted=kept)
             try:
                 with recorder:
                     recorder.begin(chunk.inputs)
-                    own = chunk.losses(self.model, self.engine.per_sample_losses)
+                    own, terms = chunk.losses_and_terms(self.model, self.engine.per_sample_losses, term)
                     if not recorder.saw_parameters:
                         raise UnsupportedModelError(
                             f"No call of {type(self.model).__name__} that uses a trained parameter was seen, so nothing "
                             "could be projected: its forward pass does not run through torch's Python functions here. Is "
                             "the model compiled? Set `gradient_engine` to 'loop', or do not compile it."
                         )
+                    if term is not None and not retain_graph:
+                        self._take_term(recorder, terms)
                     self._collect(recorder, kept, own, chunk.samples, retain_graph=retain_graph)
             finally:
                 recorder.close()
             self.engine.recomputes = self.engine.recomputes or recorder.recomputes
-            losses.append(own if retain_graph else own.detach())
-        return (losses[0] if len(losses) == 1 else torch.cat(losses)), recorder
+            found.append((own, terms) if retain_graph else (own.detach(), terms.detach()))
+        return (found[0] if len(found) == 1 else tuple(map(torch.cat, zip(*found, strict=True)))), recorder
+
+    def _take_term(self, recorder: Recorder, terms: Tensor) -> None:
+        """Adds this chunk's part of the gradient of the mean term, before its graph is given free."""
+        trainable = self.engine.parameters.trainable
+        edges = [get_gradient_edge(parameter) for parameter in trainable.values()]
+        mean = self.loss_scale * terms.sum() / self.total
+        gradients = recorder.gradients(mean, edges, retain_graph=True)
+        for name, gradient in zip(trainable, own_memory(gradients), strict=True):
+            if gradient is not None:
+                own = self.term_gradients
+                own[name] = gradient if name not in own else own[name].add_(gradient)
 
     def _collect(
         self,

@@ -215,6 +215,8 @@ class Recorder(TorchFunctionMode):
         self._hooks.append(tensor.register_hook(lambda gradient: self._arrive(call, gradient)))
 
     def _arrive(self, call: Call | SpreadCall, gradient: Tensor) -> None:
+        if self._consumer is None:  # a backward pass of something else through the same graph
+            return
         call.restore()
         self._paused = True
         try:
