@@ -97,16 +97,21 @@ def _num_frames(outputs, inputs: Mapping, model: nn.Module) -> Tensor:
     )
 
 
-def kl_divergence(logits: Tensor, start_logits: Tensor, counted: Tensor | None = None) -> Tensor:
+def kl_divergence(logits: Tensor, start_logits: Tensor, counted: Tensor) -> Tensor:
     """KL(start || model) of each sample, in nats, shape (B,): the mean over the positions that count.
 
     Args:
-        logits, start_logits (`torch.Tensor`): Shape (B, V) or (B, T, V).
-        counted (`torch.Tensor`, *optional*): Shape (B, T), True where a position counts.
+        logits, start_logits (`torch.Tensor`): Shape (B, T, V).
+        counted (`torch.Tensor`): Shape (B, T), True where a position counts.
     """
     start = start_logits.float().log_softmax(-1)
     divergence = F.kl_div(logits.float().log_softmax(-1), start, reduction="none", log_target=True).sum(-1)
-    return divergence if counted is None else (divergence * counted).sum(1) / counted.sum(1)
+    return mean_where(divergence, counted)
+
+
+def mean_where(values: Tensor, counted: Tensor) -> Tensor:
+    """The mean of each sample over the positions that count; both (B, T)."""
+    return (values * counted).sum(1) / counted.sum(1)
 
 
 Family = Callable[[object, Mapping, nn.Module], Tensor]
@@ -213,6 +218,21 @@ class PerSampleLoss:
         own = self._compute_loss_func is not None
         return model(**{name: value for name, value in inputs.items() if not own or name != "labels"})
 
+    def positions(self, outputs, inputs: Mapping) -> tuple[Tensor, Tensor]:
+        """Logits (B, T, V) beside the labels (B, T) that they predict; -100 where none counts. A class is one position.
+
+        Raises:
+            ValueError: Labels belong to no positions, as under CTC, or the loss is the user's own.
+        """
+        logits, labels = outputs.logits, inputs.get("labels")
+        if self._family is None or self._family is ctc_losses:
+            raise ValueError(
+                f"{type(self.model).__name__}'s loss here is not one of positions with a label each, which this method needs."
+            )
+        if self._family is class_losses:
+            return logits[:, None], labels[:, None]
+        return (logits[:, :-1], labels[:, 1:]) if self.shifts_labels else (logits, labels)
+
     def divergences(self, outputs, start_outputs, inputs: Mapping) -> Tensor:
         """How far each sample's predictions have gone from those of the starting model, shape (B,).
 
@@ -221,17 +241,12 @@ class PerSampleLoss:
         """
         if self._compute_divergence_func is not None:
             return self._compute_divergence_func(outputs, start_outputs, inputs.get("labels"))
-        logits, start = outputs.logits, start_outputs.logits
-        if self._family is class_losses:
-            return kl_divergence(logits, start)
         if self._family is ctc_losses:
-            frames = _num_frames(outputs, inputs, self.model)
+            logits, frames = outputs.logits, _num_frames(outputs, inputs, self.model)
             counted = torch.arange(logits.shape[1], device=logits.device) < frames[:, None]
-            return kl_divergence(logits, start, counted)
-        labels = inputs["labels"]
-        if self.shifts_labels:
-            logits, start, labels = logits[:, :-1], start[:, :-1], labels[:, 1:]
-        return kl_divergence(logits, start, labels != IGNORED_LABEL)
+            return kl_divergence(logits, start_outputs.logits, counted)
+        logits, labels = self.positions(outputs, inputs)
+        return kl_divergence(logits, self.positions(start_outputs, inputs)[0], labels != IGNORED_LABEL)
 
 
 class Ascent:

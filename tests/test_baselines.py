@@ -10,12 +10,18 @@ from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, project_orthogonal
 from hf_orthograd.baselines import (
     BASELINES,
     BadTeacherTrainer,
+    GruTrainer,
     RandomLabelTrainer,
+    SatImpTrainer,
     ScrubTrainer,
+    UndialTrainer,
+    WgaTrainer,
     dampen_synapses,
-    kl_divergence,
+    rectify,
     saliency_masks,
 )
+from hf_orthograd.data import Batch
+from hf_orthograd.objectives import PerSampleLoss, kl_divergence
 
 
 RATE = 0.5
@@ -196,15 +202,125 @@ def test_divergence_of_tokens_counts_labelled_positions():
     p, q = target.softmax(-1), logits.softmax(-1)
     each = (p * (p / q).log()).sum(-1)
     labels = torch.tensor([[1, 2, -100], [-100, 4, 0]])
-    torch.testing.assert_close(
-        kl_divergence(logits, target, labels), torch.stack([each[0, :2].mean(), each[1, 1:].mean()])
-    )
-    # position t predicts label t + 1
-    torch.testing.assert_close(
-        kl_divergence(logits, target, labels, shifted=True), torch.stack([each[0, 0], each[1, :2].mean()])
-    )
-    # the frames of CTC have no labels
-    torch.testing.assert_close(kl_divergence(logits, target, labels[:, :2]), each.mean(1))
+    expected = torch.stack([each[0, :2].mean(), each[1, 1:].mean()])
+    torch.testing.assert_close(kl_divergence(logits, target, labels != -100), expected)
+
+
+def test_teachers_count_positions_as_losses_do(make_model, make_samples):
+    """A language model's position t predicts label t + 1; the frames of CTC end with the sample."""
+    for kind in ("llama", "wav2vec2"):
+        model, teacher, batch = make_model(kind), make_model(kind), batch_of(make_samples(kind, 3))
+        with torch.no_grad():
+            for parameter in teacher.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            now, before = model(**batch), teacher(**batch)
+        p, q = before.logits.softmax(-1), now.logits.softmax(-1)
+        each = (p * (p / q).log()).sum(-1)
+        if kind == "llama":
+            rows = [each[i, :-1][batch["labels"][i, 1:] != -100].mean() for i in range(3)]
+        else:
+            frames = model._get_feat_extract_output_lengths(batch["attention_mask"].sum(-1))
+            rows = [each[i, : frames[i]].mean() for i in range(3)]
+        torch.testing.assert_close(PerSampleLoss(model).divergences(now, before, batch), torch.stack(rows))
+
+
+def probability_of_labels(model, batch):
+    return probabilities(model, batch)[torch.arange(len(batch["labels"])), batch["labels"]]
+
+
+WEIGHTS = {
+    WgaTrainer: ({"beta": 2.0}, lambda p: p**2),
+    SatImpTrainer: ({"beta1": 3.0, "beta2": 0.5}, lambda p: p**3 * (1 - p) ** 0.5),
+}
+
+
+@pytest.mark.parametrize("trainer_class", WEIGHTS)
+def test_weighted_ascent(trainer_class, vit_trainer):
+    options, weight = WEIGHTS[trainer_class]
+    trainer = vit_trainer(trainer_class, options=options, alpha=0.3)
+    forget, retain = batch_of(trainer.forget_dataset), batch_of(trainer.train_dataset)
+
+    def loss(model):
+        p = probability_of_labels(model, forget)
+        return 0.7 * (weight(p.detach()) * p.log()).mean() + 0.3 * mean_surprise(model, retain)
+
+    expected = flat(trainer.model) - RATE * gradient(copy.deepcopy(trainer.model), loss)
+    trainer.train()
+    torch.testing.assert_close(flat(trainer.model), expected, rtol=0, atol=1e-5)
+
+
+def test_weighted_ascent_of_tokens(make_model, make_samples, tmp_path):
+    """Each sample's mean is over its own tokens."""
+    sets = {"train_dataset": make_samples("llama", 4, seed=1), "forget_dataset": make_samples("llama", 4, seed=2)}
+    args = OrthoGradConfig(str(tmp_path), per_device_train_batch_size=4, report_to="none")
+    trainer = WgaTrainer(make_model("llama"), args, **sets)
+    batch = batch_of(sets["forget_dataset"])
+    logged = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
+    rows = []
+    for sample, labels in zip(logged, batch["labels"], strict=True):
+        counted = [sample[t, labels[t + 1]] for t in range(len(labels) - 1) if labels[t + 1] != -100]
+        rows.append(torch.stack([one.exp() * one for one in counted]).mean())
+    found = trainer.forget_loss(trainer.model, Batch.of(batch))
+    torch.testing.assert_close(found, torch.stack(rows).mean())
+
+
+def test_undial(vit_trainer, make_model):
+    trainer = vit_trainer(UndialTrainer, options={"strength": 4.0}, alpha=0.3)
+    trainer.teacher = teacher = other(make_model)
+    forget, retain = batch_of(trainer.forget_dataset), batch_of(trainer.train_dataset)
+    target = teacher(pixel_values=forget["pixel_values"]).logits.detach()
+    target = (target - 4.0 * torch.nn.functional.one_hot(forget["labels"], 5)).softmax(-1)
+
+    def loss(model):
+        cross_entropy = -(target * probabilities(model, forget).log()).sum(-1).mean()
+        return 0.7 * cross_entropy + 0.3 * mean_surprise(model, retain)
+
+    expected = flat(trainer.model) - RATE * gradient(copy.deepcopy(trainer.model), loss)
+    trainer.train()
+    torch.testing.assert_close(flat(trainer.model), expected, rtol=0, atol=1e-5)
+
+
+def test_gru_takes_out_what_would_raise_the_retain_loss(vit_trainer):
+    """Three steps, the retain gradient smoothed; both cases of the rectification occur."""
+    trainer = vit_trainer(GruTrainer, max_steps=3, options={"smoothing": 0.6})
+    forget, retain = batch_of(trainer.forget_dataset), batch_of(trainer.train_dataset)
+    expected, smoothed = copy.deepcopy(trainer.model), None
+    for _ in range(3):
+        ascent = -gradient(expected, lambda model: mean_surprise(model, forget))
+        newest = gradient(expected, lambda model: mean_surprise(model, retain))
+        smoothed = newest if smoothed is None else 0.6 * newest + 0.4 * smoothed
+        if ascent @ smoothed < 0:
+            ascent = ascent - (ascent @ smoothed) / (smoothed @ smoothed) * smoothed
+        torch.nn.utils.vector_to_parameters(flat(expected) - RATE * ascent, expected.parameters())
+    trainer.train()
+    torch.testing.assert_close(flat(trainer.model), flat(expected), rtol=0, atol=1e-5)
+    against, along = torch.tensor([1.0, 2.0]), torch.tensor([1.0, -2.0])
+    assert torch.equal(rectify([along], [torch.tensor([0.0, -1.0])])[0], along)
+    assert torch.equal(rectify([-against], [torch.tensor([0.0, 1.0])])[0], torch.tensor([-1.0, 0.0]))
+
+
+def test_gru_refuses_what_it_cannot_rectify(vit_trainer):
+    with pytest.raises(ValueError, match="`gradient_accumulation_steps` is 2"):
+        vit_trainer(GruTrainer, gradient_accumulation_steps=2)
+
+
+def test_every_method_takes_the_divergence_as_its_retain_loss(vit_trainer, make_model):
+    """NPO-KL, GradDiff-KL, and a subclass: after the first step retain samples pull back to where they were."""
+    for trainer in (
+        vit_trainer(**BASELINES["graddiff"], retain_loss="kl", max_steps=2),
+        vit_trainer(WgaTrainer, options={"beta": 0.0}, retain_loss="kl", max_steps=2),
+    ):
+        forget, retain = batch_of(trainer.forget_dataset), batch_of(trainer.train_dataset)
+        start, expected = copy.deepcopy(trainer.model), copy.deepcopy(trainer.model)
+        for _ in range(2):
+
+            def loss(model, start=start, forget=forget, retain=retain):
+                return -0.5 * mean_surprise(model, forget) + 0.5 * mean_kl(model, start, retain)
+
+            update = gradient(expected, loss)
+            torch.nn.utils.vector_to_parameters(flat(expected) - RATE * update, expected.parameters())
+        trainer.train()
+        torch.testing.assert_close(flat(trainer.model), flat(expected), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", BASELINES)

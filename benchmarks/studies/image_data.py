@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from datasets import load_dataset
 from harness import trained_model
@@ -38,6 +39,20 @@ class Images(Dataset):
 
     def classes(self) -> np.ndarray:
         return self.labels.numpy()[self.rows]
+
+
+class VariedImages(Images):
+    """Images flipped and shifted by up to 4 pixels, anew each time that one is read."""
+
+    SHIFT = 4
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = super().__getitem__(index)
+        pixels = row["pixel_values"].flip(-1) if torch.rand(()) < 0.5 else row["pixel_values"]
+        padded = F.pad(pixels[None], 4 * (self.SHIFT,), mode="reflect")[0]
+        top, left = torch.randint(0, 2 * self.SHIFT + 1, (2,)).tolist()
+        height, width = pixels.shape[-2:]
+        return row | {"pixel_values": padded[:, top : top + height, left : left + width]}
 
 
 @dataclass(frozen=True)

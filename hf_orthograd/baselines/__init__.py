@@ -8,17 +8,24 @@ selective synaptic dampening, which makes no steps.
 from .base import BaselineTrainer
 from .dampening import dampen_synapses
 from .labels import RandomLabelTrainer, saliency_masks
+from .rectified import GruTrainer, rectify
 from .settings import BASELINES
-from .teachers import BadTeacherTrainer, ScrubTrainer, kl_divergence
+from .teachers import BadTeacherTrainer, ScrubTrainer, UndialTrainer
+from .tokens import SatImpTrainer, TokenWeightedTrainer, WgaTrainer
 
 
 __all__ = [
     "BASELINES",
     "BadTeacherTrainer",
     "BaselineTrainer",
+    "GruTrainer",
     "RandomLabelTrainer",
+    "SatImpTrainer",
     "ScrubTrainer",
+    "TokenWeightedTrainer",
+    "UndialTrainer",
+    "WgaTrainer",
     "dampen_synapses",
-    "kl_divergence",
+    "rectify",
     "saliency_masks",
 ]

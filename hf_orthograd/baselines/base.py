@@ -1,6 +1,7 @@
 """What the methods share whose step descends losses of its own."""
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +52,22 @@ class BaselineTrainer(OrthoGradTrainer):
         }
         losses = {name: own[0] for name, own in found.items() if own and own[0] is not None}
         values = torch.stack([loss.detach().float() for loss in losses.values()])
-        for name, value in zip(losses, self.accelerator.reduce(values, "mean").tolist(), strict=True):
-            if not torch.isfinite(torch.tensor(value)):
+        self.record_losses(dict(zip(losses, self.accelerator.reduce(values, "mean").tolist(), strict=True)))
+        return self.weigh(losses, forget, retain)
+
+    def record_losses(self, values: dict[str, float]) -> None:
+        """Takes the means over all processes for the log.
+
+        Raises:
+            FloatingPointError: One is not finite.
+        """
+        for name, value in values.items():
+            if not math.isfinite(value):
                 raise FloatingPointError(f"`{name}` is not finite")
             self.record(name, value)
-        return self.weigh(losses, forget, retain)
+
+
+def weigh_by_alpha(losses: dict[str, Tensor], alpha: float) -> Tensor:
+    """`(1 - alpha) * forget_loss + alpha * retain_loss`, as far as there are such: what GradDiff weighs by."""
+    weights = {"forget_loss": 1 - alpha, "retain_loss": alpha}
+    return sum(weights[name] * loss for name, loss in losses.items())

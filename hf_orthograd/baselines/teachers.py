@@ -1,15 +1,14 @@
-"""Methods that keep a copy of the starting model as a teacher: SCRUB and Bad Teacher."""
+"""Methods that keep a copy of the starting model as a teacher: SCRUB, Bad Teacher and UNDIAL."""
 
 import copy
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
 from ..data import Batch
-from ..objectives import IGNORED_LABEL
-from .base import BaselineTrainer
+from ..objectives import IGNORED_LABEL, mean_where
+from .base import BaselineTrainer, weigh_by_alpha
 
 
 class TeacherTrainer(BaselineTrainer):
@@ -26,9 +25,8 @@ class TeacherTrainer(BaselineTrainer):
     def divergence(self, model: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
         """The mean over samples of KL(teacher || model)."""
         with torch.no_grad():
-            target = teacher(**batch.inputs).logits
-        shifted = self.per_sample_loss.shifts_labels
-        return kl_divergence(model(**batch.inputs).logits, target, batch.inputs["labels"], shifted=shifted).mean()
+            target = teacher(**batch.inputs)
+        return self.per_sample_loss.divergences(model(**batch.inputs), target, batch.inputs).mean()
 
 
 class ScrubTrainer(TeacherTrainer):
@@ -88,25 +86,32 @@ class BadTeacherTrainer(TeacherTrainer):
         return sum(sizes[name] * loss for name, loss in losses.items()) / sum(sizes.values())
 
 
-def kl_divergence(logits: Tensor, target_logits: Tensor, labels: Tensor, *, shifted: bool = False) -> Tensor:
-    """KL(target || predicted) of each sample, in nats, shape (B,): the mean over positions with a label.
+class UndialTrainer(TeacherTrainer):
+    """UNDIAL (arXiv 2402.10052, equation 3): distils from the starting model with the memorised label's logit lowered.
 
-    Where labels do not belong to positions, as under CTC, all positions count.
+    On forget samples it minimises the cross-entropy from `softmax(teacher logits - strength * one-hot label)`, the mean over
+    a sample's positions; weights are `1 - alpha`, and `alpha` on the retain samples.
 
     Args:
-        logits, target_logits (`torch.Tensor`): Shape (B, V) or (B, T, V).
-        labels (`torch.Tensor`): Shape (B,) or (B, T).
-        shifted (`bool`): Whether position t predicts label t + 1.
+        strength (`float`): By how much the logit of the label is lowered, the paper's gamma.
     """
-    divergence = F.kl_div(
-        logits.float().log_softmax(-1), target_logits.float().log_softmax(-1), reduction="none", log_target=True
-    ).sum(-1)
-    if divergence.ndim == 1:
-        return divergence
-    if shifted:
-        divergence, labels = divergence[:, :-1], labels[:, 1:]
-    counted = labels != IGNORED_LABEL if labels.shape == divergence.shape else torch.ones_like(divergence)
-    return (divergence * counted).sum(1) / counted.sum(1)
+
+    def __init__(self, *args, strength: float = 10.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._strength = strength
+
+    def forget_loss(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        with torch.no_grad():
+            target, labels = self.per_sample_loss.positions(self.teacher(**batch.inputs), batch.inputs)
+        logits, _ = self.per_sample_loss.positions(model(**batch.inputs), batch.inputs)
+        counted = labels != IGNORED_LABEL
+        target = target.float()
+        lowered = torch.full_like(target[..., :1], -self._strength)
+        target = target.scatter_add(-1, labels.clamp(min=0)[..., None], lowered).softmax(-1)
+        return mean_where(-(target * logits.float().log_softmax(-1)).sum(-1), counted).mean()
+
+    def weigh(self, losses: dict[str, Tensor], forget: list[Batch], retain: list[Batch]) -> Tensor:
+        return weigh_by_alpha(losses, self.args.alpha)
 
 
 def _frozen(model: nn.Module, device: torch.device) -> nn.Module:

@@ -1,0 +1,200 @@
+"""How are retain samples best held on to: by their labels or by the starting model's predictions, varied or not?
+
+    python benchmarks/studies/retention.py --data_folder <CIFAR-10 as parquet>
+
+The image study's models, sets, steps and stopping rule. Each variant has the same four learning rates to choose from, on validation
+images at 5 % retain data with the first seed. Comparisons are paired by seed. Several processes, each with other `--variants` or
+`--seeds`, may work on the same results.
+"""
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from harness import RESULTS, Records, machine_note
+from image_data import Request, VariedImages
+from images import ImageStudy, add_folders
+from methods import METHODS, Method
+from study import CHOSEN_AT, main
+from tables import choose, gap, mean_and_interval
+
+from hf_orthograd.baselines import ScrubTrainer
+
+
+DEFAULT = "OrthoGrad + NPO, kl, varied"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with a retain term.
+
+    Attributes:
+        method (`str`): Among the studies' methods.
+        extra (`dict`): What it sets beside.
+        varied (`bool`): Whether the retain images at hand are varied at each step.
+        sized (`bool`): Whether it is compared at other retain sizes, too.
+    """
+
+    method: str
+    extra: dict = field(default_factory=dict)
+    varied: bool = False
+    sized: bool = False
+
+
+def _scrub(weight: float) -> Method:
+    def make(*args, **kwargs) -> ScrubTrainer:
+        return ScrubTrainer(*args, retain_weight=weight, **kwargs)
+
+    return Method(f"SCRUB, KL weight {weight:g}", trainer=make, rule=False, steps=2, compared=False)
+
+
+METHODS["scrub_kl"] = _scrub(1.0)
+KL = {"retain_loss": "kl"}
+VARIANTS = {
+    "NPO": Variant("npo", sized=True),
+    "GradDiff": Variant("graddiff", sized=True),
+    "SCRUB": Variant("scrub", sized=True),
+    "OrthoGrad + NPO": Variant("orthograd_npo", sized=True),
+    DEFAULT: Variant("orthograd_npo", KL, varied=True, sized=True),
+    "NPO, kl, varied": Variant("npo", KL, varied=True, sized=True),
+    "GradDiff, kl, varied": Variant("graddiff", KL, varied=True),
+    "SCRUB, KL weight 1, varied": Variant("scrub_kl", varied=True),
+    "SCRUB, KL weight 1": Variant("scrub_kl"),
+    "SCRUB, varied": Variant("scrub", varied=True),
+    "OrthoGrad + NPO, kl": Variant("orthograd_npo", KL),
+    "NPO, kl": Variant("npo", KL),
+    "OrthoGrad + NPO, varied": Variant("orthograd_npo", varied=True),
+    "NPO, varied": Variant("npo", varied=True),
+    "OrthoGrad, ascent, kl, varied": Variant("orthograd", KL, varied=True),
+    "mean projection, kl, varied": Variant("mean_projection", KL, varied=True),
+    "SimNPO, kl, varied": Variant("simnpo", KL, varied=True),
+}
+COLUMNS = (
+    "forget",
+    "at hand",
+    "retain",
+    "test",
+    "MIA AUC",
+    "KS",
+    "gap",
+    "gap less that of the default",
+    "steps",
+    "rate",
+)
+
+
+class RetentionStudy(ImageStudy):
+    name, seeds = "retention", tuple(range(8))
+    variants = tuple(VARIANTS)  # those run now
+    sizes = ("0.01", "0.2", "proxy")
+
+    def run(self, variant: str, request: Request, setting: float, retain: str) -> dict:
+        own = VARIANTS[variant]
+        self.varied = own.varied
+        return self.unlearn(request, own.method, setting, retain, attacked=False, extra=own.extra)
+
+    def sets(self, request: Request, retain: str) -> dict:
+        sets = super().sets(request, retain)
+        at_hand = sets["retain"]
+        if getattr(self, "varied", False):
+            sets["retain"] = VariedImages(at_hand.pixels, at_hand.labels, at_hand.rows)
+        return sets
+
+    def chosen(self, kind: str, variant: str) -> float:
+        request = self.request(kind, type(self).seeds[0])
+        runs = {
+            setting: self.records.get(
+                f"tune {request} {variant} {setting:g}",
+                lambda setting=setting: self.run(variant, request, setting, CHOSEN_AT),
+            )
+            for setting in self.grid
+        }
+        return choose(runs, self.reference("retrained", request))
+
+    def final(self, request: Request, variant: str, retain: str) -> dict:
+        setting = self.chosen(request.kind, variant)
+        name = f"final {request} {retain} {variant}"
+        return self.records.get(name, lambda: self.run(variant, request, setting, retain))
+
+    def stage_tune(self) -> None:
+        for kind in self.kinds:
+            for variant in self.variants:
+                self.chosen(kind, variant)
+
+    def stage_final(self) -> None:
+        for kind in self.kinds:
+            for variant in self.variants:
+                for seed in self.seeds:
+                    self.final(self.request(kind, seed), variant, CHOSEN_AT)
+
+    def stage_sizes(self) -> None:
+        for kind in self.kinds:
+            for retain in self.sizes:
+                for variant in self.variants:
+                    for seed in self.seeds if VARIANTS[variant].sized else ():
+                        self.final(self.request(kind, seed), variant, retain)
+
+    def stage_report(self) -> None:
+        write_report(self.records.runs, RESULTS / f"study_{self.name}.md", [*ImageStudy.kinds], self.seeds)
+
+
+def write_report(runs: dict, path: Path, kinds: list[str], seeds: tuple[int, ...]) -> None:
+    """Tables of each kind of request and retain size, from finished runs; a variant that lacks a seed is left out."""
+    parts = []
+    for kind in kinds:
+        for retain in (CHOSEN_AT, *RetentionStudy.sizes):
+            records = {
+                variant: [runs.get(f"final {kind}-{seed} {retain} {variant}") for seed in seeds]
+                for variant in VARIANTS
+            }
+            records = {variant: own for variant, own in records.items() if None not in own}
+            if DEFAULT in records:
+                references = [runs[f"retrained {kind}-{seed}"] for seed in seeds]
+                what = "a proxy retain set" if retain == "proxy" else f"{float(retain):.0%} of the retain set at hand"
+                title = f"## {kind}, {what}, {len(seeds)} seeds"
+                parts.append(f"{title}\n\n{_table(records, references)}")
+    path.write_text(f"# Retain terms\n\n{_NOTE}\n\n" + "\n\n".join([*parts, machine_note()]) + "\n")
+
+
+_NOTE = """Means over seeds with 95 % intervals by Student's t. The gap is the mean distance to the retrained model over accuracies on forgotten, \
+retained and test images and the AUC of membership inference. Its difference to the default's is paired by seed: above zero, the default is nearer."""
+
+
+def _table(records: dict[str, list[dict]], references: list[dict]) -> str:
+    gaps = {
+        variant: np.array([gap(*pair) for pair in zip(own, references, strict=True)])
+        for variant, own in records.items()
+    }
+    lines = ["| method | " + " | ".join(COLUMNS) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
+    lines.append("| retrained | " + " | ".join([*_measures(references), "0", "", "", ""]) + " |")
+    for variant, own in records.items():
+        difference = "" if variant == DEFAULT else mean_and_interval(gaps[variant] - gaps[DEFAULT])
+        cells = [*_measures(own), mean_and_interval(gaps[variant]), difference]
+        cells += [f"{np.median([record['steps'] for record in own]):g}", f"{own[0]['setting']:g}"]
+        lines.append("| " + " | ".join([variant, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _measures(records: list[dict]) -> list[str]:
+    named = ("forget", "at_hand", "retain", "test")
+    found = [mean_and_interval([record["quality"][name][0] for record in records]) for name in named]
+    found.append(mean_and_interval([record["auc"]["test"] for record in records]))
+    distances = [record.get("ks", 0.0) for record in records]
+    return [*found, mean_and_interval(distances)]
+
+
+def make_study(arguments: argparse.Namespace) -> RetentionStudy:
+    study = RetentionStudy(arguments.data_folder, arguments.work_folder, Records(RESULTS / "study_retention.json"))
+    study.variants, study.kinds = tuple(arguments.variants or study.variants), tuple(arguments.kinds)
+    return study
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_folders(parser)
+    parser.add_argument(
+        "--variants", nargs="+", choices=list(VARIANTS), metavar="VARIANT", help="run now; all by default"
+    )
+    parser.add_argument("--kinds", nargs="+", choices=ImageStudy.kinds, default=ImageStudy.kinds)
+    main(make_study, parser, ("models", "tune", "final", "sizes", "report"))
