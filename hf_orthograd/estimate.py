@@ -157,6 +157,7 @@ def estimate_run(trainer) -> Estimate:
             num_retain=num_retain,
             chunk_size=chunk_size,
             optimizer_bytes=optimizer_state_bytes(args.optim.value),
+            keeps_predictions=args.keeps_predictions,
         )
 
 
@@ -172,6 +173,7 @@ def estimate_step(
     num_retain: int,
     chunk_size: int | None,
     optimizer_bytes: int,
+    keeps_predictions: bool = False,
 ) -> Estimate:
     """Counts a step from a few samples of each batch, padded as the batch is.
 
@@ -182,6 +184,8 @@ def estimate_step(
         num_forget, num_retain (`int`): Samples in a step, m and k.
         chunk_size (`int`, *optional*): Retain samples that memory holds at once.
         optimizer_bytes (`int`): State of the optimizer for each trained number.
+        keeps_predictions (`bool`): Whether retain samples are held by the starting model's predictions: a copy of what is
+            trained, its forward pass, and with a projection a backward pass of the divergence.
     """
     on_forget = _sample(model, per_sample_losses, parameters, forget)
     on_retain = _sample(model, per_sample_losses, parameters, retain) if num_retain else on_forget
@@ -208,6 +212,10 @@ def estimate_step(
     else:
         graph, rows, extra = _count_rows(engine, on_retain.needed, forget_graph, num_retain, trained)
         memory, work = resident + (2 + rows) * gradients + graph + working, needed_work + extra
+    if keeps_predictions:
+        memory += gradients
+        of_retain = num_retain * on_retain.needed.multiplications
+        work += of_retain / 3 if engine == "none" else of_retain
     return Estimate(
         engine=engine,
         projected=sum(parameter.numel() for parameter in parameters.projected.values()),

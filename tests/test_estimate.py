@@ -67,6 +67,18 @@ def test_estimate_prints_a_table_and_counts_the_optimizer(tmp_path, make_model, 
     assert "layer_norm" in printed
 
 
+def test_estimate_counts_the_starting_model(tmp_path, make_model, make_samples):
+    """A copy of what is trained, and a forward and a backward pass over the retain samples."""
+    samples = {"train_dataset": make_samples("vit", 8), "forget_dataset": make_samples("vit", 8, seed=1)}
+    found = {}
+    for retain_loss in ("nll", "kl"):
+        args = OrthoGradConfig(str(tmp_path), retain_loss=retain_loss, report_to="none")
+        found[retain_loss] = OrthoGradTrainer(make_model("vit"), args, **samples).estimate()
+    trained = sum(parameter.nbytes for parameter in make_model("vit").parameters())
+    assert found["kl"].memory - found["nll"].memory == trained
+    assert 1.2 < found["kl"].relative_time / found["nll"].relative_time < 1.6
+
+
 def test_estimate_needs_a_forget_set(tmp_path, make_model, make_samples):
     args = OrthoGradConfig(str(tmp_path), report_to="none")
     trainer = OrthoGradTrainer(make_model("vit"), args, train_dataset=make_samples("vit", 4))
