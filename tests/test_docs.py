@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MODELS
+from datasets import Dataset
 from launched import samples
 
-from hf_orthograd import OrthoGradConfig
+from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
 
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -50,3 +51,23 @@ def mean_loss_of(start, sets, model):
             parameter.copy_(value)
         losses = [model(**{name: value[None] for name, value in row.items()}).loss for row in sets["forget_dataset"]]
     return torch.stack(losses).clamp(max=5.0).mean().item()
+
+
+def test_retain_samples_are_varied_anew_and_alike(tmp_path):
+    """Each time a row is read it is another; within a step the model and its start read the same."""
+    (code,) = [block for block in blocks("how_it_works.md") if "def vary" in block]
+    examples = samples("vit", 8, seed=1).examples
+    columns = {name: [example[name].tolist() for example in examples] for name in examples[0]}
+    names = {"torch": torch, "retain": Dataset.from_dict(columns)}
+    exec(code, names)
+    varied = names["retain"]
+    assert len({float(varied[0]["pixel_values"].flatten()[0]) for _ in range(20)}) == 2
+    args = OrthoGradConfig(
+        str(tmp_path), max_steps=1, retain_loss="kl", per_device_train_batch_size=8, report_to="none", logging_steps=1,
+        save_strategy="no", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    forget = samples("vit", 8, seed=2).examples
+    forget = Dataset.from_dict({name: [example[name].tolist() for example in forget] for name in columns})
+    trainer = OrthoGradTrainer(MODELS["vit"](), args, train_dataset=varied, forget_dataset=forget.with_format("torch"))
+    trainer.train()
+    assert next(entry for entry in trainer.state.log_history if "loss" in entry)["retain_divergence"] < 1e-6
