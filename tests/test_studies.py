@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "studies"))
 
 import ablations
 import erasure
+import images
+import retention
 from harness import Records
 from methods import METHODS, Bench
 from retain_memory import RetainMemoryTrainer
@@ -159,3 +161,40 @@ def test_every_variant_has_a_valid_configuration(method, changes, tmp_path):
     args = bench.args(METHODS[method], 1e-4, seed=0, extra=changes)
     for name, value in changes.items():
         assert getattr(args, name) == (value * METHODS[method].steps if name == "max_steps" else value)
+
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+
+
+def numbers_of(path):
+    """All lines but that of the machine on which the table was written."""
+    return [line for line in path.read_text().splitlines() if not line.startswith("(")]
+
+
+@pytest.mark.parametrize("kind", ["random", "class"])
+def test_tables_of_the_image_study_are_those_of_its_records(kind, tmp_path):
+    runs = json.loads((RESULTS / "study_images.json").read_text())["runs"]
+    name = f"study_images_{kind}"
+    write_report(runs, tmp_path / name, kind, range(3), ("0.05", *images.ImageStudy.sizes), 1)
+    assert numbers_of(tmp_path / f"{name}.md") == numbers_of(RESULTS / f"{name}.md")
+
+
+def test_table_of_retain_terms_is_that_of_its_records(tmp_path):
+    runs = json.loads((RESULTS / "study_retention.json").read_text())["runs"]
+    retention.write_report(runs, tmp_path / "table.md", ["random", "class"], range(8))
+    assert numbers_of(tmp_path / "table.md") == numbers_of(RESULTS / "study_retention.md")
+
+
+def test_differences_to_the_default_are_paired(tmp_path):
+    """Gaps that differ by 0.02 in each seed, however far the seeds are apart, differ by 0.02 without doubt."""
+    runs = {}
+    for seed in range(4):
+        off = 0.02 * seed
+        runs[f"retrained random-{seed}"] = record(0.5, 0.7, 0.5, 0.5)
+        for variant, more in ((retention.DEFAULT, 0.0), ("NPO", 0.02)):
+            runs[f"final random-{seed} 0.05 {variant}"] = record(
+                *(0.5 + off + more, 0.7 + off + more, 0.5 + off + more), 0.5 + off + more
+            )
+    retention.write_report(runs, tmp_path / "table.md", ["random", "class"], range(4))
+    row = next(line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| NPO |"))
+    assert "| 0.050 ± 0.041 | 0.020 ± 0.000 |" in row

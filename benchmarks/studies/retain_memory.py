@@ -20,7 +20,7 @@ class RememberedGradients(MaterializedGradients):
         fresh = torch.arange(self.layout.total) < len(self.retain_losses)
         moved = weights.retain_mean * (fresh / len(self.retain_losses) - 1 / self.layout.total)
         projected = {name: own + moved.to(own) for name, own in weights.projected.items()}
-        return super().combine(UpdateWeights(weights.forget, weights.retain_mean, projected))
+        return super().combine(UpdateWeights(weights.forget, weights.retain_mean, projected, weights.retain_term))
 
 
 class RememberingEngine(FunctionalEngine):
@@ -42,8 +42,8 @@ class RememberingEngine(FunctionalEngine):
         rows = {name: torch.cat([fresh, *(past[name] for past in self.past)]) for name, fresh in own.rows.items()}
         self.past.appendleft(own.rows)
         layout = own.group.layout(len(next(iter(rows.values()))), own.retain_losses.device)
-        losses = own.forget_losses, own.retain_losses
-        found = materialized(self.parameters, settings, losses, own.forget_gradients, rows, layout)
+        losses, gradients = (own.forget_losses, own.retain_losses, own.retain_terms), own.forget_gradients
+        found = materialized(self.parameters, settings, losses, gradients, rows, own.term_gradients, layout)
         return RememberedGradients(**vars(found))
 
 
