@@ -1,4 +1,4 @@
-"""Utterances, models and sets of the speech study: Whisper-tiny.en on the short utterances of 28 speakers."""
+"""Utterances, models and sets of the speech studies: Whisper-tiny.en on the short utterances of 28 speakers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,41 +16,43 @@ from hf_orthograd.data.speech import SpeechCollator, prepare_speech_dataset, sho
 SECONDS = 8
 EPOCHS = 3
 SPEAKERS = ("118", "460", "7367")
+GROUPS = 7
 
 
 @dataclass(frozen=True)
 class Request:
-    """The speaker to forget; each seed forgets another."""
+    """Whom to forget: one "speaker", another for each seed, or four "speakers", all 28 of them over seven seeds."""
 
     seed: int
     kind: str = "speaker"
 
-    @property
-    def speaker(self) -> str:
-        return SPEAKERS[self.seed % len(SPEAKERS)]
+    def speakers(self, everyone: list[str]) -> list[str]:
+        if self.kind == "speaker":
+            return [SPEAKERS[self.seed % len(SPEAKERS)]]
+        return sorted(everyone)[self.seed :: GROUPS]
 
     def __str__(self) -> str:
         return f"{self.kind}-{self.seed}"
 
 
-def load_speech(model_folder: Path, data_folder: Path):
-    """The pretrained model's folder, its processor and all utterances of at most `SECONDS`, prepared."""
-    model, processor = load_pretrained(model_folder)
+def load_speech(model_folder: Path, data_folder: Path, longest: int = SECONDS):
+    """The pretrained model's processor and all utterances of at most `longest` seconds, prepared."""
+    _, processor = load_pretrained(model_folder, longest)
     corpus = load_dataset(str(data_folder))
     prepared = {}
     for name, rows in corpus.items():
-        short = [row for row, seconds in enumerate(rows["duration"]) if seconds <= SECONDS]
+        short = [row for row, seconds in enumerate(rows["duration"]) if seconds <= longest]
         rows = prepare_speech_dataset(rows.select(short), processor)
         prepared[name] = rows
     return processor, DatasetDict(prepared)
 
 
-def load_pretrained(folder: Path):
-    """Whisper with a window of `SECONDS`, and its processor."""
+def load_pretrained(folder: Path, window: int = SECONDS):
+    """Whisper with a window of so many seconds, and its processor."""
     model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(folder)
     if model.config.max_source_positions == 1500:
-        shorten_whisper(model, processor, SECONDS)
+        shorten_whisper(model, processor, window)
     return model, processor
 
 
@@ -59,9 +61,9 @@ def split(request: Request, corpus: DatasetDict, retain: str) -> dict:
 
     Returns:
         "forget", "others", "retain" (at hand), "retain_measured" (30 that are not at hand unless all are), "forget_unseen"
-        (the speaker's test utterances), and of the others' test utterances one half each "validation" and "test".
+        (the forgotten speakers' test utterances), and of the others' test utterances one half each "validation" and "test".
     """
-    by_speaker = {"column": "speaker", "values": [request.speaker]}
+    by_speaker = {"column": "speaker", "values": request.speakers(corpus["train"].unique("speaker"))}
     train, test = split_forget_retain(corpus["train"], **by_speaker), split_forget_retain(corpus["test"], **by_speaker)
     others, share = train["retain"], float(retain)
     size = len(others) if share == 1 else max(1, round(share * len(others)))
@@ -81,15 +83,15 @@ def collator(processor) -> SpeechCollator:
     return SpeechCollator(processor, processor.tokenizer.convert_tokens_to_ids("<|startoftranscript|>"))
 
 
-def train_on(sets: list, seed: int, pretrained: Path, output: Path, name: str):
+def train_on(sets: list, seed: int, pretrained: Path, output: Path, name: str, window: int = SECONDS):
     """Whisper fine-tuned on these utterances, from the disk if that has been done before."""
 
     def build():
         transformers.set_seed(seed)
-        return load_pretrained(pretrained)[0]
+        return load_pretrained(pretrained, window)[0]
 
     def train(model):
-        _, processor = load_pretrained(pretrained)
+        _, processor = load_pretrained(pretrained, window)
         args = OrthoGradConfig(
             output_dir=str(output / "training"),
             num_train_epochs=EPOCHS,

@@ -1,8 +1,9 @@
-"""What goes in: splits, batches that know their rows, the two streams of a step, speech."""
+"""What goes in: splits, batches that know their rows, the two streams of a step, speech, variation."""
 
 from .batches import Batch, PairedBatches, RowSource
 from .splits import check_corpus, split_forget_retain
 from .streams import ForgetStream, fill_last_batch
+from .variation import VaryImages, VarySpeech
 
 
 __all__ = [
@@ -10,6 +11,8 @@ __all__ = [
     "ForgetStream",
     "PairedBatches",
     "RowSource",
+    "VaryImages",
+    "VarySpeech",
     "check_corpus",
     "fill_last_batch",
     "split_forget_retain",

@@ -1,0 +1,207 @@
+"""What does it cost to make Whisper-tiny fail on four speakers, and does the retain term lower it?
+
+    python benchmarks/studies/speakers.py --model_folder <whisper-tiny.en> --data_folder <LibriSpeech as parquet>
+
+One model is fine-tuned on utterances of at most 13 s of 28 speakers; each of seven seeds forgets four others of them. A run ends when
+90 % of the words of 32 forgotten utterances are wrong. The same learning rate for all. Variants, and shares of retain data, are compared by
+pairs, at that point and where the forgotten utterances' loss has reached a level. Several processes may work on the same results.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from datasets import concatenate_datasets
+from erasure import Erasure
+from harness import RESULTS, Records, machine_note
+from methods import METHODS, Bench, unlearn
+from speech import add_folders
+from speech_data import GROUPS, Request, load_speech, split, train_on
+from study import main
+from tables import mean_and_interval
+
+from hf_orthograd.data import VarySpeech
+from hf_orthograd.evaluation import evaluate_unlearning
+
+
+SECONDS = 13
+LEVEL = 4.0  # nats per token: about where nine words of ten are wrong
+WATCHED = 32  # utterances of each set that are evaluated while unlearning
+KL = {"retain_loss": "kl"}
+WIDE = {"per_device_train_batch_size": 32}
+
+# name: (method, what changes, whether the retain utterances are varied)
+VARIANTS = {
+    "NPO": ("npo", {}, False),
+    "OrthoGrad + NPO": ("orthograd_npo", {}, False),
+    "NPO, kl": ("npo", KL, False),
+    "OrthoGrad + NPO, kl": ("orthograd_npo", KL, False),
+    "NPO, kl, varied": ("npo", KL, True),
+    "OrthoGrad + NPO, kl, varied": ("orthograd_npo", KL, True),
+}
+DEFAULT = "OrthoGrad + NPO, kl"
+SHARES = {"0.05": {}, "1": WIDE}
+COLUMNS = ("forget", "forget_unseen", "retain", "test")
+
+
+class Speakers(Erasure):
+    name, kinds, seeds = "speakers", ("speakers",), tuple(range(GROUPS))
+    learning_rate = 3e-5
+    variants, shares = tuple(VARIANTS), tuple(SHARES)  # those run now
+
+    def __init__(self, model_folder: Path, data_folder: Path, work_folder: Path, records: Records):
+        self.records = self.references = records
+        self.pretrained, self.work = model_folder, work_folder
+        self.processor, self.corpus = load_speech(model_folder, data_folder, SECONDS)
+
+    def request(self, kind: str, seed: int) -> Request:
+        return Request(seed, kind)
+
+    def bench(self, kind: str) -> Bench:
+        bench = super().bench(kind)
+        bench.config["max_steps"] = 40
+        bench.evaluated = {"forget": "forget_watched", "test": "test_watched"}
+        bench.measured = {name: name if name != "retain" else "retain_measured" for name in COLUMNS}
+        return bench
+
+    def sets(self, request: Request, retain: str) -> dict:
+        """Nothing is chosen on validation utterances here: they are for the test, too."""
+        sets = split(request, self.corpus, retain)
+        sets["test"] = concatenate_datasets([sets["test"], sets["validation"]])
+        watched = {f"{name}_watched": sets[name].take(min(WATCHED, len(sets[name]))) for name in ("forget", "test")}
+        return sets | watched
+
+    def original(self, seed: int):
+        name = f"original-{SECONDS}s"
+        return train_on([self.corpus["train"]], 0, self.pretrained, self.work, name, SECONDS)
+
+    def run(self, variant: str, request: Request, share: str) -> dict:
+        method, changes, varied = VARIANTS[variant]
+        sets = self.sets(request, share)
+        if varied:
+            rows = sets["retain"].select_columns(["input_features", "labels"])
+            sets["retain"] = rows.with_transform(VarySpeech(self.processor.feature_extractor))
+        bench, extra = self.bench(request.kind), changes | SHARES[share]
+        trainer, record = unlearn(
+            bench, method, self.learning_rate, self.original(request.seed), sets, request.seed, extra
+        )
+        record["path"] = [
+            {name: round(entry[f"eval_{name}"], 4) for name in ("forget_wer", "forget_loss", "test_wer", "test_loss")}
+            for entry in _evaluations(trainer.state.log_history)
+        ]
+        record |= _measured(bench, trainer, sets)
+        return record
+
+    def reference(self, what: str, request: Request) -> dict:
+        if what == "retrained":
+            raise NotImplementedError("This study makes a model fail, which no retrained model does.")
+
+        def make() -> dict:
+            bench = self.bench(request.kind)
+            method = METHODS["npo"]
+            args = bench.args(method, self.learning_rate, 0, {"eval_strategy": "no", "forget_target": None})
+            trainer = method.trainer(self.original(request.seed), args, **bench.shared)
+            return _measured(bench, trainer, self.sets(request, "0.05"))
+
+        return self.records.get(f"{what} {request}", make)
+
+    def stage_models(self) -> None:
+        for seed in self.seeds:
+            self.reference("original", self.request("speakers", seed))
+
+    def stage_final(self) -> None:
+        for share in self.shares:
+            for seed in self.seeds:
+                for variant in self.variants:
+                    run = variant, self.request("speakers", seed), share
+                    self.records.get(f"{variant} speakers-{seed} {share}", lambda run=run: self.run(*run))
+
+    def stage_report(self) -> None:
+        write_report(self.records.runs, RESULTS / f"study_{self.name}.md")
+
+
+def _measured(bench: Bench, trainer, sets: dict) -> dict:
+    datasets = {name: sets[source] for name, source in bench.measured.items()}
+    qualities = evaluate_unlearning(trainer, datasets=datasets, metric=bench.metric).models["unlearned"]
+    return {"quality": {name: [one.value, one.loss] for name, one in qualities.items()}}
+
+
+def _evaluations(history: list[dict]) -> list[dict]:
+    """One entry for each evaluation: transformers logs one for each set."""
+    merged: dict[int, dict] = {}
+    for entry in history:
+        if any(name.startswith("eval_") for name in entry):
+            merged.setdefault(entry["step"], {}).update(entry)
+    return list(merged.values())
+
+
+def at_level(path: list[dict], level: float = LEVEL) -> float:
+    """The test loss where the forgotten utterances' loss passes a level, between evaluations by a straight line."""
+    losses = np.array([entry["forget_loss"] for entry in path])
+    if losses.max(initial=0) < level:
+        return float("nan")
+    after = int(np.argmax(losses >= level))
+    if after == 0:
+        return path[0]["test_loss"]
+    before = after - 1
+    share = (level - losses[before]) / (losses[after] - losses[before])
+    return path[before]["test_loss"] * (1 - share) + path[after]["test_loss"] * share
+
+
+def write_report(runs: dict, path: Path) -> None:
+    """Of each share of retain data the variants that were run for the same seeds as the default."""
+    parts = ["# Making a recogniser fail on four speakers", _NOTE]
+    for share in SHARES:
+        found = {
+            variant: {s: runs.get(f"{variant} speakers-{s} {share}") for s in range(GROUPS)} for variant in VARIANTS
+        }
+        seeds = [seed for seed in range(GROUPS) if found[DEFAULT][seed] is not None]
+        found = {variant: [own[seed] for seed in seeds] for variant, own in found.items()}
+        found = {variant: own for variant, own in found.items() if None not in own}
+        if seeds:
+            originals = [runs[f"original speakers-{seed}"] for seed in seeds]
+            title = f"## {float(share):.0%} of the retain set at hand, {4 * len(seeds)} speakers in {len(seeds)} requests"
+            parts.append(f"{title}\n\n{_table(found, originals)}")
+    path.write_text("\n\n".join([*parts, machine_note()]) + "\n")
+
+
+_NOTE = f"""Means over requests with 95 % intervals by Student's t. Word error rates; an endless transcript counts for many words, so more than all \
+may be wrong. "by loss": the test loss in nats where the forgotten utterances' loss passes {LEVEL:g}. Differences to the default's are paired: above zero, the \
+default keeps more."""
+
+
+def _table(found: dict[str, list[dict]], originals: list[dict]) -> str:
+    heads = ["method", *COLUMNS, "test less that of the default", "by loss", "by loss, less that of the default", "steps"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines.append("| before | " + " | ".join([*_rates(originals), "", "", "", ""]) + " |")
+    test = {variant: np.array([record["quality"]["test"][0] for record in own]) for variant, own in found.items()}
+    loss = {variant: np.array([at_level(record["path"]) for record in own]) for variant, own in found.items()}
+    for variant, own in found.items():
+        differences = [mean_and_interval(each[variant] - each[DEFAULT]) for each in (test, loss)]
+        if variant == DEFAULT:
+            differences = ["", ""]
+        cells = [*_rates(own), differences[0], mean_and_interval(loss[variant]), differences[1]]
+        steps = ", ".join(f"{record['steps']}" for record in own)
+        lines.append("| " + " | ".join([variant, *cells, steps]) + " |")
+    return "\n".join(lines)
+
+
+def _rates(records: list[dict]) -> list[str]:
+    return [mean_and_interval([record["quality"][name][0] for record in records]) for name in COLUMNS]
+
+
+def make_study(arguments: argparse.Namespace) -> Speakers:
+    folders = arguments.model_folder, arguments.data_folder, arguments.work_folder
+    study = Speakers(*folders, Records(RESULTS / "study_speakers.json"))
+    study.variants, study.shares = tuple(arguments.variants), tuple(arguments.shares)
+    return study
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_folders(parser)
+    parser.add_argument(
+        "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT", help="run now"
+    )
+    parser.add_argument("--shares", nargs="+", choices=list(SHARES), default=list(SHARES), help="of retain data, run now")
+    main(make_study, parser, ("models", "final", "report"))
