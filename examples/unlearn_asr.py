@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoProcessor, HfArgumentParser
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
-from hf_orthograd.data import check_corpus
+from hf_orthograd.data import VarySpeech, check_corpus
 from hf_orthograd.data.speech import (
     SpeechCollator,
     is_whisper_like,
@@ -67,6 +67,17 @@ class ScriptArguments:
     retrain: bool = field(
         default=False, metadata={"help": "Also fine-tune without the forgotten speakers, as the report's reference."}
     )
+    stop_in_time: bool = field(
+        default=True,
+        metadata={
+            "help": "Without `--forget_target`, stop where `--stop_metric` of the forgotten is that of the retrained model, "
+            "or without one that of their test utterances before unlearning."
+        },
+    )
+    vary_retain: bool | None = field(
+        default=None,
+        metadata={"help": "Shift and mask the retain utterances anew at each step; by default with retain_loss='kl'."},
+    )
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Measure at most so many utterances of each set; all by default."}
     )
@@ -100,7 +111,7 @@ DEMO = {
 }
 
 # a stopping rule is for unlearning alone
-WITHOUT_RULE = {"forget_target": None, "retain_budget": None, "save_strategy": "no"}
+WITHOUT_RULE = {"forget_target": None, "retain_budget": None, "save_strategy": "no", "eval_strategy": "no"}
 
 SETS = {
     "forget": "forgotten, trained on",
@@ -181,7 +192,6 @@ class Recogniser:
             lr_scheduler_type="linear",
             warmup_steps=0.1,
             logging_steps=50,
-            eval_strategy="no",
             push_to_hub=False,
             **WITHOUT_RULE,
             **self.evaluation,
@@ -191,10 +201,27 @@ class Recogniser:
         trainer.train()
         trainer.save_model()
 
-    def unlearner(self, model, args: OrthoGradConfig) -> OrthoGradTrainer:
-        args = replace(args, save_strategy="no", **self.evaluation)
-        sets = {"train_dataset": self.sets["retain"], "forget_dataset": self.sets["forget"]}
-        return OrthoGradTrainer(model, args, **sets, **self.shared)
+    def unlearner(self, model, args: OrthoGradConfig, arguments: ScriptArguments) -> OrthoGradTrainer:
+        retain = self.sets["retain"]
+        if arguments.vary_retain or (arguments.vary_retain is None and args.retain_loss == "kl"):
+            retain = retain.with_transform(VarySpeech(self.shared["processing_class"].feature_extractor))
+        sets = {"train_dataset": retain, "forget_dataset": self.sets["forget"]}
+        if args.forget_target == "reference":
+            sets["eval_dataset"] = self.measured | {"reference": self.measured["forget_unseen"]}
+        return OrthoGradTrainer(model, replace(args, save_strategy="no", **self.evaluation), **self.shared | sets)
+
+    def stopping_in_time(self, args: OrthoGradConfig, reference, arguments: ScriptArguments) -> OrthoGradConfig:
+        """The arguments with a rule that stops where a model would be that never heard the speaker, if one is known."""
+        if not arguments.stop_in_time or args.forget_target is not None:
+            return args
+        level = "reference"
+        if reference is not None:
+            probe = OrthoGradTrainer(reference, replace(args, **WITHOUT_RULE, **self.evaluation), **self.shared)
+            level = probe.evaluate(self.measured["forget"])[f"eval_{args.stop_metric}"]
+        elif len(self.measured["forget_unseen"]) == 0:
+            return args
+        when = {"eval_strategy": "steps", "eval_steps": args.eval_steps or 2} if args.eval_strategy == "no" else {}
+        return replace(args, forget_target=level, **when)
 
     def unlearn(self, trainer: OrthoGradTrainer) -> dict:
         """Returns a row of the results: rates per set, losses per step, time."""
@@ -217,7 +244,7 @@ class Recogniser:
         )
 
     def rates_of(self, trainer: OrthoGradTrainer) -> dict[str, dict[str, float]]:
-        metrics = trainer.evaluate()
+        metrics = trainer.evaluate(self.measured)
         return {name: {rate: 100 * metrics[f"eval_{name}_{rate}"] for rate in ("wer", "cer")} for name in SETS}
 
 
@@ -270,7 +297,7 @@ def main() -> None:
     }
     recogniser = Recogniser(model, processor, DatasetDict(sets), arguments.max_eval_samples)
     if arguments.dry_run:
-        print(recogniser.unlearner(make_student(model, arguments), args).estimate())
+        print(recogniser.unlearner(make_student(model, arguments), args, arguments).estimate())
         return
     reference = copy.deepcopy(model) if arguments.retrain else None
     if arguments.finetune_epochs > 0:
@@ -280,10 +307,11 @@ def main() -> None:
 
     probe = OrthoGradTrainer(model, replace(args, **WITHOUT_RULE, **recogniser.evaluation), **recogniser.shared)
     rows = {"before": recogniser.rates_of(probe)}
+    args = recogniser.stopping_in_time(args, reference, arguments)
     for projection in (*arguments.compare_projections, args.projection):
         student = make_student(model, arguments)
         transformers.set_seed(args.seed)
-        trainer = recogniser.unlearner(student, replace(args, projection=projection))
+        trainer = recogniser.unlearner(student, replace(args, projection=projection), arguments)
         rows[f'projection="{projection}"'] = recogniser.unlearn(trainer)
 
     examined = recogniser.examine(trainer, model, reference, arguments)

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
-from hf_orthograd.data import check_corpus
+from hf_orthograd.data import VaryImages, check_corpus
 from hf_orthograd.evaluation import Quantization, Relearning, evaluate_unlearning
 
 
@@ -55,6 +55,18 @@ class ScriptArguments:
     retrain: bool = field(
         default=False, metadata={"help": "Also train without the forget set, as the report's reference."}
     )
+    stop_in_time: bool = field(
+        default=True,
+        metadata={
+            "help": "Without `--forget_target`, stop where `--stop_metric` of the forgotten is that of the retrained model, "
+            "or without one, for random images, that of test images before unlearning."
+        },
+    )
+    vary_retain: bool | None = field(
+        default=None,
+        metadata={"help": "Flip and shift the retain images anew at each step; by default with retain_loss='kl'."},
+    )
+    flip: bool = field(default=True, metadata={"help": "Whether a mirrored image is one of its class."})
     relearning_steps: int = field(default=20, metadata={"help": "Steps of the relearning attack; 0 for none."})
 
 
@@ -70,9 +82,7 @@ DEMO = {
     "lr_scheduler_type": "constant",
     "per_device_train_batch_size": 60,
     "per_device_forget_batch_size": 32,
-    "eval_strategy": "steps",
-    "eval_steps": 2,
-    "forget_target": "0.0",
+    "flip": False,
     "stop_metric": "accuracy",
     "stop_greater_is_better": True,
     "logging_steps": 2,
@@ -195,13 +205,27 @@ def finetune(model, images: Dataset, args: OrthoGradConfig, arguments: ScriptArg
     return model
 
 
+def stopping_in_time(args: OrthoGradConfig, reference, sets: dict, arguments: ScriptArguments) -> OrthoGradConfig:
+    """The arguments with a rule that stops where a model would be that never saw the forget set, if one is known."""
+    if not arguments.stop_in_time or args.forget_target is not None:
+        return args
+    level = "reference"
+    if reference is not None:
+        probe = OrthoGradTrainer(reference, replace(args, **WITHOUT_RULE), compute_metrics=accuracy)
+        level = probe.evaluate(sets["forget"])[f"eval_{args.stop_metric}"]
+    elif "forget_unseen" in sets:  # of a class that the model knows, unseen images are recognised like the others
+        return args
+    when = {"eval_strategy": "steps", "eval_steps": args.eval_steps or 2} if args.eval_strategy == "no" else {}
+    return replace(args, forget_target=level, **when)
+
+
 def main() -> None:
     parser = HfArgumentParser((ScriptArguments, OrthoGradConfig))
     if not any(argument.startswith(("--model_name_or_path", "--dataset_name")) for argument in sys.argv):
         parser.set_defaults(**DEMO)
         if any(argument.startswith("--forget_fraction") for argument in sys.argv):
             # random images are forgotten when they are recognised no better than test images
-            parser.set_defaults(forget_values=[], forget_target="reference", stop_metric="loss")
+            parser.set_defaults(forget_values=[], stop_metric="loss", stop_greater_is_better=False)
     arguments, args = parser.parse_args_into_dataclasses()
     if (arguments.model_name_or_path is None) != (arguments.dataset_name is None):
         raise ValueError("Pass both `--model_name_or_path` and `--dataset_name`, or neither for the demo.")
@@ -216,11 +240,15 @@ def main() -> None:
         original = finetune(start, everything, args, arguments)
     reference = finetune(start, sets["others"], args, arguments) if arguments.retrain else None
 
+    args = stopping_in_time(args, reference, sets, arguments)
     measured = {name: rows for name, rows in sets.items() if name != "others"}
+    retain = sets["retain"]
+    if arguments.vary_retain or (arguments.vary_retain is None and args.retain_loss == "kl"):
+        retain = retain.with_transform(VaryImages(flip=arguments.flip))
     trainer = OrthoGradTrainer(
         copy.deepcopy(original),
         args,
-        train_dataset=sets["retain"],
+        train_dataset=retain,
         forget_dataset=sets["forget"],
         eval_dataset=measured | ({"reference": sets["test"]} if args.forget_target == "reference" else {}),
         processing_class=processor,

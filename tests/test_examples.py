@@ -144,16 +144,21 @@ def ctc_folder(tmp_path):
     return tmp_path
 
 
-def test_ctc_model_from_a_folder_with_lora(run_here, ctc_folder):
+def test_ctc_model_from_a_folder_with_lora(run_here, ctc_folder, monkeypatch):
     inputs = ("--model_name_or_path", str(ctc_folder / "model"), "--dataset_name", str(ctc_folder / "corpus"))
     output = ctc_folder / "out"
     with pytest.raises(ValueError, match=r"\['zoe'\] do not occur in column 'speaker', which has 'alice', 'bruno'"):
         run_here(*inputs, "--forget_values", "zoe")
+    varied, vary = [], unlearn_asr.VarySpeech.vary
+    monkeypatch.setattr(unlearn_asr.VarySpeech, "vary", lambda self, heard: varied.append(heard) or vary(self, heard))
     run_here(
         *inputs, "--forget_values", "alice", "bruno", "--retain_size", "10", "--per_device_train_batch_size", "4",
-        "--max_steps", "2", "--use_lora", "--learning_rate", "1e-3", "--logging_steps", "1", "--output_dir", str(output),
+        "--max_steps", "2", "--retain_loss", "kl", "--retrain", "--finetune_epochs", "0.1", "--use_lora", "--learning_rate", "1e-3", "--logging_steps", "1", "--output_dir", str(output),
     )  # fmt: skip
-    check_outputs(output, ["before", 'projection="orthogonal"'])
+    results = check_outputs(output, ["before", 'projection="orthogonal"'])
+    assert len(varied) >= 2 * 4
+    report = UnlearningReport.load(output)  # the run was to end at the level of the retrained model
+    assert results["arguments"]["forget_target"] == pytest.approx(report.models["reference"]["forget"].loss, rel=1e-4)
     # merged: it loads without peft
     assert not (output / "adapter_config.json").exists()
     loaded, start = Wav2Vec2ForCTC.from_pretrained(output), Wav2Vec2ForCTC.from_pretrained(ctc_folder / "model")

@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 
+from hf_orthograd import OrthoGradConfig
 from hf_orthograd.evaluation import UnlearningReport
 
 
@@ -69,15 +72,38 @@ def test_random_images_of_a_folder(folder, monkeypatch):
         "picture",
     ]
     inputs += ["--label_column", "kind", "--output_dir", folder / "out", "--report_to", "none", "--use_cpu", "1"]
-    own = ["--forget_fraction", 0.1, "--retain_size", 12, "--max_steps", 2, "--per_device_forget_batch_size", 4]
+    own = ["--forget_fraction", 0.1, "--retain_size", 12, "--max_steps", 4, "--per_device_forget_batch_size", 4]
+    own += ["--retain_loss", "kl", "--learning_rate", 0.1, "--per_device_train_batch_size", 6]
+    varied = []
+    vary = unlearn_image.VaryImages.vary
+    monkeypatch.setattr(unlearn_image.VaryImages, "vary", lambda self, image: varied.append(image) or vary(self, image))
     monkeypatch.setattr(sys, "argv", ["unlearn_image.py", *map(str, [*inputs, *own, "--relearning_steps", 0])])
     unlearn_image.main()
     report = UnlearningReport.load(folder / "out")
     assert report.models["unlearned"]["forget"].size == 4
     assert all(check.holds is None for check in report.checks)  # there is no reference
+    # those of two steps of four: by then the forgotten are at the level of test images
+    assert 2 * 6 <= len(varied) < 4 * 6
     model = AutoModelForImageClassification.from_pretrained(folder / "out")
     assert model.config.id2label == {0: "cat", 1: "dog"}
 
     monkeypatch.setattr(sys, "argv", ["unlearn_image.py", *map(str, inputs), "--forget_values", "bird"])
     with pytest.raises(ValueError, match=r"`--forget_values` \['bird'\] are no classes of the data set, which has"):
         unlearn_image.main()
+
+
+def test_stops_where_the_retrained_model_would_be(make_model, tmp_path):
+    args = OrthoGradConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, stop_metric="accuracy")
+    arguments = unlearn_image.ScriptArguments(retrain=True)
+    rows = [{"pixel_values": np.zeros((3, 16, 16), np.float32), "labels": label} for label in (0, 1, 1, 1)]
+    reference = make_model("vit")
+    with torch.no_grad():
+        reference.classifier.bias.copy_(torch.nn.functional.one_hot(torch.tensor(1), reference.config.num_labels) * 100.0)
+    stopped = unlearn_image.stopping_in_time(args, reference, {"forget": rows}, arguments)
+    assert (stopped.forget_target, stopped.eval_strategy, stopped.eval_steps) == (0.75, "steps", 2)
+    # without a retrained model unseen images tell how random ones would look, but not those of a class
+    assert unlearn_image.stopping_in_time(args, None, {}, arguments).forget_target == "reference"
+    assert unlearn_image.stopping_in_time(args, None, {"forget_unseen": rows}, arguments) is args
+    own = replace(args, forget_target=0.5, eval_strategy="epoch")
+    assert unlearn_image.stopping_in_time(own, reference, {"forget": rows}, arguments) is own
+    assert unlearn_image.stopping_in_time(args, reference, {}, replace(arguments, stop_in_time=False)) is args
