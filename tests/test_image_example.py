@@ -76,7 +76,9 @@ def test_random_images_of_a_folder(folder, monkeypatch):
     own += ["--retain_loss", "kl", "--learning_rate", 0.1, "--per_device_train_batch_size", 6]
     varied = []
     vary = unlearn_image.VaryImages.vary
-    monkeypatch.setattr(unlearn_image.VaryImages, "vary", lambda self, image: varied.append(image) or vary(self, image))
+    monkeypatch.setattr(
+        unlearn_image.VaryImages, "vary", lambda self, image: varied.append(image) or vary(self, image)
+    )
     monkeypatch.setattr(sys, "argv", ["unlearn_image.py", *map(str, [*inputs, *own, "--relearning_steps", 0])])
     unlearn_image.main()
     report = UnlearningReport.load(folder / "out")
@@ -98,7 +100,9 @@ def test_stops_where_the_retrained_model_would_be(make_model, tmp_path):
     rows = [{"pixel_values": np.zeros((3, 16, 16), np.float32), "labels": label} for label in (0, 1, 1, 1)]
     reference = make_model("vit")
     with torch.no_grad():
-        reference.classifier.bias.copy_(torch.nn.functional.one_hot(torch.tensor(1), reference.config.num_labels) * 100.0)
+        reference.classifier.bias.copy_(
+            torch.nn.functional.one_hot(torch.tensor(1), reference.config.num_labels) * 100.0
+        )
     stopped = unlearn_image.stopping_in_time(args, reference, {"forget": rows}, arguments)
     assert (stopped.forget_target, stopped.eval_strategy, stopped.eval_steps) == (0.75, "steps", 2)
     # without a retrained model unseen images tell how random ones would look, but not those of a class

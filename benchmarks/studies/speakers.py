@@ -160,7 +160,9 @@ def write_report(runs: dict, path: Path) -> None:
         found = {variant: own for variant, own in found.items() if None not in own}
         if seeds:
             originals = [runs[f"original speakers-{seed}"] for seed in seeds]
-            title = f"## {float(share):.0%} of the retain set at hand, {4 * len(seeds)} speakers in {len(seeds)} requests"
+            title = (
+                f"## {float(share):.0%} of the retain set at hand, {4 * len(seeds)} speakers in {len(seeds)} requests"
+            )
             parts.append(f"{title}\n\n{_table(found, originals)}")
     path.write_text("\n\n".join([*parts, machine_note()]) + "\n")
 
@@ -171,7 +173,14 @@ default keeps more."""
 
 
 def _table(found: dict[str, list[dict]], originals: list[dict]) -> str:
-    heads = ["method", *COLUMNS, "test less that of the default", "by loss", "by loss, less that of the default", "steps"]
+    heads = [
+        "method",
+        *COLUMNS,
+        "test less that of the default",
+        "by loss",
+        "by loss, less that of the default",
+        "steps",
+    ]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     lines.append("| before | " + " | ".join([*_rates(originals), "", "", "", ""]) + " |")
     test = {variant: np.array([record["quality"]["test"][0] for record in own]) for variant, own in found.items()}
@@ -203,5 +212,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT", help="run now"
     )
-    parser.add_argument("--shares", nargs="+", choices=list(SHARES), default=list(SHARES), help="of retain data, run now")
+    parser.add_argument(
+        "--shares", nargs="+", choices=list(SHARES), default=list(SHARES), help="of retain data, run now"
+    )
     main(make_study, parser, ("models", "final", "report"))
