@@ -11,7 +11,10 @@ from hf_orthograd.baselines import (
     BASELINES,
     BadTeacherTrainer,
     GruTrainer,
+    GuTrainer,
     RandomLabelTrainer,
+    RmuTrainer,
+    SamTrainer,
     SatImpTrainer,
     ScrubTrainer,
     UndialTrainer,
@@ -33,9 +36,9 @@ def vit_trainer(make_model, make_samples, tmp_path):
 
     def make(trainer_class=OrthoGradTrainer, *, max_steps=1, options=None, **config):
         args = OrthoGradConfig(
-            str(tmp_path), max_steps=max_steps, optim="sgd", learning_rate=RATE, lr_scheduler_type="constant",
+            str(tmp_path), max_steps=max_steps, learning_rate=RATE, lr_scheduler_type="constant",
             max_grad_norm=0, per_device_train_batch_size=4, per_device_forget_batch_size=4, save_strategy="no",
-            logging_steps=1, report_to="none", disable_tqdm=True, **({"projection": "none"} | config),
+            logging_steps=1, report_to="none", disable_tqdm=True, **({"projection": "none", "optim": "sgd"} | config),
         )  # fmt: skip
         sets = {"train_dataset": make_samples("vit", 4, seed=1), "forget_dataset": make_samples("vit", 4, seed=2)}
         return trainer_class(make_model("vit"), args, **sets, **(options or {}))
@@ -282,7 +285,7 @@ def test_undial(vit_trainer, make_model):
 
 def test_gru_takes_out_what_would_raise_the_retain_loss(vit_trainer):
     """Three steps, the retain gradient smoothed; both cases of the rectification occur."""
-    trainer = vit_trainer(GruTrainer, max_steps=3, options={"smoothing": 0.6})
+    trainer = vit_trainer(GruTrainer, max_steps=3, options={"smoothing": 0.6}, forget_loss="ascent")
     forget, retain = batch_of(trainer.forget_dataset), batch_of(trainer.train_dataset)
     expected, smoothed = copy.deepcopy(trainer.model), None
     for _ in range(3):
@@ -299,9 +302,87 @@ def test_gru_takes_out_what_would_raise_the_retain_loss(vit_trainer):
     assert torch.equal(rectify([-against], [torch.tensor([0.0, 1.0])])[0], torch.tensor([-1.0, 0.0]))
 
 
-def test_gru_refuses_what_it_cannot_rectify(vit_trainer):
-    with pytest.raises(ValueError, match="`gradient_accumulation_steps` is 2"):
+def test_methods_on_gradients_refuse_steps_that_have_none(vit_trainer):
+    with pytest.raises(ValueError, match="GruTrainer works on .* `gradient_accumulation_steps` is 2"):
         vit_trainer(GruTrainer, gradient_accumulation_steps=2)
+
+
+def npo(model, start, batch):
+    """NPO's loss with beta = 1, from its equation."""
+    ratio = probability_of_labels(model, batch) / probability_of_labels(start, batch).detach()
+    return (2 * torch.log1p(ratio)).mean()
+
+
+def test_gu_is_normal_to_retain_gradients_in_the_geometry_of_adam(vit_trainer):
+    trainer = vit_trainer(GuTrainer, max_steps=4, options={"rank": 2}, optim="adamw_torch", alpha=0.3)
+    forget, retain = batch_of(trainer.forget_dataset), batch_of(trainer.train_dataset)
+    start, expected = copy.deepcopy(trainer.model), copy.deepcopy(trainer.model)
+    beta1, beta2, eps = 0.9, 0.999, 1e-8
+    parameters = list(expected.parameters())
+    mean, square = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+    kept = []
+    for step in range(1, 5):
+        ascended = torch.autograd.grad(npo(expected, start, forget), parameters)
+        kept = [*kept, torch.autograd.grad(mean_surprise(expected, retain), parameters)][-2:]
+        for number, parameter in enumerate(parameters):
+            scale = torch.ones_like(parameter)
+            if step > 1:
+                scale = (square[number] / (1 - beta2 ** (step - 1))).sqrt() + eps
+            basis = torch.stack([(own[number] / scale.sqrt()).flatten() for own in kept])
+            normal = (ascended[number] / scale.sqrt()).flatten()
+            orthonormal = torch.linalg.svd(basis, full_matrices=False)
+            rows = orthonormal.Vh[orthonormal.S > 1e-6 * orthonormal.S[0]]
+            normal = (normal - rows.T @ (rows @ normal)).view_as(parameter) * scale.sqrt()
+            handed = 0.7 * normal + 0.3 * kept[-1][number]
+            mean[number] = beta1 * mean[number] + (1 - beta1) * handed
+            square[number] = beta2 * square[number] + (1 - beta2) * handed**2
+            change = (mean[number] / (1 - beta1**step)) / ((square[number] / (1 - beta2**step)).sqrt() + eps)
+            with torch.no_grad():
+                parameter -= 1e-3 * change
+    trainer.args.learning_rate = 1e-3
+    trainer.train()
+    moved = (flat(expected) - flat(start)).norm()
+    # Adam divides by what is almost zero
+    assert (flat(trainer.model) - flat(expected)).norm() < 1e-2 * moved
+
+
+def test_sam_takes_the_forget_gradient_where_forgetting_is_worst(vit_trainer):
+    trainer = vit_trainer(SamTrainer, max_steps=2, options={"radius": 0.5}, alpha=0.3)
+    forget, retain = batch_of(trainer.forget_dataset), batch_of(trainer.train_dataset)
+    start, expected = copy.deepcopy(trainer.model), copy.deepcopy(trainer.model)
+    for _ in range(2):
+        nearby = copy.deepcopy(expected)
+        ascent = gradient(nearby, lambda model: npo(model, start, forget))
+        torch.nn.utils.vector_to_parameters(flat(nearby) + 0.5 * ascent / ascent.norm(), nearby.parameters())
+        update = 0.7 * gradient(nearby, lambda model: npo(model, start, forget))
+        update += 0.3 * gradient(expected, lambda model: mean_surprise(model, retain))
+        torch.nn.utils.vector_to_parameters(flat(expected) - RATE * update, expected.parameters())
+    trainer.train()
+    torch.testing.assert_close(flat(trainer.model), flat(expected), rtol=0, atol=1e-5)
+
+
+def test_rmu_steers_hidden_states(make_model, make_samples, tmp_path):
+    sets = {"train_dataset": make_samples("llama", 4, seed=1), "forget_dataset": make_samples("llama", 4, seed=2)}
+    args = OrthoGradConfig(str(tmp_path), per_device_train_batch_size=4, report_to="none", use_cpu=True)
+    model = make_model("llama")
+    with pytest.raises(ValueError, match="`layer` is 'model.layers.9', but the model has no module"):
+        RmuTrainer(model, args, layer="model.layers.9", **sets)
+    trainer = RmuTrainer(model, args, layer="model.layers.0", steering=2.0, retain_weight=3.0, **sets)
+    batch = batch_of(sets["forget_dataset"])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    states = model(**inputs, output_hidden_states=True).hidden_states[1]
+    direction = torch.rand(states.shape[-1], generator=torch.Generator().manual_seed(args.seed))
+    distances = (states - 2.0 * direction / direction.norm()).pow(2).sum(-1)
+    expected = distances[batch["attention_mask"].bool()].mean()
+    torch.testing.assert_close(trainer.forget_loss(model, Batch.of(batch)), expected)
+    assert trainer.retain_loss(model, Batch.of(batch)) == 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1.1
+    moved = model(**inputs, output_hidden_states=True).hidden_states[1]
+    expected = 3.0 * (moved - states).pow(2).sum(-1)[batch["attention_mask"].bool()].mean()
+    torch.testing.assert_close(trainer.retain_loss(model, Batch.of(batch)), expected)
+    trainer.train()
 
 
 def test_every_method_takes_the_divergence_as_its_retain_loss(vit_trainer, make_model):

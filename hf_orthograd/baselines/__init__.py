@@ -7,8 +7,9 @@ selective synaptic dampening, which makes no steps.
 
 from .base import BaselineTrainer
 from .dampening import dampen_synapses
+from .gradients import GradientTrainer, GruTrainer, GuTrainer, SamTrainer, rectify
 from .labels import RandomLabelTrainer, saliency_masks
-from .rectified import GruTrainer, rectify
+from .representations import RmuTrainer
 from .settings import BASELINES
 from .teachers import BadTeacherTrainer, ScrubTrainer, UndialTrainer
 from .tokens import SatImpTrainer, TokenWeightedTrainer, WgaTrainer
@@ -18,8 +19,12 @@ __all__ = [
     "BASELINES",
     "BadTeacherTrainer",
     "BaselineTrainer",
+    "GradientTrainer",
     "GruTrainer",
+    "GuTrainer",
     "RandomLabelTrainer",
+    "RmuTrainer",
+    "SamTrainer",
     "SatImpTrainer",
     "ScrubTrainer",
     "TokenWeightedTrainer",

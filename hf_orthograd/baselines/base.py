@@ -14,12 +14,14 @@ from ..trainer import OrthoGradTrainer
 class BaselineTrainer(OrthoGradTrainer):
     """A method whose step descends losses of its own on the step's forget and retain batches.
 
-    `alpha`, `forget_loss` and `projection` are not used: on the trainer's own copy of the arguments the last two are
-    "ascent" and "none".
+    `projection` and, unless the class says that it `keeps_objective`, `forget_loss` are not used: on the trainer's own
+    copy of the arguments they are "none" and "ascent".
 
     Raises:
         ValueError: `args.projection_target` is "update", which corrects steps by a projection.
     """
+
+    keeps_objective = False
 
     def __init__(self, model=None, args=None, *further, forget_dataset=None, **kwargs):
         if forget_dataset is not None:
@@ -29,7 +31,8 @@ class BaselineTrainer(OrthoGradTrainer):
                 raise ValueError(
                     f"{type(self).__name__} has no projection, but `projection_target` is 'update'. Set it to 'gradient'."
                 )
-            args.projection, args.forget_loss = "none", "ascent"
+            args.projection = "none"
+            args.forget_loss = args.forget_loss if self.keeps_objective else "ascent"
         super().__init__(model, args, *further, forget_dataset=forget_dataset, **kwargs)
 
     def forget_loss(self, model: nn.Module, batch: Batch) -> Tensor | None:

@@ -1,0 +1,197 @@
+"""Methods that make a step of the gradients of both batches: GRU, GU and SAM-NPO."""
+
+import torch
+from torch import Tensor, nn
+
+from ..callbacks import ReferenceLosses, find_callback, objective_of
+from ..data import Batch
+from ..parallel import Parameters
+from ..projection import project_orthogonal
+from .base import BaselineTrainer
+
+
+class GradientTrainer(BaselineTrainer):
+    """A method whose step is made of the gradients of the step's forget and retain batch, the means over all processes.
+
+    `forget_loss` is what is ascended: "npo", "simnpo" or "ascent".
+
+    Raises:
+        ValueError: Steps are accumulated or losses scaled, where a step has no one gradient; or there are no retain samples.
+    """
+
+    keeps_objective = True
+    keeps_gradients = False  # of earlier steps, which no checkpoint holds
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.forget_dataset is None:
+            return
+        if self.args.gradient_accumulation_steps > 1 or self.args.fp16:
+            raise ValueError(
+                f"{type(self).__name__} works on the gradients of one batch in full, but `gradient_accumulation_steps` is "
+                f"{self.args.gradient_accumulation_steps} and `fp16` {self.args.fp16}. Set them to 1 and False."
+            )
+        if not self.has_retain:
+            raise ValueError(f"{type(self).__name__} needs retain samples, but `train_dataset` has none. Pass some.")
+
+    def forget_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Minus what is ascended."""
+        objective = objective_of(batch, self.args, find_callback(self.callback_handler, ReferenceLosses))
+        return -objective.value(batch.losses(model, self.per_sample_loss))
+
+    def step_of(self, forget: list[Tensor], retain: list[Tensor], trained: list[nn.Parameter]) -> list[Tensor]:
+        """What the optimizer is handed, from the gradients of both losses, both to be descended."""
+        raise NotImplementedError
+
+    def gradients(self, loss: Tensor, trained: list[nn.Parameter]) -> list[Tensor]:
+        """The gradient of a loss, the mean over processes, float32."""
+        found = [g.float() for g in torch.autograd.grad(loss, trained, materialize_grads=True)]
+        self.group.average(found)
+        return found
+
+    def forget_gradients(self, model: nn.Module, batch: Batch, trained: list[nn.Parameter]) -> tuple[Tensor, list]:
+        """The loss on the forget batch and its gradient."""
+        loss = self.forget_loss(model, batch)
+        return loss, self.gradients(loss, trained)
+
+    def unlearning_loss(self, model: nn.Module, forget: list[Batch], retain: list[Batch]) -> Tensor:
+        # DDP would wait for a backward pass of its own
+        plain = self.accelerator.unwrap_model(model)
+        named = {name: parameter for name, parameter in plain.named_parameters() if parameter.requires_grad}
+        trained = list(named.values())
+        forget_loss, forget_gradients = self.forget_gradients(plain, forget[0], trained)
+        retain_loss = self.retain_loss(plain, retain[0])
+        step = self.step_of(forget_gradients, self.gradients(retain_loss, trained), trained)
+        values = torch.stack([forget_loss.detach(), retain_loss.detach()]).float()
+        names = ("forget_loss", "retain_loss")
+        self.record_losses(dict(zip(names, self.accelerator.reduce(values, "mean").tolist(), strict=True)))
+        # the mean over processes of the same in each
+        handed = Parameters(named, {}).hand_over(dict(zip(named, step, strict=True)), self.group)
+        return handed + self.weigh({"forget_loss": forget_loss.detach(), "retain_loss": retain_loss.detach()}, [], [])
+
+    def weigh(self, losses: dict[str, Tensor], forget: list[Batch], retain: list[Batch]) -> Tensor:
+        return (1 - self.args.alpha) * losses["forget_loss"] + self.args.alpha * losses["retain_loss"]
+
+    def begin_unlearning(self) -> None:
+        super().begin_unlearning()
+        if self.keeps_gradients and self.state.global_step > 0:
+            raise ValueError(
+                f"A run of {type(self).__name__} cannot be resumed: its earlier retain gradients are not saved. Start from the "
+                "beginning."
+            )
+
+
+class GruTrainer(GradientTrainer):
+    """Gradient rectified unlearning (arXiv 2503.09117, section 3): the ascent, less what would raise the retain loss.
+
+    Where a step along the forget gradient would raise the retain loss, to first order, its part along the retain gradient
+    is taken out; where not, it stays. The retain gradient is that of the batch's mean, smoothed over steps. The rectified
+    ascent is the whole step: there is no retain term.
+
+    Args:
+        smoothing (`float`): Share of the newest retain gradient in the smoothed one, the paper's gamma.
+    """
+
+    keeps_gradients = True
+
+    def __init__(self, *args, smoothing: float = 0.8, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._smoothing, self._retain_gradient = smoothing, None
+
+    def begin_unlearning(self) -> None:
+        super().begin_unlearning()
+        self._retain_gradient = None
+
+    def step_of(self, forget: list[Tensor], retain: list[Tensor], trained: list[nn.Parameter]) -> list[Tensor]:
+        if self._retain_gradient is not None:
+            retain = torch._foreach_lerp(self._retain_gradient, retain, self._smoothing)
+        self._retain_gradient = retain
+        return rectify(forget, retain)
+
+    def weigh(self, losses: dict[str, Tensor], forget: list[Batch], retain: list[Batch]) -> Tensor:
+        return losses["forget_loss"]
+
+
+class GuTrainer(GradientTrainer):
+    """Geometric-disentanglement unlearning (arXiv 2511.17100): the ascent, normal to retain gradients in Adam's geometry.
+
+    Of each tensor, gradients are divided by the square root of Adam's denominator; the forget gradient loses its part in
+    the span of the retain gradients of the last steps, each the mean of a batch. So the step that Adam makes of it does not
+    change their losses, to first order. Weights are `1 - alpha`, and `alpha` on the retain gradient. Before the first
+    step Adam has no denominator, and under another optimizer none at all: the geometry is then the plain one.
+
+    Args:
+        rank (`int`): How many retain gradients are kept, each the size of the parameters.
+    """
+
+    keeps_gradients = True
+
+    def __init__(self, *args, rank: int = 8, **kwargs):
+        super().__init__(*args, **kwargs)
+        if rank < 1:
+            raise ValueError(f"`rank` must be at least 1, but is {rank}.")
+        self._rank, self._kept = rank, []
+
+    def begin_unlearning(self) -> None:
+        super().begin_unlearning()
+        self._kept = []
+
+    def step_of(self, forget: list[Tensor], retain: list[Tensor], trained: list[nn.Parameter]) -> list[Tensor]:
+        self._kept = [*self._kept, retain][-self._rank :]
+        step = []
+        for number, (parameter, ascended, kept) in enumerate(zip(trained, forget, retain, strict=True)):
+            root = self._denominator(parameter).sqrt()
+            rows = torch.stack([(gradients[number] / root).flatten() for gradients in self._kept])
+            normal = project_orthogonal((ascended / root).flatten(), rows).view_as(ascended) * root
+            step.append((1 - self.args.alpha) * normal + self.args.alpha * kept)
+        return step
+
+    def _denominator(self, parameter: nn.Parameter) -> Tensor:
+        """What Adam divides the step of each entry by."""
+        group = next(own for own in self.optimizer.param_groups if any(p is parameter for p in own["params"]))
+        state = self.optimizer.state[parameter] if parameter in self.optimizer.state else {}
+        if "exp_avg_sq" not in state:
+            return torch.ones_like(parameter, dtype=torch.float32)
+        unbiased = state["exp_avg_sq"].float() / (1 - group["betas"][1] ** state["step"])
+        return unbiased.sqrt() + group["eps"]
+
+
+class SamTrainer(GradientTrainer):
+    """Sharpness-aware unlearning (arXiv 2502.05374, equation 6), SAM-NPO with the default objective: robust to relearning.
+
+    The forget gradient is taken where the forget loss is worst nearby, to first order: `radius` further along it. Weights
+    are `1 - alpha`, and `alpha` on the retain gradient, which is taken where the parameters are.
+
+    Args:
+        radius (`float`): The paper's rho, in the norm of all trained parameters.
+    """
+
+    def __init__(self, *args, radius: float = 0.01, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._radius = radius
+
+    @torch.no_grad()
+    def forget_gradients(self, model: nn.Module, batch: Batch, trained: list[nn.Parameter]) -> tuple[Tensor, list]:
+        with torch.enable_grad():
+            loss, gradients = super().forget_gradients(model, batch, trained)
+        norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
+        before = [parameter.clone() for parameter in trained]
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter += (self._radius / norm.clamp(min=1e-12) * gradient).to(parameter.dtype)
+        with torch.enable_grad():
+            _, gradients = super().forget_gradients(model, batch, trained)
+        torch._foreach_copy_(trained, before)
+        return loss, gradients
+
+    def step_of(self, forget: list[Tensor], retain: list[Tensor], trained: list[nn.Parameter]) -> list[Tensor]:
+        alpha = self.args.alpha
+        return torch._foreach_add(torch._foreach_mul(forget, 1 - alpha), torch._foreach_mul(retain, alpha))
+
+
+def rectify(descended: list[Tensor], retain_gradient: list[Tensor]) -> list[Tensor]:
+    """What is descended, without its part against the retain gradient; as it is where it has none."""
+    along = sum(torch.stack([(a * b).sum() for a, b in zip(descended, retain_gradient, strict=True)]))
+    squared = sum(torch.stack([gradient.square().sum() for gradient in retain_gradient]))
+    # no branch on a number that is on the device
+    share = torch.where(squared > 0, along.clamp(max=0) / squared, torch.zeros_like(along))
+    return [a - share * b for a, b in zip(descended, retain_gradient, strict=True)]
