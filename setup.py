@@ -13,6 +13,8 @@ REQUIRED = [
     "peft>=0.18",
     "datasets>=4.0",
     "evaluate>=0.4.6",
+    "huggingface_hub>=1.0",
+    "jinja2>=3.1",
     "jiwer>=4.0",
     "numpy>=2.0",
     "scikit-learn>=1.5",
@@ -33,6 +35,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["hf_orthograd", "hf_orthograd.*"]),
+    package_data={"hf_orthograd.publishing": ["templates/*.md"]},
+    entry_points={"console_scripts": ["hf-orthograd = hf_orthograd.__main__:main"]},
     install_requires=REQUIRED,
     extras_require={"bench": BENCH, "demo": DEMO, "dev": DEMO + QUALITY + TESTS},
     classifiers=[

@@ -42,6 +42,7 @@ from hf_orthograd.evaluation import (
     evaluate_unlearning,
     plot_unlearning,
 )
+from hf_orthograd.publishing import check_access
 
 
 @dataclass
@@ -110,8 +111,14 @@ DEMO = {
     "logging_steps": 1,
 }
 
-# a stopping rule is for unlearning alone
-WITHOUT_RULE = {"forget_target": None, "retain_budget": None, "save_strategy": "no", "eval_strategy": "no"}
+# stopping and pushing are for unlearning alone
+WITHOUT_RULE = {
+    "forget_target": None,
+    "retain_budget": None,
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "push_to_hub": False,
+}
 
 SETS = {
     "forget": "forgotten, trained on",
@@ -192,7 +199,6 @@ class Recogniser:
             lr_scheduler_type="linear",
             warmup_steps=0.1,
             logging_steps=50,
-            push_to_hub=False,
             **WITHOUT_RULE,
             **self.evaluation,
         )
@@ -286,9 +292,11 @@ def main() -> None:
     parser = HfArgumentParser((ScriptArguments, OrthoGradConfig))
     if not any(argument.startswith(("--model_name_or_path", "--dataset_name")) for argument in sys.argv):
         parser.set_defaults(**DEMO)
+    parser.set_defaults(hub_strategy="end")  # nothing is pushed while unlearning runs
     arguments, args = parser.parse_args_into_dataclasses()
     if (arguments.model_name_or_path is None) != (arguments.dataset_name is None):
         raise ValueError("Pass both `--model_name_or_path` and `--dataset_name`, or neither for the demo.")
+    check_access(args)  # before fine-tuning: the trainer that unlearns is made hours later
     transformers.set_seed(args.seed)
     model, processor, corpus = load(arguments)
     columns = {"audio_column": arguments.audio_column, "text_column": arguments.text_column}
@@ -320,7 +328,7 @@ def main() -> None:
         report(rows, arguments, args)
     trainer.save_model()
     if args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub(report=examined)
     trainer.accelerator.end_training()
 
 

@@ -32,6 +32,7 @@ from transformers import (
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
 from hf_orthograd.data import VaryImages, check_corpus
 from hf_orthograd.evaluation import Quantization, Relearning, evaluate_unlearning
+from hf_orthograd.publishing import check_access
 
 
 @dataclass
@@ -88,8 +89,14 @@ DEMO = {
     "logging_steps": 2,
 }
 
-# a stopping rule is for unlearning alone
-WITHOUT_RULE = {"forget_target": None, "retain_budget": None, "save_strategy": "no", "eval_strategy": "no"}
+# stopping and pushing are for unlearning alone
+WITHOUT_RULE = {
+    "forget_target": None,
+    "retain_budget": None,
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "push_to_hub": False,
+}
 
 
 def build_demo() -> tuple[ViTForImageClassification, ViTImageProcessor, DatasetDict]:
@@ -198,7 +205,6 @@ def finetune(model, images: Dataset, args: OrthoGradConfig, arguments: ScriptArg
         per_device_train_batch_size=arguments.finetune_batch_size,
         warmup_steps=0.1,
         logging_steps=200,
-        push_to_hub=False,
     )
     transformers.set_seed(args.seed)
     OrthoGradTrainer(model, args, train_dataset=images).train()
@@ -226,9 +232,11 @@ def main() -> None:
         if any(argument.startswith("--forget_fraction") for argument in sys.argv):
             # random images are forgotten when they are recognised no better than test images
             parser.set_defaults(forget_values=[], stop_metric="loss", stop_greater_is_better=False)
+    parser.set_defaults(hub_strategy="end")  # nothing is pushed while unlearning runs
     arguments, args = parser.parse_args_into_dataclasses()
     if (arguments.model_name_or_path is None) != (arguments.dataset_name is None):
         raise ValueError("Pass both `--model_name_or_path` and `--dataset_name`, or neither for the demo.")
+    check_access(args)  # before training: the trainer that unlearns is made hours later
     transformers.set_seed(args.seed)
     start, processor, corpus = load(arguments)
     names = [start.config.id2label[number] for number in range(start.config.num_labels)]
@@ -270,7 +278,7 @@ def main() -> None:
         print(f"{report.to_markdown()}\n\nThe report, its figures and the model are in {args.output_dir}.")
     trainer.save_model()
     if args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub(report=report)
     trainer.accelerator.end_training()
 
 

@@ -42,7 +42,7 @@ _INTEGERS = {
     "monitor_steps": (0, True),
     "stop_patience": (0, False),
 }
-_SWITCHES = ("check_overlap", "freeze_batch_norm", "merge_adapter", "stop_greater_is_better")
+_SWITCHES = ("check_overlap", "freeze_batch_norm", "merge_adapter", "stop_greater_is_better", "squash_history")
 
 
 @dataclass
@@ -134,6 +134,9 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
             Whether a greater `stop_metric` is better quality, as for "accuracy".
         stop_patience (`int`, *optional*, defaults to `0`):
             How many evaluations in a row may lie outside of the budget before training stops.
+        squash_history (`bool`, *optional*, defaults to `False`):
+            Whether `push_to_hub()` rewrites the branch as one commit, so that no earlier revision of it holds weights that
+            remember. Without it a repository that holds such is refused.
     """
 
     alpha: float = field(
@@ -224,6 +227,9 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
     )
     stop_patience: int = field(
         default=0, metadata={"help": "Evaluations in a row that may lie outside of the budget before training stops."}
+    )
+    squash_history: bool = field(
+        default=False, metadata={"help": "Whether pushing rewrites the branch, so that it holds no earlier weights."}
     )
 
     def __post_init__(self):

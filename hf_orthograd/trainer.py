@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
 
 from . import callbacks as watching
-from . import checkpoints, validation, verbosity
+from . import checkpoints, publishing, validation, verbosity
 from .config import OrthoGradConfig, with_unlearning
 from .data import Batch, ForgetStream, PairedBatches, RowSource, fill_last_batch
 from .estimate import Estimate, estimate_run
-from .gradients import ForgetBatch, GradientEngine, check_finite, mean_retain_term, summarize_step
+from .gradients import ForgetBatch, GradientEngine, check_finite, mean_retain_term, summarize_step, value_of
 from .objectives import PerSampleLoss
 from .parallel import ProcessGroup
 from .preparation import prepare_engine, prepare_retain_term
@@ -79,6 +79,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             args = with_unlearning(args)
             validation.check_arguments(args)
             validation.check_datasets(args, forget_dataset, train_dataset)
+            publishing.check_access(args)
         if isinstance(args, OrthoGradConfig):
             watching.check_stopping(args, forget_dataset, eval_dataset, compute_metrics)
             args = watching.keep_best_model(args)
@@ -108,15 +109,11 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         verbosity.follow(args.get_process_log_level())
         validation.check_launch(args, self.accelerator.state, model)
         validation.find_parameters(model, args)
-        self._make_per_sample_loss()
+        self.per_sample_loss = PerSampleLoss(model, self.per_sample_loss_func, self.divergence_func)
         validation.check_retain_loss(args, self.per_sample_loss)
         if args.check_overlap and self.has_retain and self.is_world_process_zero():
             validation.check_overlap(self.forget_dataset, self.train_dataset, self.per_sample_loss.model)
         self._observers = watching.set_callbacks(self)
-
-    def _make_per_sample_loss(self) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        self.per_sample_loss = PerSampleLoss(model, self.per_sample_loss_func, self.divergence_func)
 
     # ---- Before the first step ----
 
@@ -136,7 +133,8 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         """Finds the engine and what steps are compared with; called when model and optimizer are ready for the first step."""
         self._window, model = PairedBatches(), self.model_wrapped
         self._recorded.clear()
-        self._make_per_sample_loss()
+        plain = self.accelerator.unwrap_model(self.model)
+        self.per_sample_loss = PerSampleLoss(plain, self.per_sample_loss_func, self.divergence_func)
         self.retain_term = prepare_retain_term(self, self._start) if self.args.keeps_predictions else None
         self._forget_stream = ForgetStream(
             self._source("forget_dataset"), self.args, self._train_batch_size, self.group
@@ -145,12 +143,8 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             validation.check_steps(self.args, self._train_batch_size, self.train_dataset)
         with self.compute_loss_context_manager():
             self.gradient_engine = self.make_gradient_engine(model)
-            if (reference := self._callback(watching.ReferenceLosses)) is not None:
-                rows = self.forget_batches(), len(self.forget_dataset)
-                reference.begin_run(self.state, model, self.per_sample_loss, *rows)
-        for observer in self._observers:
-            observer.attach(self.gradient_engine.parameters, self.per_sample_loss, self.state.logging_steps)
-        if (rule := self._callback(watching.StoppingRule)) is not None:
+            watching.begin_run(self, model, self._observers)
+        if (rule := watching.find_callback(self.callback_handler, watching.StoppingRule)) is not None:
             save = partial(self._save_checkpoint, self.model, trial=None)
             rule.begin_run(self.args, self.state, evaluate=self.evaluate, save=save)
         self._forget_stream.start(
@@ -247,8 +241,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         """
         args, scaler = self.args, self.accelerator.scaler if self.args.projection != "none" else None
         loss_scale = 1.0 if scaler is None else scaler.get_scale()
-        reference = self._callback(watching.ReferenceLosses)
-        objectives = [watching.objective_of(batch, args, reference) for batch in forget]
+        objectives = watching.objectives_of(forget, args, self.callback_handler)
         ascended = [ForgetBatch(b.inputs, b.size, o.slopes) for b, o in zip(forget, objectives, strict=True)]
         model, observers = self._step_model(model), [o for o in self._observers if o.watches(self.state.global_step)]
         for observer in observers:
@@ -266,13 +259,10 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             observer.take_gradients(step)
         for name, value in {**summary.losses, **(projection.metrics if projection is not None else {})}.items():
             self.record(name, value)
-        # the value is for the log; the gradient is that of the combination
-        parts = zip(objectives, step.forget_losses.split([batch.size for batch in forget]), strict=True)
-        ascent = sum(objective.value(own) * len(own) for objective, own in parts) / len(step.forget_losses)
-        terms = step.retain_losses if step.retain_terms is None else step.retain_terms
         if term is not None:
             self.record("retain_divergence", mean_retain_term(step))
-        return loss + args.alpha * (terms.mean() if len(terms) else 0.0) - (1 - args.alpha) * ascent
+        # the value is for the log; the gradient is that of the combination
+        return loss + value_of(step, forget, objectives, args.alpha)
 
     def _step_model(self, model: nn.Module) -> nn.Module:
         # DDP's wrapper waits for a backward pass through its last forward pass, DeepSpeed's takes any for the last
@@ -295,11 +285,10 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         """As in Trainer; while training under a stopping rule, the forget set is evaluated too, and the rule judges."""
         evaluate = self._parent.evaluate
         metrics = evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
-        rule = self._callback(watching.StoppingRule)
+        rule = watching.find_callback(self.callback_handler, watching.StoppingRule)
         if rule is not None and self.is_in_train and eval_dataset is None and metric_key_prefix == "eval":
-            if f"eval_forget_{self.args.stop_metric}" not in metrics:
-                metrics |= evaluate(self.forget_dataset, ignore_keys, "eval_forget", **gen_kwargs)
-            rule.take_evaluation(metrics, self.state, self.control)
+            evaluate_forget = partial(evaluate, self.forget_dataset, ignore_keys, "eval_forget", **gen_kwargs)
+            rule.take_evaluation(metrics, evaluate_forget, self.state, self.control)
         return metrics
 
     def predict(self, *args, **kwargs):
@@ -318,18 +307,32 @@ class OrthoGradTrainer(Seq2SeqTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in Trainer; a LoRA model is merged first, unless this is a checkpoint or `merge_adapter` is False.
 
-        Under FSDP the adapter is saved as it is, with a warning.
+        Under FSDP the adapter is saved as it is, with a warning. With a forget set, only [`push_to_hub`] pushes.
         """
-        if output_dir is not None and _internal_call:
-            if self.args.should_save:  # another process may be late, and would take the new state for the old
-                checkpoints.begin_checkpoint(output_dir)
-            return super().save_model(output_dir, _internal_call)
-        if self.forget_dataset is None or not checkpoints.merges(self.model, self.args, sharded=self.is_fsdp_enabled):
-            return super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            checkpoints.save_merged(self, self.args.output_dir if output_dir is None else output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        is_checkpoint = output_dir is not None and _internal_call
+        if is_checkpoint and self.args.should_save:  # another process may be late, and take the new state for the old
+            checkpoints.begin_checkpoint(output_dir)
+        if self.forget_dataset is None or is_checkpoint:
+            super().save_model(output_dir, _internal_call)
+        elif not checkpoints.merges(self.model, self.args, sharded=self.is_fsdp_enabled):
+            super().save_model(output_dir, _internal_call=True)
+        elif self.args.should_save:
+            checkpoints.save_merged(self, output_dir or self.args.output_dir)
+
+    def create_model_card(self, *args, report=None, **kwargs) -> None:
+        """As in Trainer; with a forget set all that may be published, in `output_dir/public`, its card from a `report`.
+
+        `kwargs` are the fields of [`~hf_orthograd.publishing.CardOptions`].
+        """
+        if self.forget_dataset is None:
+            return super().create_model_card(*args, **kwargs)
+        publishing.prepare_folder(self, report=report, options=publishing.CardOptions(**kwargs))
+
+    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
+        """As in Trainer; with a forget set pushes what [`create_model_card`] writes, given its arguments, and waits."""
+        if self.forget_dataset is None:
+            return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
+        return publishing.publish_trainer(self, commit_message, token, revision, **kwargs)
 
     def _issue_warnings_after_load(self, load_result) -> None:
         if not self._loading.is_in_part(load_result, self.model):
@@ -344,6 +347,3 @@ class OrthoGradTrainer(Seq2SeqTrainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._loading.complete(self.state.best_model_checkpoint, self.model)
-
-    def _callback(self, kind: type[watching.Found]) -> watching.Found | None:
-        return watching.find_callback(self.callback_handler, kind)

@@ -1,8 +1,9 @@
-import os
+import hub_server  # sets what the client reads when it is imported
 
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+# isort: split
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -135,3 +136,18 @@ def loop_gradients():
         return torch.stack(rows)
 
     return compute
+
+
+@pytest.fixture(scope="session")
+def running_hub():
+    yield hub_server.HUB.start()
+    hub_server.HUB.shutdown()
+
+
+@pytest.fixture
+def hub(running_hub, monkeypatch):
+    """An empty Hub on loopback, and a user who is logged in and may write."""
+    running_hub.clear()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_write")
+    return running_hub

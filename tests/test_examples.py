@@ -1,12 +1,14 @@
 """The example as a user runs it, shortened: one epoch, a few steps."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import (
     AutoModelForSpeechSeq2Seq,
     AutoProcessor,
@@ -18,6 +20,7 @@ from transformers import (
 
 from hf_orthograd.data.speech import decode_audio
 from hf_orthograd.evaluation import UnlearningReport
+from hf_orthograd.publishing import verify
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -46,10 +49,11 @@ def run_here(monkeypatch):
     return run
 
 
-def run_example(*arguments, launcher=()):
+def run_example(*arguments, launcher=(), environment=None):
     command = [sys.executable, *launcher, str(EXAMPLES / "unlearn_asr.py"), *arguments]
     command += ["--report_to", "none", "--disable_tqdm", "1"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    environment = os.environ | (environment or {})
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return finished.stdout
 
@@ -101,15 +105,21 @@ def test_demo_from_corpus_to_saved_model(tmp_path):
     assert model.generate(features).shape[0] == 1
 
 
-def test_two_processes_evaluate_generate_and_save(tmp_path):
+def test_two_processes_evaluate_generate_save_and_push_once(tmp_path, hub):
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d")
     launcher += ("--rdzv-endpoint", "localhost:0")
     rule = ("--retain_budget", "5", "--stop_metric", "wer", "--eval_strategy", "steps", "--eval_steps", "2")
-    run_example(*SHORTENED, *rule, "--use_cpu", "1", "--output_dir", str(tmp_path), launcher=launcher)
+    push = ("--push_to_hub", "--hub_model_id", "owner/forgetful", "--output_dir", str(tmp_path))
+    online = {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_write"}
+    run_example(*SHORTENED, *rule, "--use_cpu", "1", *push, launcher=launcher, environment=online)
     results = check_outputs(tmp_path, ["before", 'projection="none"', 'projection="orthogonal"'])
     assert (tmp_path / "checkpoint-0").is_dir()
     assert results["rows"]['projection="orthogonal"']["history"][0]["projection_rank"] > 28  # of both processes
     AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
+    assert sum("/commit/" in request for request in hub.requests) == 1
+    assert verify("owner/forgetful") == []
+    assert "wer, with its 95 % interval" in ModelCard.load("owner/forgetful").text
+    assert not any(b"duncan" in received for received in hub.received)
 
 
 def test_dry_run_prints_the_estimate_and_makes_nothing(run_here, tmp_path, capsys):

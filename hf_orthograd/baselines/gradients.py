@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..callbacks import ReferenceLosses, find_callback, objective_of
+from ..callbacks import objectives_of
 from ..data import Batch
 from ..parallel import Parameters
 from ..projection import project_orthogonal
@@ -36,7 +36,7 @@ class GradientTrainer(BaselineTrainer):
 
     def forget_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Minus what is ascended."""
-        objective = objective_of(batch, self.args, find_callback(self.callback_handler, ReferenceLosses))
+        (objective,) = objectives_of([batch], self.args, self.callback_handler)
         return -objective.value(batch.losses(model, self.per_sample_loss))
 
     def step_of(self, forget: list[Tensor], retain: list[Tensor], trained: list[nn.Parameter]) -> list[Tensor]:

@@ -1,11 +1,12 @@
 """What watches a run: losses to compare with, stopping, what steps really do, and their correction."""
 
+from torch import nn
 from transformers import TrainerCallback
 
 from .correction import UpdateCorrection
 from .monitor import UnlearningMonitor
 from .observer import BeginCallback, Found, Record, StepObserver, find_callback
-from .reference import ReferenceLosses, StartingFingerprint, objective_of
+from .reference import ReferenceLosses, StartingFingerprint, objectives_of
 from .stopping import StoppingRule, check_stopping, has_rule, keep_best_model, stop_or_raise
 
 
@@ -19,11 +20,12 @@ __all__ = [
     "StoppingRule",
     "UnlearningMonitor",
     "UpdateCorrection",
+    "begin_run",
     "check_stopping",
     "find_callback",
     "has_rule",
     "keep_best_model",
-    "objective_of",
+    "objectives_of",
     "set_callbacks",
     "stop_or_raise",
 ]
@@ -66,3 +68,17 @@ def set_callbacks(trainer) -> list[StepObserver]:
     for callback in (*others, *observers, BeginCallback(trainer.begin_unlearning)):
         trainer.add_callback(callback)
     return observers
+
+
+def begin_run(trainer, model: nn.Module, observers: list[StepObserver]) -> None:
+    """Takes what a run is compared with, before its first step; all processes have to come here.
+
+    Args:
+        trainer ([`OrthoGradTrainer`]): With its gradient engine.
+        model (`torch.nn.Module`): Its model, wrapped as the launch has it.
+    """
+    if (reference := find_callback(trainer.callback_handler, ReferenceLosses)) is not None:
+        rows = trainer.forget_batches(), len(trainer.forget_dataset)
+        reference.begin_run(trainer.state, model, trainer.per_sample_loss, *rows)
+    for observer in observers:
+        observer.attach(trainer.gradient_engine.parameters, trainer.per_sample_loss, trainer.state.logging_steps)

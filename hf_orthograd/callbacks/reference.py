@@ -5,12 +5,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from ..config import OrthoGradConfig
 from ..data import Batch
 from ..objectives import ForgetObjective, PerSampleLosses, forget_objective
 from ..trials import preserved_modes
+from .observer import find_callback
 
 
 class ReferenceLosses(TrainerCallback, ExportableState):
@@ -78,10 +79,18 @@ class ReferenceLosses(TrainerCallback, ExportableState):
         return self._on_device[rows]
 
 
-def objective_of(batch: Batch, args: OrthoGradConfig, reference: ReferenceLosses | None) -> ForgetObjective:
-    """What is ascended on a forget batch, with row numbers; "npo" has reference losses."""
-    losses = None if reference is None else reference.of_rows(batch.rows)
-    return forget_objective(args.forget_loss, beta=args.npo_beta, gamma=args.simnpo_gamma, reference_losses=losses)
+def objectives_of(batches: list[Batch], args: OrthoGradConfig, handler: CallbackHandler) -> list[ForgetObjective]:
+    """What is ascended on forget batches, with row numbers; "npo" has the reference losses of the run."""
+    reference = find_callback(handler, ReferenceLosses)
+    return [
+        forget_objective(
+            args.forget_loss,
+            beta=args.npo_beta,
+            gamma=args.simnpo_gamma,
+            reference_losses=None if reference is None else reference.of_rows(batch.rows),
+        )
+        for batch in batches
+    ]
 
 
 class StartingFingerprint(TrainerCallback, ExportableState):

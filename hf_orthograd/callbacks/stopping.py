@@ -69,8 +69,19 @@ class StoppingRule(TrainerCallback, ExportableState):
             )
         self.baseline, self.breaches = saved["attributes"]["baseline"], saved["attributes"]["breaches"]
 
-    def take_evaluation(self, metrics: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
-        """Takes the first evaluation as the baseline and judges every other, adding [`SCORE`] to its metrics."""
+    def take_evaluation(
+        self,
+        metrics: dict[str, float],
+        evaluate_forget: Callable[[], dict[str, float]],
+        state: TrainerState,
+        control: TrainerControl,
+    ) -> None:
+        """Takes the first evaluation as the baseline and judges every other, adding [`SCORE`] to its metrics.
+
+        `evaluate_forget` is called, and its metrics are added, if the evaluation lacks the stop metric on the forget set.
+        """
+        if f"eval_forget_{self.args.stop_metric}" not in metrics:
+            metrics |= evaluate_forget()
         if self.baseline is None:
             self.take_baseline(metrics)
             return

@@ -13,7 +13,6 @@ from transformers import EvalPrediction, Trainer
 
 from ..objectives import PerSampleLoss
 from ..parallel.sharding import is_sharded
-from ..trainer import OrthoGradTrainer
 from ..trials import preserved_modes, preserved_random_state
 from ..validation import check_per_sample
 from .metrics import SampleMetric
@@ -80,8 +79,8 @@ def per_sample_losses(trainer: Trainer, dataset) -> np.ndarray:
 
 def loss_function(trainer: Trainer) -> Callable | None:
     """The loss that the user passed to the trainer, if any."""
-    own = isinstance(trainer, OrthoGradTrainer) and trainer.forget_dataset is not None
-    return trainer.per_sample_loss_func if own else trainer.compute_loss_func
+    unlearns = getattr(trainer, "forget_dataset", None) is not None  # then it keeps the loss from Trainer
+    return trainer.per_sample_loss_func if unlearns else trainer.compute_loss_func
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """[`UnlearningReport`]: what was measured, beside what a retrained model gives, and nothing that was not."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from .membership import MembershipInference
@@ -76,6 +76,7 @@ class UnlearningReport:
             "steps", "peak_memory_gib".
         history (`list[dict]`): The trainer's log of the run.
         losses (`dict[str, dict[str, list[float]]]`): Per-sample losses, for each model and set.
+        audience (`str`): "owner", whose report is complete, or "everyone", as `public()` makes it.
     """
 
     goal: str
@@ -92,14 +93,22 @@ class UnlearningReport:
     cost: dict[str, dict[str, float | None]] = field(default_factory=dict)
     history: list[dict] = field(default_factory=list)
     losses: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    audience: str = "owner"
+
+    def public(self) -> "UnlearningReport":
+        """The edition for others: without per-sample losses, names of groups and the trainer's log."""
+        models = _nested(self.models, lambda quality: replace(quality, groups=None, worst_group=None))
+        hit = {name: replace(one, group="(not named)") for name, one in self.hardest_hit.items()}
+        return replace(self, models=models, hardest_hit=hit, history=[], losses={}, audience="everyone")
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps({"audience": self.audience, "note": AUDIENCES[self.audience], **asdict(self)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "UnlearningReport":
         """The report that `to_json()` wrote."""
         values = json.loads(text)
+        values.pop("note", None)
         values["models"] = _nested(values["models"], _quality)
         values["membership"] = _nested(values["membership"], lambda one: MembershipInference(**one))
         values["relearning"] = _nested(
@@ -127,7 +136,7 @@ class UnlearningReport:
     def to_markdown(self) -> str:
         """Tables of all that was measured; "not measured" where something was not."""
         parts = [
-            f"# Unlearning report\n\nGoal: {GOALS[self.goal]}",
+            f"({AUDIENCES[self.audience]})\n\n# Unlearning report\n\nGoal: {GOALS[self.goal]}",
             "## Against a model retrained without the forget set\n\n" + self._checks_table(),
             f"## Quality\n\n{self._quality_table()}",
             "## Privacy\n\n" + self._privacy_table(),
@@ -207,6 +216,11 @@ class UnlearningReport:
             rows += [(f"{what}, {name}", show(value)) for name, value in cost.items()]
         return _table(("quantity", "value"), rows)
 
+
+AUDIENCES = {
+    "owner": "For the owner alone: it names groups and holds per-sample losses. `public()` is the edition for others.",
+    "everyone": "The edition for others: no per-sample losses, no names of groups, no log.",
+}
 
 GOALS = {
     "retrained": "to behave as a model that was retrained without the forget set.",

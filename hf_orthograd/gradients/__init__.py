@@ -6,7 +6,7 @@ from .gram import Call, Dense, GramEngine, Outer, Source, register_rule
 from .loop import LoopEngine, MaterializedGradients, MeanEngine
 from .plain import PlainEngine
 from .selection import choose_engine
-from .summary import check_finite, mean_retain_term, summarize_step
+from .summary import check_finite, mean_retain_term, summarize_step, value_of
 
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "mean_retain_term",
     "register_rule",
     "summarize_step",
+    "value_of",
 ]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..data.batches import UNKNOWN_ROW, Batch
+from ..objectives import ForgetObjective
 from .base import StepGradients
 from .products import accumulation_dtype
 
@@ -71,6 +72,14 @@ def mean_retain_term(step: StepGradients) -> float:
     if not math.isfinite(total):
         raise FloatingPointError("the divergence from the starting model is not finite, though all losses are")
     return total / count
+
+
+def value_of(step: StepGradients, forget: list[Batch], objectives: list[ForgetObjective], alpha: float) -> Tensor:
+    """GradDiff's loss, for the log: `alpha` times the mean retain term, less `1 - alpha` times what is ascended."""
+    parts = zip(objectives, step.forget_losses.split([batch.size for batch in forget]), strict=True)
+    ascent = sum(objective.value(own) * len(own) for objective, own in parts) / len(step.forget_losses)
+    terms = step.retain_losses if step.retain_terms is None else step.retain_terms
+    return alpha * (terms.mean() if len(terms) else 0.0) - (1 - alpha) * ascent
 
 
 def check_finite(

@@ -1,6 +1,6 @@
 """Everything that can be wrong with a run, said before its first step: the argument, what was given, what to do."""
 
-from .datasets import check_datasets, check_overlap, is_empty, needs_retain
+from .datasets import check_datasets, check_overlap, is_empty, needs_retain, read_columns, row_digest, row_digests
 from .launch import (
     check_arguments,
     check_batch_norm,
@@ -27,5 +27,8 @@ __all__ = [
     "freeze_batch_norm",
     "is_empty",
     "needs_retain",
+    "read_columns",
+    "row_digest",
+    "row_digests",
     "warn_of_half_precision",
 ]

@@ -88,10 +88,10 @@ def check_overlap(forget, retain, model: nn.Module) -> None:
     if not hasattr(retain, "__len__"):
         logger.warning("`train_dataset` has no length: rows it shares with `forget_dataset` cannot be looked for.")
         return
-    columns = _read_columns(forget, model)
-    forget_rows = {digest: row for row, digest in enumerate(_digests(forget, columns))}
+    columns = read_columns(forget, model)
+    forget_rows = {digest: row for row, digest in enumerate(row_digests(forget, columns))}
     shared = [
-        (forget_rows[digest], row) for row, digest in enumerate(_digests(retain, columns)) if digest in forget_rows
+        (forget_rows[digest], row) for row, digest in enumerate(row_digests(retain, columns)) if digest in forget_rows
     ]
     if shared:
         raise ValueError(
@@ -101,25 +101,30 @@ def check_overlap(forget, retain, model: nn.Module) -> None:
         )
 
 
-def _read_columns(dataset, model: nn.Module) -> frozenset[str] | None:
-    """What the model's forward pass reads besides labels; all columns where it reads none, as before a transform."""
+def read_columns(dataset, model: nn.Module) -> frozenset[str] | None:
+    """What the model's forward pass reads besides labels; None, for all, where it reads none, as before a transform."""
     taken = set(inspect.signature(model.forward).parameters) - {"labels", "attention_mask"}
     return frozenset(taken & (_columns(dataset) or set())) or None
 
 
-def _digests(dataset, columns: frozenset[str] | None) -> list[bytes]:
+def row_digests(dataset, columns: frozenset[str] | None) -> list[bytes]:
+    """What stands in each row, by a hash of these columns and the labels; of all columns without.
+
+    Padding, the type of a sequence and other columns make no difference; rows are taken as they are stored.
+    """
     if not isinstance(dataset, Dataset):
-        return [_digest(dataset[row], columns) for row in range(len(dataset))]
+        return [row_digest(dataset[row], columns) for row in range(len(dataset))]
     # as they are stored, before any transform decodes them
     kept = [name for name in dataset.column_names if columns is None or name in {*columns, "labels", "attention_mask"}]
     stored = dataset.with_format("arrow", columns=kept)
     return [
-        _digest({name: values[0] for name, values in stored[row].to_pydict().items()}, columns)
+        row_digest({name: values[0] for name, values in stored[row].to_pydict().items()}, columns)
         for row in range(len(dataset))
     ]
 
 
-def _digest(example, columns: frozenset[str] | None) -> bytes:
+def row_digest(example, columns: frozenset[str] | None) -> bytes:
+    """That of one row, as [`row_digests`]."""
     digest = hashlib.blake2b(digest_size=16)
     if not isinstance(example, Mapping):
         _add(digest, example)
@@ -144,10 +149,10 @@ def _digest(example, columns: frozenset[str] | None) -> bytes:
 
 
 def _plain(value):
-    """A tensor as an array; numpy knows no bfloat16."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return (value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True)
+    """A tensor as an array, which knows no bfloat16; of no dimension as a number, as rows are stored."""
+    if isinstance(value, torch.Tensor):
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True)
+    return value.item() if isinstance(value, (np.ndarray, np.generic)) and value.ndim == 0 else value
 
 
 def _add(digest, value) -> None:

@@ -1,0 +1,13 @@
+"""The command line: `python -m hf_orthograd`, or `hf-orthograd`."""
+
+import sys
+
+from .publishing.commands import run
+
+
+def main() -> None:
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""The model card: what was removed, how, what holds and what nobody tried. Never whose data it was."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.models.auto import modeling_auto as auto
+
+from ..evaluation.report import NOT_MEASURED, Quality, UnlearningReport, show
+from .files import ADAPTER_WEIGHTS, CARD_NAME, FIGURES, REPORT_FILES
+from .record import UnlearningRecord, load_records
+
+
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+
+_TASKS = (
+    ("automatic-speech-recognition", auto.MODEL_FOR_CTC_MAPPING_NAMES),
+    ("automatic-speech-recognition", auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES),
+    ("image-classification", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+    ("audio-classification", auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES),
+    ("video-classification", auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES),
+    ("text-classification", auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+    ("token-classification", auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    ("text-generation", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    ("fill-mask", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+)
+
+_SETS = {
+    "forget": "forgotten data",
+    "forget_unseen": "unseen data of the forgotten kind",
+    "retain": "retained data",
+    "test": "test data",
+}
+
+# what an attacker may do, and how a report shows that it was tried
+_ATTACKS = (
+    ("rounding the weights to 8 bits", lambda report: _rounded(report, "int8")),
+    ("rounding the weights to 4 bits", lambda report: _rounded(report, "int4")),
+    ("fine-tuning on related data (relearning)", lambda report: bool(report.relearning)),
+    ("membership inference by loss", lambda report: "unlearned" in report.membership),
+    ("membership inference with shadow models (U-LiRA)", lambda report: False),
+    ("extraction of training data by prompting", lambda report: False),
+    ("comparison with the model before unlearning", lambda report: False),
+)
+
+
+@dataclass
+class CardOptions:
+    """What a card says beside what was recorded and measured.
+
+    Args:
+        model_name (`str`, *optional*): The card's title.
+        repo_id (`str`, *optional*): Where the model will be, for the snippet that loads it.
+        license, language, datasets, tags: As in [`~huggingface_hub.ModelCardData`]. `datasets` are those of the Hub only.
+        finetuned_from (`str`, *optional*): The base model on the Hub; by default that of the record.
+    """
+
+    model_name: str | None = None
+    repo_id: str | None = None
+    license: str | None = None
+    language: str | list[str] | None = None
+    datasets: str | list[str] | None = None
+    tags: str | list[str] | None = None
+    finetuned_from: str | None = None
+
+
+def find_task(architectures: Sequence[str] | None) -> str | None:
+    """The Hub's pipeline tag of a model, from the class in its configuration."""
+    for task, names in _TASKS:
+        if set(architectures or ()) & _class_names(names):
+            return task
+    return None
+
+
+def make_card(
+    records: list[UnlearningRecord],
+    report: UnlearningReport | None,
+    options: CardOptions,
+    *,
+    architectures: Sequence[str] | None = None,
+    is_adapter: bool = False,
+    figures: Sequence[str] = (),
+) -> ModelCard:
+    """The card of the newest request.
+
+    Args:
+        records (`list[UnlearningRecord]`): All requests, the oldest first; at least one.
+        report ([`UnlearningReport`], *optional*): Its public edition. Without one the card says "not measured".
+        architectures (`Sequence[str]`, *optional*): Of the model's configuration.
+        is_adapter (`bool`): Whether an adapter is published, and not a whole model.
+        figures (`Sequence[str]`): Files beside the card.
+
+    Raises:
+        ValueError: There is no record, or the report is the owner's.
+    """
+    if not records:
+        raise ValueError("There is no record of a request, which the card is made of.")
+    if report is not None and report.audience != "everyone":
+        raise ValueError("The report is the owner's, with names and per-sample losses: pass `report.public()`.")
+    record, task = records[-1], find_task(architectures)
+    base = options.finetuned_from or record.base_model
+    name = options.model_name or (options.repo_id or "unlearned model").split("/")[-1]
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation=None if base is None else "adapter" if is_adapter else "finetune",
+        library_name="peft" if is_adapter else "transformers",
+        license=options.license,
+        language=options.language,
+        datasets=options.datasets,
+        pipeline_tag=task,
+        tags=list(dict.fromkeys(["machine-unlearning", "hf-orthograd", *_listed(options.tags)])),
+        metrics=None if report is None or report.metric is None else [report.metric],
+        model_name=name,
+        eval_results=_results(report, task),
+    )
+    tried = [(what, report is not None and was_run(report)) for what, was_run in _ATTACKS]
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name,
+        repo_id=options.repo_id or "<this repository>",
+        base=base,
+        task=task,
+        record=record,
+        earlier=records[:-1],
+        report=report,
+        checks=[] if report is None else [_check_row(check) for check in report.checks],
+        qualities=[] if report is None else _quality_rows(report),
+        set_names=[] if report is None else [_SETS.get(n, n) for n in report.models["unlearned"]],
+        costs=[] if report is None else [(w, n, show(v)) for w, own in report.cost.items() for n, v in own.items()],
+        attacks_run=[what for what, was_run in tried if was_run],
+        attacks_not_run=[what for what, was_run in tried if not was_run],
+        is_adapter=is_adapter,
+        figures=list(figures),
+        not_measured=NOT_MEASURED,
+    )
+
+
+def write_card(folder: str | Path, options: CardOptions) -> Path:
+    """Makes the card of a published folder from what lies in it, and writes it there; whole, or not at all.
+
+    Raises:
+        ValueError: The folder has no record.
+        OSError: It cannot be written, as on a full disk; a card that was there stays.
+    """
+    folder = Path(folder)
+    report = UnlearningReport.load(folder) if (folder / REPORT_FILES[0]).exists() else None
+    config = folder / "config.json"
+    card = make_card(
+        load_records(folder),
+        report,
+        options,
+        architectures=_architectures(config) if config.exists() else None,
+        is_adapter=(folder / ADAPTER_WEIGHTS[0]).exists(),
+        figures=[name for name in FIGURES if (folder / name).exists()],
+    )
+    partial, path = folder / f"{CARD_NAME}.partial", folder / CARD_NAME
+    try:
+        card.save(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _architectures(config: Path) -> list[str] | None:
+    return json.loads(config.read_text()).get("architectures")
+
+
+def _class_names(names) -> set[str]:
+    found: set[str] = set()
+    for value in names.values():
+        found |= {value} if isinstance(value, str) else set(value)
+    return found
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _rounded(report: UnlearningReport, name: str) -> bool:
+    return any(model.startswith(f"unlearned, {name}") for model in report.models)
+
+
+def _results(report: UnlearningReport | None, task: str | None) -> list[EvalResult] | None:
+    """The report's numbers on the unlearned model, for the metadata; exact, not as the tables round them."""
+    if report is None:
+        return None
+    found = []
+    for name, quality in report.models["unlearned"].items():
+        place = {
+            "task_type": task or "other",
+            "dataset_type": name,
+            "dataset_name": f"{_SETS.get(name, name)} (not public)",
+        }
+        if quality.value is not None:
+            found.append(EvalResult(metric_type=report.metric, metric_value=quality.value, **place))
+        found.append(EvalResult(metric_type="loss", metric_value=quality.loss, **place))
+    return found
+
+
+def _check_row(check) -> tuple[str, ...]:
+    holds = {True: "yes", False: "**no**", None: NOT_MEASURED}[check.holds]
+    return check.name, show(check.value), show(check.compared_with), check.rule, holds
+
+
+def _quality_rows(report: UnlearningReport) -> list[tuple[str, list[str]]]:
+    """One row for each model that was measured whole: before, now, and never trained on it."""
+    names = {"original": "before", "unlearned": "this model", "reference": "retrained without the data"}
+    sets = list(report.models["unlearned"])
+    return [
+        (shown, [_cell(report.models[model].get(name)) for name in sets])
+        for model, shown in names.items()
+        if model in report.models
+    ]
+
+
+def _cell(quality: Quality | None) -> str:
+    if quality is None:
+        return NOT_MEASURED
+    if quality.value is None:
+        return f"loss {quality.loss:.3f}"
+    if quality.interval is None:
+        return f"{quality.value:.3f}"
+    return f"{quality.value:.3f} [{quality.interval[0]:.3f}, {quality.interval[1]:.3f}]"

@@ -1,0 +1,473 @@
+"""Publishing, over HTTP by the real client: what arrives, what never does, and what is left when something fails."""
+
+import json
+import logging
+import re
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSpeechSeq2Seq,
+    ViTImageProcessor,
+)
+
+from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
+from hf_orthograd.evaluation import UnlearningReport, evaluate_unlearning
+from hf_orthograd.publishing import load_records, publish, read_salt, retract, verify
+from hf_orthograd.publishing.commands import run
+
+
+REPO = "owner/unlearned"
+CLASSES = {
+    "whisper": AutoModelForSpeechSeq2Seq,
+    "vit": AutoModelForImageClassification,
+    "llama": AutoModelForCausalLM,
+}
+
+
+def rows(samples, **columns):
+    """As a data set, with further columns that say whose the rows are."""
+    examples = [samples[index] for index in range(len(samples))]
+    content = {name: [np.asarray(example[name]).tolist() for example in examples] for name in examples[0]}
+    return Dataset.from_dict(content | columns).with_format("torch", columns=list(content), output_all_columns=True)
+
+
+@pytest.fixture
+def unlearned(make_model, make_samples, tmp_path):
+    """A trainer that has made one step, and its report."""
+
+    def make(name="vit", *, wrap=lambda model: model, **config):
+        settings = {"hub_strategy": "end", "hub_model_id": REPO, "push_to_hub": True, "max_steps": 1} | config
+        args = OrthoGradConfig(
+            str(tmp_path / "out"), learning_rate=1e-2, per_device_train_batch_size=4, report_to="none", use_cpu=True,
+            disable_tqdm=True, save_strategy="no", **settings,
+        )  # fmt: skip
+        forget, retain = make_samples(name, 4, seed=1), make_samples(name, 4, seed=2)
+        sets = {"forget": rows(forget, speaker=["ann"] * 4), "retain": rows(retain, speaker=["bob", "cy"] * 2)}
+        trainer = OrthoGradTrainer(
+            wrap(make_model(name)),
+            args,
+            train_dataset=sets["retain"],
+            forget_dataset=sets["forget"],
+            eval_dataset=sets,
+        )
+        trainer.train()
+        return trainer
+
+    return make
+
+
+def report_of(trainer):
+    return evaluate_unlearning(trainer, group_column="speaker")
+
+
+def lora(model):
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["query", "value", "q_proj", "v_proj"]))
+
+
+def logits_of(model, batch):
+    model.eval()
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def batch_of(trainer):
+    return trainer.data_collator([trainer.forget_dataset[index] for index in range(2)])
+
+
+# ---- Round trips ----
+
+
+@pytest.mark.parametrize("name", ["whisper", "vit", "llama"])
+def test_pushed_model_loads_with_the_same_logits(hub, unlearned, name):
+    trainer = unlearned(name)
+    trainer.push_to_hub(report=report_of(trainer))
+    loaded = CLASSES[name].from_pretrained(REPO)
+    inputs = trainer._prepare_inputs({k: v for k, v in batch_of(trainer).items() if k != "speaker"})
+    torch.testing.assert_close(logits_of(loaded, inputs), logits_of(trainer.model, inputs))
+
+
+def test_merged_adapter_is_published_alone(hub, unlearned):
+    trainer = unlearned(wrap=lora)
+    trainer.push_to_hub()
+    files = hub.repositories[REPO].reachable()
+    assert not any("adapter" in path for path in files)
+    loaded = AutoModelForImageClassification.from_pretrained(REPO)
+    batch = batch_of(trainer)
+    torch.testing.assert_close(logits_of(loaded, batch), logits_of(trainer.model, batch))
+
+
+def test_adapter_that_is_not_merged_says_so(hub, unlearned, make_model, tmp_path):
+    base = make_model("vit")
+    base.save_pretrained(tmp_path / "base")
+
+    def wrap(model):
+        return lora(AutoModelForImageClassification.from_pretrained(tmp_path / "base"))
+
+    trainer = unlearned(wrap=wrap, merge_adapter=False)
+    trainer.create_model_card(finetuned_from="owner/base")
+    folder = tmp_path / "out" / "public"
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "peft" and card.data.base_model_relation == "adapter"
+    assert "Deleting the adapter undoes the unlearning" in card.text
+    assert str(tmp_path) not in (folder / "adapter_config.json").read_text()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "owner/base"
+    publish(folder, REPO)
+    hub.repositories["owner/base"] = repository = type(hub.repositories[REPO])(private=False)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    repository.add("main", "base", files, None)
+    loaded = AutoPeftModel.from_pretrained(REPO)
+    batch = batch_of(trainer)
+    wanted = logits_of(trainer.model, batch)
+    found = AutoModelForImageClassification.from_pretrained(tmp_path / "base")
+    found = PeftModel.from_pretrained(found, REPO)
+    torch.testing.assert_close(logits_of(found, batch), wanted)
+    assert loaded.peft_config["default"].base_model_name_or_path == "owner/base"
+
+
+def test_adapter_over_a_base_that_is_not_public_is_refused(hub, unlearned):
+    with pytest.raises(ValueError, match="`merge_adapter` is False, .* `finetuned_from`"):
+        unlearned(wrap=lora, merge_adapter=False).create_model_card()
+
+
+def test_sharded_adapter_is_not_published(unlearned):
+    trainer = unlearned(wrap=lora, push_to_hub=False)
+    trainer.is_fsdp_enabled = True  # as under FSDP2, which cannot gather a merge
+    with pytest.raises(ValueError, match="A sharded LoRA model cannot be merged here, .* in one process"):
+        trainer.push_to_hub()
+
+
+# ---- The card ----
+
+
+def test_card_says_what_was_measured(hub, unlearned):
+    trainer = unlearned()
+    report = report_of(trainer)
+    trainer.push_to_hub(report=report, license="mit", language="en", datasets="owner/pictures", request_id="r-1")
+    card = ModelCard.load(REPO)
+    card.validate()
+    assert card.data.license == "mit" and card.data.pipeline_tag == "image-classification"
+    assert card.data.library_name == "transformers" and "machine-unlearning" in card.data.tags
+    found = {(one.dataset_type, one.metric_type): one.metric_value for one in card.data.eval_results}
+    measured = report.models["unlearned"]
+    assert found == {(name, "accuracy"): quality.value for name, quality in measured.items()} | {
+        (name, "loss"): quality.loss for name, quality in measured.items()
+    }
+    assert "no certificate of erasure" in card.text and "r-1" in card.text
+    assert "**not** run: rounding the weights to 8 bits" in card.text
+    assert f'pipeline("image-classification", model="{REPO}")' in card.text
+
+
+def test_card_without_a_report_claims_nothing(hub, unlearned, tmp_path):
+    unlearned().create_model_card()
+    card = ModelCard.load(tmp_path / "out" / "public" / "README.md")
+    assert "Quality: not measured. Privacy: not measured." in card.text
+    assert card.data.eval_results is None and "checks hold" not in card.text
+
+
+# ---- What never arrives ----
+
+
+def test_nothing_that_identifies_the_forgotten_arrives(hub, make_model, make_samples, tmp_path):
+    """Planted strings in every place that a run has, and the weights of the models that remember."""
+    secret, hidden = "NIGHTINGALE-7731", tmp_path / "FOLDER-OF-CURLEW-5521"
+    source = hidden / "original"
+    make_model("vit").save_pretrained(source)
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    processor.save_pretrained(source)
+    model = AutoModelForImageClassification.from_pretrained(source)
+    output = hidden / "out"
+    model.save_pretrained(output / "finetuned")
+    (output / "results.json").write_text(json.dumps({"forget_values": [secret]}))
+    args = OrthoGradConfig(
+        str(output), max_steps=3, per_device_train_batch_size=4, report_to="none", use_cpu=True, disable_tqdm=True,
+        push_to_hub=True, hub_strategy="end", hub_model_id=REPO, save_steps=1, logging_steps=1,
+        run_name=secret, learning_rate=1e-2,
+    )  # fmt: skip
+    names = [f"{secret}-{index}" for index in range(4)]
+    sets = {
+        "forget": rows(make_samples("vit", 4, seed=1), speaker=names, text=names),
+        "retain": rows(make_samples("vit", 4, seed=2), speaker=[f"kept-{name}" for name in names], text=names),
+    }
+    trainer = OrthoGradTrainer(
+        model, args, train_dataset=sets["retain"], forget_dataset=sets["forget"], eval_dataset=sets,
+        processing_class=processor,
+    )  # fmt: skip
+    trainer.train()
+    assert (output / "checkpoint-1").is_dir() and not any("upload" in one or "commit" in one for one in hub.requests)
+    report = report_of(trainer)
+    report.save(output)
+    trainer.save_model()
+    trainer.push_to_hub(report=report)
+    losses = [f"{loss:.6f}"[:8] for loss in report.losses["unlearned"]["forget"]]
+    salt = read_salt(output / "unlearning_salt.key").hex()
+    contents = [*hub.received, *hub.storage.values()]
+    contents += [data for found in hub.repositories[REPO].reachable().values() for data in found]
+    everything = b"\n".join(contents).decode("latin-1")
+    for planted in (secret, "CURLEW", salt, str(tmp_path), *losses):
+        assert planted not in everything, planted
+    assert not re.search(r'"row', everything)
+    remembering = {path.read_bytes() for path in hidden.rglob("*.safetensors")}
+    published = (output / "public" / "model.safetensors").read_bytes()
+    assert not (remembering - {published}) & set(contents)
+    paths = set(hub.repositories[REPO].reachable())
+    assert paths == {
+        ".gitattributes", "README.md", "config.json", "cost.png", "model.safetensors", "preprocessor_config.json",
+        "unlearning_record.json", "unlearning_report.json", "unlearning_report.md",
+    }  # fmt: skip
+    # the owner keeps the whole report, which says that it is theirs
+    assert (output / "unlearning_report.md").read_text().startswith("(For the owner alone")
+    assert UnlearningReport.load(output).losses and not UnlearningReport.load(output / "public").losses
+
+
+def test_pushing_in_the_middle_of_a_run_is_refused(hub, unlearned):
+    with pytest.raises(ValueError, match="`push_to_hub` with hub_strategy='every_save'"):
+        unlearned(hub_strategy="every_save")
+
+
+# ---- Before a run of hours ----
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [("hf_read", "the token may only read"), ("hf_wrong", "did not take the token"), (None, "there is no token")],
+)
+def test_permission_is_checked_before_training(hub, unlearned, monkeypatch, token, message):
+    monkeypatch.delenv("HF_TOKEN")
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(PermissionError, match=message):
+        unlearned()
+
+
+def test_offline_is_said_before_training(unlearned):
+    with pytest.raises(PermissionError, match="HF_HUB_OFFLINE is set"):
+        unlearned()
+
+
+# ---- Faults ----
+
+
+@pytest.fixture
+def folder(hub, unlearned, tmp_path, monkeypatch):
+    """A prepared folder, and no waiting between tries."""
+    trainer = unlearned()
+    trainer.create_model_card(report=report_of(trainer))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.clear()
+    return tmp_path / "out" / "public"
+
+
+PASSING = {
+    "500 three times on the commit": ("POST", "/commit/", 500, 3),
+    "500 three times on the storage": ("PUT", "/storage/", 500, 3),
+    "503 on the listing": ("GET", "/refs", 503, 2),
+    "connection cut in mid-upload": ("PUT", "/storage/", "cut", 1),
+    "connection cut in the commit": ("POST", "/commit/", "cut", 1),
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_fault_that_passes_is_waited_out(hub, folder, name):
+    from hub_server import Fault
+
+    hub.faults.append(Fault(*PASSING[name]))
+    publish(folder, REPO)
+    assert hub.faults[0].times == 0
+    assert hub.repositories[REPO].reachable()["model.safetensors"] == {(folder / "model.safetensors").read_bytes()}
+
+
+STAYING = {
+    "401": ("POST", "/preupload/", 401, "401"),
+    "403": ("POST", "/commit/", 403, "403"),
+    "404 on a private repository": ("GET", "/refs", 404, "404"),
+    "409": ("POST", "/commit/", 409, "409"),
+}
+
+
+@pytest.mark.parametrize("name", STAYING)
+def test_fault_that_stays_is_said_and_a_second_push_finishes(hub, folder, name, caplog):
+    from hub_server import Fault
+
+    method, path, status, message = STAYING[name]
+    hub.faults.append(Fault(method, path, status, times=100))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(OSError, match=message), caplog.at_level(logging.ERROR):
+        publish(folder, REPO)
+    assert "What was to be published is whole in" in caplog.text
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    hub.faults.clear()
+    publish(folder, REPO)
+    assert verify(REPO) == []
+
+
+def test_card_is_whole_or_the_old_one_when_the_disk_is_full(folder, monkeypatch):
+    from hf_orthograd.publishing import CardOptions, write_card
+
+    before = (folder / "README.md").read_text()
+
+    def full(self, path):
+        path.write_text("---\n")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ModelCard, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_card(folder, CardOptions(model_name="other"))
+    assert (folder / "README.md").read_text() == before and not list(folder.glob("*.partial"))
+
+
+# ---- History ----
+
+
+def old_repository(hub, name=REPO, tag=False, pull_request=False):
+    from hub_server import Repository
+
+    hub.repositories[name] = repository = Repository(private=False)
+    first = repository.add("main", "trained", {"model.safetensors": b"remembers"}, None)
+    if tag:
+        repository.tags["v1"] = first
+    if pull_request:
+        repository.add("refs/pr/1", "convert", {"pytorch_model.bin": b"remembers too"}, first)
+    repository.add("main", "remove", {"README.md": b"moved"}, first)
+    return repository
+
+
+def test_history_that_remembers_is_refused(hub, folder, unlearned):
+    repository = old_repository(hub)
+    refused = r"model.safetensors at \w{8} \(refs/heads/main\)\. Push to another repository .* squash_history=True"
+    with pytest.raises(ValueError, match=refused):
+        publish(folder, REPO)
+    with pytest.raises(ValueError, match=refused):  # before training, too
+        unlearned()
+    assert len(repository.commits) == 2
+
+
+def test_squashed_history_holds_old_weights_nowhere(hub, folder, caplog):
+    repository = old_repository(hub, tag=True)
+    done = publish(folder, REPO, squash_history=True)
+    held = repository.history("main")
+    assert len(held) == 1 and repository.commits[held[0]].files["model.safetensors"] != b"remembers"
+    assert [one.ref for one in done.remaining] == ["refs/tags/v1"] and "model.safetensors" in caplog.text
+
+
+def test_retract(hub, folder):
+    repository = old_repository(hub, tag=True, pull_request=True)
+    found = retract(REPO)
+    assert {one.ref for one in found.remaining} == {"refs/tags/v1", "refs/pr/1"} and not found.removed
+    found = retract(REPO, delete_refs=True)
+    assert found.deleted_refs == ["refs/tags/v1"] and not repository.tags
+    assert {one.path for one in found.remaining} == {"model.safetensors", "pytorch_model.bin"}  # of the pull request
+    assert "Out of reach: forks" in str(found)
+    repository.pull_requests.clear()
+    assert not retract(REPO).remaining and b"remembers" not in repository.reachable().get("model.safetensors", set())
+
+
+def test_adapter_of_an_earlier_push_is_named(hub, folder):
+    from hub_server import Repository
+
+    hub.repositories[REPO] = repository = Repository(private=False)
+    repository.add("main", "adapter", {"adapter_model.safetensors": b"difference"}, None)
+    with pytest.raises(ValueError, match="Merged weights minus a public adapter give the original back"):
+        publish(folder, REPO)
+
+
+# ---- The record ----
+
+
+def test_untouched_folder_passes_and_each_change_is_named(folder, tmp_path):
+    assert verify(folder) == []
+
+    def changed(name, change):
+        path = folder / name
+        before = path.read_bytes()
+        path.write_bytes(change(before))
+        problems = verify(folder)
+        path.write_bytes(before)
+        return problems
+
+    flipped = changed("model.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1]))
+    assert flipped == ["model.safetensors is not the file that was recorded"]
+    (edited,) = changed("unlearning_report.md", lambda data: data.replace(b"0", b"1"))
+    assert edited == "unlearning_report.md does not say what unlearning_report.json says"
+    edited = changed("unlearning_report.json", lambda data: data.replace(b"0.", b"1."))
+    assert edited[0] == "unlearning_report.json is not the report that was recorded"
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    assert verify(folder) == ["adapter_model.safetensors stands in no record"]
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def test_published_folder_that_was_changed_is_not_pushed(hub, folder):
+    with open(folder / "model.safetensors", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(
+        ValueError, match="is not as it was recorded: model.safetensors is not the file.* Nothing was pushed"
+    ):
+        publish(folder, REPO)
+    assert not hub.repositories
+
+
+def test_rows_of_the_request_are_proved_and_no_others(folder, make_samples):
+    salt = read_salt(folder.parent / "unlearning_salt.key")
+    forget, retain = rows(make_samples("vit", 4, seed=1)), rows(make_samples("vit", 4, seed=2))
+    assert verify(folder, salt=salt, row=forget[2]) == []
+    assert verify(folder, salt=salt, row=retain[0]) == ["the row is in no request of this record, under this salt"]
+    assert verify(folder, salt=bytes(32), row=forget[2]) == [
+        "the row is in no request of this record, under this salt"
+    ]
+    with pytest.raises(ValueError, match="pass both"):
+        verify(folder, salt=salt)
+    (record,) = load_records(folder)
+    assert len(set(record.commitments)) == 4 and record.commitments == sorted(record.commitments)
+
+
+def test_requests_make_a_chain(hub, unlearned, tmp_path):
+    first = unlearned(push_to_hub=False)
+    first.create_model_card()
+    source = (tmp_path / "out" / "public").rename(tmp_path / "first")
+    second = unlearned(push_to_hub=False, wrap=lambda model: AutoModelForImageClassification.from_pretrained(source))
+    second.create_model_card()
+    folder = tmp_path / "out" / "public"
+    older, newer = load_records(folder)
+    assert newer.previous == older.digest() and older.previous is None
+    assert newer.weights_before == older.weights and newer.weights != older.weights
+    assert verify(folder) == []
+    assert "Earlier request" in (folder / "README.md").read_text()
+    content = json.loads((folder / "unlearning_record.json").read_text())
+    for records in (content["records"][1:], [{**content["records"][0], "goal": "erased"}, content["records"][1]]):
+        (folder / "unlearning_record.json").write_text(json.dumps({"records": records}))
+        (problem,) = verify(folder)
+        assert problem.startswith("the chain is broken before request") and newer.request_id in problem
+    (folder / "unlearning_record.json").write_text(json.dumps({"records": content["records"][:1]}))
+    assert verify(folder) == ["model.safetensors is not the file that was recorded"]
+
+
+# ---- Commands ----
+
+
+def test_commands_say_what_they_did(hub, folder, capsys, make_samples, tmp_path):
+    assert run(["publish", str(folder), REPO]) == 0 and "Published: http" in capsys.readouterr().out
+    assert run(["verify", REPO]) == 0 and "As recorded" in capsys.readouterr().out
+    rows(make_samples("vit", 4, seed=1)).to_parquet(tmp_path / "forget.parquet")
+    asked = ["verify", str(folder), "--salt", str(folder.parent / "unlearning_salt.key")]
+    assert run([*asked, "--rows", str(tmp_path / "forget.parquet"), "--row", "3"]) == 0
+    assert "the row was in a request" in capsys.readouterr().out
+    assert run([*asked, "--rows", str(tmp_path / "forget.parquet"), "--row", "9"]) == 1
+    assert "has rows 0 to 3" in capsys.readouterr().err
+    assert run(["card", str(folder), "--model_name", "Renamed", "--license", "mit"]) == 0
+    assert ModelCard.load(folder / "README.md").data.license == "mit"
+    assert run(["retract", "owner/nothing"]) == 1 and "RepositoryNotFoundError" in capsys.readouterr().err
+    repository = old_repository(hub, "owner/old", tag=True)
+    assert run(["retract", "owner/old"]) == 1 and "Still there: model.safetensors" in capsys.readouterr().out
+    assert run(["retract", "owner/old", "--delete_refs"]) == 0 and not repository.tags
+    (folder / "model.safetensors").write_bytes(b"")
+    assert run(["verify", str(folder)]) == 1 and "Differs: model.safetensors" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        run(["publish"])
+    assert ended.value.code == 2
