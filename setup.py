@@ -13,7 +13,7 @@ REQUIRED = [
     "peft>=0.18",
     "datasets>=4.0",
     "evaluate>=0.4.6",
-    "huggingface_hub>=1.0",
+    "huggingface_hub>=1.5",
     "jinja2>=3.1",
     "jiwer>=4.0",
     "numpy>=2.0",
@@ -23,6 +23,7 @@ REQUIRED = [
 ]
 BENCH = ["filelock>=3.12", "matplotlib>=3.9", "opacus>=1.6", "torchjd>=0.18"]
 DEMO = ["espeakng-loader>=0.2.4", "matplotlib>=3.9"]
+SIGN = ["model-signing>=1.1", "pyopenssl>=24"]  # the first imports the second without naming it
 QUALITY = ["ruff==0.17.6"]
 TESTS = ["filelock>=3.12", "pytest>=8.0", "pytest-cov>=6.0", "pytest-xdist>=3.6"]
 
@@ -38,7 +39,7 @@ setup(
     package_data={"hf_orthograd.publishing": ["templates/*.md"]},
     entry_points={"console_scripts": ["hf-orthograd = hf_orthograd.__main__:main"]},
     install_requires=REQUIRED,
-    extras_require={"bench": BENCH, "demo": DEMO, "dev": DEMO + QUALITY + TESTS},
+    extras_require={"bench": BENCH, "demo": DEMO, "dev": DEMO + QUALITY + SIGN + TESTS, "sign": SIGN},
     classifiers=[
         "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",

@@ -326,7 +326,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         """
         if self.forget_dataset is None:
             return super().create_model_card(*args, **kwargs)
-        publishing.prepare_folder(self, report=report, options=publishing.CardOptions(**kwargs))
+        publishing.prepare_folder(self, report=report, options=publishing.CardOptions(*args, **kwargs))
 
     def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
         """As in Trainer; with a forget set pushes what [`create_model_card`] writes, given its arguments, and waits."""

@@ -3,11 +3,16 @@
 import json
 import logging
 import re
+import resource
+import subprocess
+import sys
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hub_server import Fault, Repository
 from huggingface_hub import ModelCard
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -19,7 +24,7 @@ from transformers import (
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
 from hf_orthograd.evaluation import UnlearningReport, evaluate_unlearning
-from hf_orthograd.publishing import load_records, publish, read_salt, retract, verify
+from hf_orthograd.publishing import CardOptions, load_records, publish, read_salt, retract, verify, write_card
 from hf_orthograd.publishing.commands import run
 
 
@@ -150,7 +155,7 @@ def test_sharded_adapter_is_not_published(unlearned):
 def test_card_says_what_was_measured(hub, unlearned):
     trainer = unlearned()
     report = report_of(trainer)
-    trainer.push_to_hub(report=report, license="mit", language="en", datasets="owner/pictures", request_id="r-1")
+    trainer.push_to_hub(report=report, license="mit", language="en", dataset_tags="owner/pictures", request_id="r-1")
     card = ModelCard.load(REPO)
     card.validate()
     assert card.data.license == "mit" and card.data.pipeline_tag == "image-classification"
@@ -160,6 +165,7 @@ def test_card_says_what_was_measured(hub, unlearned):
     assert found == {(name, "accuracy"): quality.value for name, quality in measured.items()} | {
         (name, "loss"): quality.loss for name, quality in measured.items()
     }
+    assert card.data.datasets == "owner/pictures" or card.data.datasets == ["owner/pictures"]
     assert "no certificate of erasure" in card.text and "r-1" in card.text
     assert "**not** run: rounding the weights to 8 bits" in card.text
     assert f'pipeline("image-classification", model="{REPO}")' in card.text
@@ -276,8 +282,6 @@ PASSING = {
 
 @pytest.mark.parametrize("name", PASSING)
 def test_fault_that_passes_is_waited_out(hub, folder, name):
-    from hub_server import Fault
-
     hub.faults.append(Fault(*PASSING[name]))
     publish(folder, REPO)
     assert hub.faults[0].times == 0
@@ -294,8 +298,6 @@ STAYING = {
 
 @pytest.mark.parametrize("name", STAYING)
 def test_fault_that_stays_is_said_and_a_second_push_finishes(hub, folder, name, caplog):
-    from hub_server import Fault
-
     method, path, status, message = STAYING[name]
     hub.faults.append(Fault(method, path, status, times=100))
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -308,27 +310,32 @@ def test_fault_that_stays_is_said_and_a_second_push_finishes(hub, folder, name, 
     assert verify(REPO) == []
 
 
-def test_card_is_whole_or_the_old_one_when_the_disk_is_full(folder, monkeypatch):
-    from hf_orthograd.publishing import CardOptions, write_card
-
+def test_card_is_whole_or_the_old_one_when_the_disk_is_full(folder):
     before = (folder / "README.md").read_text()
-
-    def full(self, path):
-        path.write_text("---\n")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(ModelCard, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_card(folder, CardOptions(model_name="other"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_card(folder, CardOptions(model_name="other"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (folder / "README.md").read_text() == before and not list(folder.glob("*.partial"))
+
+
+def test_timeout_is_waited_out(hub, folder, monkeypatch):
+    """The first answer comes later than the client waits."""
+    waits = {"timeout": 1.0}
+    client = huggingface_hub.utils.get_session()
+    monkeypatch.setattr(client, "timeout", waits["timeout"])
+    hub.faults.append(Fault("POST", "/commit/", "slow", times=1))
+    publish(folder, REPO)
+    assert hub.faults[0].times == 0 and verify(REPO) == []
 
 
 # ---- History ----
 
 
 def old_repository(hub, name=REPO, tag=False, pull_request=False):
-    from hub_server import Repository
-
     hub.repositories[name] = repository = Repository(private=False)
     first = repository.add("main", "trained", {"model.safetensors": b"remembers"}, None)
     if tag:
@@ -370,8 +377,6 @@ def test_retract(hub, folder):
 
 
 def test_adapter_of_an_earlier_push_is_named(hub, folder):
-    from hub_server import Repository
-
     hub.repositories[REPO] = repository = Repository(private=False)
     repository.add("main", "adapter", {"adapter_model.safetensors": b"difference"}, None)
     with pytest.raises(ValueError, match="Merged weights minus a public adapter give the original back"):
@@ -471,3 +476,35 @@ def test_commands_say_what_they_did(hub, folder, capsys, make_samples, tmp_path)
     with pytest.raises(SystemExit) as ended:
         run(["publish"])
     assert ended.value.code == 2
+
+
+# ---- Signing, as the guide shows it ----
+
+
+def test_signed_folder_is_published_with_its_signature(hub, folder, tmp_path):
+    pytest.importorskip("model_signing", reason="signing is an extra")
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    public = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+    (tmp_path / "key.pem").write_bytes(private)
+    (tmp_path / "key.pub").write_bytes(public)
+
+    def model_signing(*arguments):
+        command = [sys.executable, "-m", "model_signing", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True).returncode
+
+    signature = folder / "model.sig"
+    assert model_signing("sign", "key", folder, "--private_key", tmp_path / "key.pem", "--signature", signature) == 0
+    publish(folder, REPO)
+    local = tmp_path / "downloaded"
+    huggingface_hub.snapshot_download(REPO, local_dir=local)
+    check = ("verify", "key", local, "--signature", local / "model.sig", "--public_key", tmp_path / "key.pub")
+    check += ("--ignore-paths", local / ".cache")
+    assert model_signing(*check) == 0
+    with open(local / "model.safetensors", "ab") as file:
+        file.write(b"x")
+    assert model_signing(*check) != 0

@@ -48,22 +48,28 @@ _ATTACKS = (
 
 @dataclass
 class CardOptions:
-    """What a card says beside what was recorded and measured.
+    """What a card says beside what was recorded and measured; the first nine are those of Trainer's `create_model_card`.
 
     Args:
-        model_name (`str`, *optional*): The card's title.
-        repo_id (`str`, *optional*): Where the model will be, for the snippet that loads it.
-        license, language, datasets, tags: As in [`~huggingface_hub.ModelCardData`]. `datasets` are those of the Hub only.
+        language, license, tags: As in [`~huggingface_hub.ModelCardData`].
+        model_name (`str`, *optional*): The card's title; the repository's name by default.
         finetuned_from (`str`, *optional*): The base model on the Hub; by default that of the record.
+        tasks (`str` or `list[str]`, *optional*): The Hub's name of the task; found from the model's class by default.
+        dataset_tags (`str` or `list[str]`, *optional*): Public data sets on the Hub, by their ids.
+        dataset, dataset_args (`str` or `list[str]`, *optional*): Their names in the text.
+        repo_id (`str`, *optional*): Where the model will be, for the snippet that loads it.
     """
 
-    model_name: str | None = None
-    repo_id: str | None = None
-    license: str | None = None
     language: str | list[str] | None = None
-    datasets: str | list[str] | None = None
+    license: str | None = None
     tags: str | list[str] | None = None
+    model_name: str | None = None
     finetuned_from: str | None = None
+    tasks: str | list[str] | None = None
+    dataset_tags: str | list[str] | None = None
+    dataset: str | list[str] | None = None
+    dataset_args: str | list[str] | None = None
+    repo_id: str | None = None
 
 
 def find_task(architectures: Sequence[str] | None) -> str | None:
@@ -99,7 +105,7 @@ def make_card(
         raise ValueError("There is no record of a request, which the card is made of.")
     if report is not None and report.audience != "everyone":
         raise ValueError("The report is the owner's, with names and per-sample losses: pass `report.public()`.")
-    record, task = records[-1], find_task(architectures)
+    record, task = records[-1], next(iter(_listed(options.tasks)), None) or find_task(architectures)
     base = options.finetuned_from or record.base_model
     name = options.model_name or (options.repo_id or "unlearned model").split("/")[-1]
     data = ModelCardData(
@@ -108,7 +114,7 @@ def make_card(
         library_name="peft" if is_adapter else "transformers",
         license=options.license,
         language=options.language,
-        datasets=options.datasets,
+        datasets=options.dataset_tags,
         pipeline_tag=task,
         tags=list(dict.fromkeys(["machine-unlearning", "hf-orthograd", *_listed(options.tags)])),
         metrics=None if report is None or report.metric is None else [report.metric],
@@ -132,6 +138,7 @@ def make_card(
         costs=[] if report is None else [(w, n, show(v)) for w, own in report.cost.items() for n, v in own.items()],
         attacks_run=[what for what, was_run in tried if was_run],
         attacks_not_run=[what for what, was_run in tried if not was_run],
+        data_sets=[*_listed(options.dataset), *_listed(options.dataset_args)],
         is_adapter=is_adapter,
         figures=list(figures),
         not_measured=NOT_MEASURED,

@@ -78,15 +78,7 @@ def _retract(parsed: argparse.Namespace) -> int:
 
 
 def _card(parsed: argparse.Namespace) -> int:
-    options = CardOptions(
-        parsed.model_name,
-        parsed.repo_id,
-        parsed.license,
-        parsed.language,
-        parsed.datasets,
-        parsed.tags,
-        parsed.base_model,
-    )
+    options = CardOptions(**{name: getattr(parsed, name) for name in _CARD_OPTIONS})
     print(f"Written: {write_card(parsed.folder, options)}")
     return 0
 
@@ -130,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     own = _command(commands, "card", _card, "write the card of a folder anew", _CARD)
     own.add_argument("folder", help="<output_dir>/public of a run, or a clone of a published model")
     for name, text in _CARD_OPTIONS.items():
-        own.add_argument(f"--{name}", help=text, nargs="+" if name in ("language", "datasets", "tags") else None)
+        own.add_argument(f"--{name}", help=text, nargs="+" if name in ("language", "dataset_tags", "tags") else None)
     return parser
 
 
@@ -155,7 +147,7 @@ _CARD_OPTIONS = {
     "repo_id": "where the model will be",
     "license": "of the base model, as apache-2.0",
     "language": "as en",
-    "datasets": "public data sets on the Hub",
+    "dataset_tags": "public data sets on the Hub, as mozilla-foundation/common_voice_17_0",
     "tags": "further tags",
-    "base_model": "on the Hub; that of the record by default",
+    "finetuned_from": "base model on the Hub; that of the record by default",
 }
