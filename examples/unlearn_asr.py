@@ -285,7 +285,9 @@ def report(rows: dict[str, dict], arguments: ScriptArguments, args: OrthoGradCon
     histories = {method: row["history"] for method, row in rows.items() if "history" in row}
     qualities = {method: {SETS[name]: row[name]["wer"] for name in SETS} for method, row in rows.items()}
     plot_unlearning(histories, qualities, "word error rate (%)", output / "curves.png")
-    print(f"\n{table}\n\nresults.json, curves.png, unlearning_report.md and the model are in {output}.")
+    print(
+        f"\n{table}\n\nresults.json, curves.png, unlearning_report.md and the model are in {output}; what may be published, in {output}/public."
+    )
 
 
 def main() -> None:
@@ -327,8 +329,8 @@ def main() -> None:
         examined.save(args.output_dir)
         report(rows, arguments, args)
     trainer.save_model()
-    if args.push_to_hub:
-        trainer.push_to_hub(report=examined)
+    publish = trainer.push_to_hub if args.push_to_hub else trainer.create_model_card
+    publish(report=examined)
     trainer.accelerator.end_training()
 
 

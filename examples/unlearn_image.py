@@ -277,8 +277,8 @@ def main() -> None:
         report.save(args.output_dir)
         print(f"{report.to_markdown()}\n\nThe report, its figures and the model are in {args.output_dir}.")
     trainer.save_model()
-    if args.push_to_hub:
-        trainer.push_to_hub(report=report)
+    publish = trainer.push_to_hub if args.push_to_hub else trainer.create_model_card
+    publish(report=report)
     trainer.accelerator.end_training()
 
 

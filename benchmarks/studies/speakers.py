@@ -3,7 +3,7 @@
     python benchmarks/studies/speakers.py --model_folder <whisper-tiny.en> --data_folder <LibriSpeech as parquet>
 
 One model is fine-tuned on utterances of at most 13 s of 28 speakers; each of seven seeds forgets four others of them. A run ends when
-90 % of the words of 32 forgotten utterances are wrong. The same learning rate for all. Variants, and shares of retain data, are compared by
+90 % of the words of 12 forgotten utterances are wrong. The same learning rate for all. Variants, and shares of retain data, are compared by
 pairs, at that point and where the forgotten utterances' loss has reached a level. Several processes may work on the same results.
 """
 
@@ -26,7 +26,7 @@ from hf_orthograd.evaluation import evaluate_unlearning
 
 SECONDS = 13
 LEVEL = 4.0  # nats per token: about where nine words of ten are wrong
-WATCHED = 32  # utterances of each set that are evaluated while unlearning
+WATCHED = 12  # utterances of each set that are evaluated while unlearning
 KL = {"retain_loss": "kl"}
 WIDE = {"per_device_train_batch_size": 32}
 
