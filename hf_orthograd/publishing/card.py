@@ -133,6 +133,7 @@ def make_card(
         earlier=records[:-1],
         report=report,
         checks=[] if report is None else [_check_row(check) for check in report.checks],
+        **{name: _named(report, holds) for name, holds in (("holding", True), ("failing", False), ("unknown", None))},
         qualities=[] if report is None else _quality_rows(report),
         set_names=[] if report is None else [_SETS.get(n, n) for n in report.models["unlearned"]],
         costs=[] if report is None else [(w, n, show(v)) for w, own in report.cost.items() for n, v in own.items()],
@@ -206,6 +207,11 @@ def _results(report: UnlearningReport | None, task: str | None) -> list[EvalResu
             found.append(EvalResult(metric_type=report.metric, metric_value=quality.value, **place))
         found.append(EvalResult(metric_type="loss", metric_value=quality.loss, **place))
     return found
+
+
+def _named(report: UnlearningReport | None, holds: bool | None) -> list[str]:
+    """The checks that turned out so, by name."""
+    return [] if report is None else [check.name for check in report.checks if check.holds is holds]
 
 
 def _check_row(check) -> tuple[str, ...]:
