@@ -20,6 +20,7 @@ from hf_orthograd.gradients import (
 from hf_orthograd.objectives import PerSampleLoss
 from hf_orthograd.parallel import Parameters
 from hf_orthograd.projection import solve_projection, solve_projections, update_weights
+from hf_orthograd.starting_model import KeepPredictions, StartingModel
 
 
 ALPHA = 0.5
@@ -135,7 +136,9 @@ def make_setup(name: str, lora: bool, samples: int, device: str) -> Setup:
     return Setup(model, Parameters(trained, {}), PerSampleLoss(base), *batches)
 
 
-def _engine_step(engine_class, parts: int | None = None) -> Callable[[Setup], Callable[[], None]]:
+def _engine_step(
+    engine_class, parts: int | None = None, keeps_predictions: bool = False
+) -> Callable[[Setup], Callable[[], None]]:
     def prepare(setup: Setup) -> Callable[[], None]:
         engine, size = engine_class(setup.parameters, setup.losses), len(setup.retain["labels"])
         forget, device = setup.forget, setup.parameters.device
@@ -143,13 +146,16 @@ def _engine_step(engine_class, parts: int | None = None) -> Callable[[Setup], Ca
             engine.chunk_size = max(1, size // parts)
             forget = {name: tensor[: engine.chunk_size] for name, tensor in forget.items()}
 
+        term = KeepPredictions(StartingModel(setup.model), setup.losses) if keeps_predictions else None
+
         def step() -> None:
             batches = [ForgetBatch(forget, len(forget["labels"]))], [Batch(setup.retain, size)]
-            gradients = engine.measure(setup.model, *batches)
+            gradients = engine.measure(setup.model, *batches, retain_term=term)
             grams = summarize_step(gradients).grams
             projection = solve_projections(grams) if grams else None
             names = gradients.parameters.projected
-            gradients.combine(update_weights(ALPHA, projection, names, device=device)).backward()
+            weights = update_weights(ALPHA, projection, names, device=device, has_term=term is not None)
+            gradients.combine(weights).backward()
 
         return step
 
@@ -219,6 +225,7 @@ METHODS: dict[str, Callable[[Setup], Callable[[], None]]] = {
     "graddiff": _engine_step(PlainEngine),
     "two_pass": _two_pass_step,
     "gram": _engine_step(GramEngine),
+    "gram_kl": _engine_step(GramEngine, keeps_predictions=True),
     "gram_chunks": _engine_step(GramEngine, parts=8),
     "func": _engine_step(FunctionalEngine),
     "loop": _engine_step(LoopEngine),

@@ -96,7 +96,7 @@ def time_methods(name: str, lora: bool, samples: int, methods: list[str], argume
     steps, times, failures = {}, {method: [] for method in methods}, {}
     for round_number in range(arguments.repeats):
         for method in methods:
-            ours = method in (_BASELINE, "gram")
+            ours = method in (_BASELINE, "gram", "gram_kl")
             if method in failures or (round_number and not ours):
                 continue
             try:
@@ -297,6 +297,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="counted rounds; other methods take part in one")
     parser.add_argument("--errors", action="store_true", help="Gram matrices of four samples against float64")
     parser.add_argument("--estimates", action="store_true", help="beside each, what `estimate()` says beforehand")
+    parser.add_argument("--results", default="step_cost", help="name of the files with the results")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--task", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -313,7 +314,7 @@ def main() -> None:
         print(json.dumps(result))
         return
     RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / f"step_cost_{arguments.device}"
+    stem = RESULTS / f"{arguments.results}_{arguments.device}"
     if not arguments.report:
         measure(arguments, stem.with_suffix(".jsonl"))
     entries = read(stem.with_suffix(".jsonl"))

@@ -55,13 +55,13 @@ def mean_loss_of(start, sets, model):
 
 def test_retain_samples_are_varied_anew_and_alike(tmp_path):
     """Each time a row is read it is another; within a step the model and its start read the same."""
-    (code,) = [block for block in blocks("how_it_works.md") if "def vary" in block]
+    (code,) = [block for block in blocks("how_it_works.md") if "VaryImages" in block]
     examples = samples("vit", 8, seed=1).examples
     columns = {name: [example[name].tolist() for example in examples] for name in examples[0]}
-    names = {"torch": torch, "retain": Dataset.from_dict(columns)}
+    names = {"retain": Dataset.from_dict(columns)}
     exec(code, names)
     varied = names["retain"]
-    assert len({float(varied[0]["pixel_values"].flatten()[0]) for _ in range(20)}) == 2
+    assert len({float(varied[0]["pixel_values"].flatten()[0]) for _ in range(20)}) > 2
     args = OrthoGradConfig(
         str(tmp_path), max_steps=1, retain_loss="kl", per_device_train_batch_size=8, report_to="none", logging_steps=1,
         save_strategy="no", disable_tqdm=True, use_cpu=True,
