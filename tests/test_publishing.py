@@ -171,6 +171,22 @@ def test_card_says_what_was_measured(hub, unlearned):
     assert f'pipeline("image-classification", model="{REPO}")' in card.text
 
 
+def test_arguments_of_trainer_are_taken(hub, unlearned, tmp_path):
+    """Those that the example scripts of transformers pass, and by position."""
+    trainer = unlearned(hub_private_repo=True)
+    trainer.push_to_hub(
+        finetuned_from="owner/base", tasks="image-classification", dataset_tags="owner/pictures", dataset="Pictures",
+        dataset_args="small", language="en", model_name="named",
+    )  # fmt: skip
+    card = ModelCard.load(REPO)
+    assert card.data.base_model == "owner/base" and card.data.base_model_relation == "finetune"
+    assert "# named" in card.text and "Public training data: Pictures; small." in card.text
+    assert hub.repositories[REPO].private
+    trainer.create_model_card("de", "mit")
+    data = ModelCard.load(tmp_path / "out" / "public" / "README.md").data
+    assert (data.language, data.license) == ("de", "mit")
+
+
 def test_card_without_a_report_claims_nothing(hub, unlearned, tmp_path):
     unlearned().create_model_card()
     card = ModelCard.load(tmp_path / "out" / "public" / "README.md")
