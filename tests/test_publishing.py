@@ -219,8 +219,8 @@ def test_nothing_that_identifies_the_forgotten_arrives(hub, make_model, make_sam
         "retain": rows(make_samples("vit", 4, seed=2), speaker=[f"kept-{name}" for name in names], text=names),
     }
     trainer = OrthoGradTrainer(
-        model, args, train_dataset=sets["retain"], forget_dataset=sets["forget"], eval_dataset=sets,
-        processing_class=processor,
+        model, args, train_dataset=sets["retain"], forget_dataset=sets["forget"],
+        eval_dataset=sets | {secret: sets["retain"]}, processing_class=processor,
     )  # fmt: skip
     trainer.train()
     assert (output / "checkpoint-1").is_dir() and not any("upload" in one or "commit" in one for one in hub.requests)

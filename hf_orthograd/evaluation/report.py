@@ -96,10 +96,24 @@ class UnlearningReport:
     audience: str = "owner"
 
     def public(self) -> "UnlearningReport":
-        """The edition for others: without per-sample losses, names of groups and the trainer's log."""
-        models = _nested(self.models, lambda quality: replace(quality, groups=None, worst_group=None))
-        hit = {name: replace(one, group="(not named)") for name, one in self.hardest_hit.items()}
-        return replace(self, models=models, hardest_hit=hit, history=[], losses={}, audience="everyone")
+        """The edition for others: without per-sample losses, the trainer's log, and names of groups or of sets of one's own."""
+        own = {name: None for sets in self.models.values() for name in sets if name not in PUBLIC_SETS}
+        shown = {name: f"set {number}" for number, name in enumerate(own, start=1)}
+
+        def renamed(sets: dict) -> dict:
+            return {shown.get(name, name): value for name, value in sets.items()}
+
+        nameless = _nested(self.models, lambda quality: replace(quality, groups=None, worst_group=None))
+        return replace(
+            self,
+            models={model: renamed(sets) for model, sets in nameless.items()},
+            hardest_hit={name: replace(one, group="(not named)") for name, one in self.hardest_hit.items()},
+            membership={model: renamed(sets) for model, sets in self.membership.items()},
+            distances={model: renamed(sets) for model, sets in self.distances.items()},
+            history=[],
+            losses={},
+            audience="everyone",
+        )
 
     def to_json(self) -> str:
         return json.dumps({"audience": self.audience, "note": AUDIENCES[self.audience], **asdict(self)}, indent=1)
@@ -216,6 +230,9 @@ class UnlearningReport:
             rows += [(f"{what}, {name}", show(value)) for name, value in cost.items()]
         return _table(("quantity", "value"), rows)
 
+
+# what a set may be called before everyone; other names are the owner's
+PUBLIC_SETS = ("forget", "forget_unseen", "retain", "test", "validation", "reference")
 
 AUDIENCES = {
     "owner": "For the owner alone: it names groups and holds per-sample losses. `public()` is the edition for others.",
