@@ -151,7 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(fault.what, {"error": f"fault {fault.what}"})
         with self.server.lock:
             for pattern, call in _ROUTES:
-                if (match := re.fullmatch(f"{method} {pattern}", f"{method} {path}")) is not None:
+                asked = f"{method} {path}" if " " in pattern else path
+                if (match := re.fullmatch(pattern, asked)) is not None:
                     return call(self, *match.groups(), query=query, body=body)
         return self._answer(404, {"error": "Not Found"})
 
@@ -352,6 +353,14 @@ class _Handler(BaseHTTPRequestHandler):
         repository.add(branch, json.loads(body)["message"], files, None)
         return self._answer(200, {})
 
+    def branch(self, name, branch, *, query, body):
+        if (repository := self._repository(name)) is None or not self._may_write():
+            return None
+        if branch in repository.branches:
+            return self._answer(409, {"error": "Reference already exists"})
+        repository.branches[branch] = repository.branches["main"]
+        return self._answer(200, {})
+
     def delete_tag(self, name, tag, *, query, body):
         return self._delete(name, "tags", tag)
 
@@ -392,9 +401,10 @@ _ROUTES: list[tuple[str, Callable]] = [
     (f"{_MODEL}/refs", _Handler.refs),
     (f"/(?:api/resolve-cache/models/)?{_NAME}/resolve/(refs/[^/]+/[^/]+|[^/]+)/(.+)", _Handler.resolve),
     (f"{_MODEL}/super-squash/(.+)", _Handler.squash),
+    (f"POST {_MODEL}/branch/(.+)", _Handler.branch),
+    (f"DELETE {_MODEL}/branch/(.+)", _Handler.delete_branch),
+    (f"DELETE {_MODEL}/tag/(.+)", _Handler.delete_tag),
 ]
-_DELETIONS = [(f"{_MODEL}/tag/(.+)", _Handler.delete_tag), (f"{_MODEL}/branch/(.+)", _Handler.delete_branch)]
-_ROUTES += _DELETIONS
 
 # the client reads these when it is imported; only tests with the fixture `hub` start the server and go online
 HUB = Hub()

@@ -274,6 +274,19 @@ def test_offline_is_said_before_training(unlearned):
         unlearned()
 
 
+def test_name_without_an_owner_and_a_branch_of_its_own(hub, unlearned):
+    trainer = unlearned(hub_model_id="short", hub_revision="unlearned")
+    trainer.push_to_hub()
+    repository = hub.repositories["owner/short"]
+    assert "model.safetensors" in repository.commits[repository.branches["unlearned"]].files
+    assert "model.safetensors" not in repository.commits[repository.branches["main"]].files
+    assert (
+        'model="owner/short"'
+        in ModelCard(repository.commits[repository.branches["unlearned"]].files["README.md"].decode()).text
+    )
+    assert verify("owner/short", revision="unlearned") == []
+
+
 # ---- Faults ----
 
 

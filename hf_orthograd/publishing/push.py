@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from peft import PeftModel
 from transformers import Seq2SeqTrainingArguments
@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..config import OrthoGradConfig
 from ..evaluation import UnlearningReport
 from ..validation import read_columns, row_digests
-from .access import refuse_old_weights
+from .access import check_login, refuse_old_weights
 from .card import CardOptions, write_card
 from .files import (
     ADAPTER_WEIGHTS,
@@ -81,7 +81,9 @@ def publish_trainer(
     """
     args = trainer.args
     trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
-    repo_id = args.hub_model_id or Path(args.output_dir).absolute().name
+    repo_id = trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name
+    if "/" not in repo_id and trainer.is_world_process_zero():
+        repo_id = f"{check_login(HfApi(), token or args.hub_token or get_token())}/{repo_id}"
     options = CardOptions(**{"repo_id": repo_id, **card})
     folder = prepare_folder(trainer, report=report, request_id=request_id, options=options)
     if not trainer.is_world_process_zero():
@@ -225,6 +227,8 @@ def publish(
     api, branch = HfApi(), revision or "main"
     try:
         repo_id = _patiently(lambda: api.create_repo(repo_id, token=token, private=private, exist_ok=True)).repo_id
+        if branch != "main":
+            _patiently(lambda: api.create_branch(repo_id, branch=branch, token=token, exist_ok=True))
         if not squash_history:
             refuse_old_weights(repo_id, _patiently(lambda: find_weights(repo_id, own, token=token)))
         commit = _patiently(
