@@ -184,23 +184,22 @@ def estimate_step(
         num_forget, num_retain (`int`): Samples in a step, m and k.
         chunk_size (`int`, *optional*): Retain samples that memory holds at once.
         optimizer_bytes (`int`): State of the optimizer for each trained number.
-        keeps_predictions (`bool`): Whether retain samples are held by the starting model's predictions: a copy of what is
-            trained, its forward pass, and with a projection a backward pass of the divergence.
+        keeps_predictions (`bool`): Whether retain samples are held by the starting model's predictions.
     """
     on_forget = _sample(model, per_sample_losses, parameters, forget)
     on_retain = _sample(model, per_sample_losses, parameters, retain) if num_retain else on_forget
     trained = sum(parameter.numel() for parameter in parameters.trainable.values())
-    total = sum(parameter.numel() for parameter in model.parameters())
-    model_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    resident = model_bytes + optimizer_bytes * trained
-    gradients = sum(parameter.nbytes for parameter in parameters.trainable.values())
-    samples = max(num_forget, num_retain)
-    plain_work = num_forget * on_forget.plain.multiplications + num_retain * on_retain.plain.multiplications
-    plain_graph = num_forget * on_forget.plain.activation_bytes + num_retain * on_retain.plain.activation_bytes
+    gradients, model_bytes = (
+        sum(p.nbytes for p in own) for own in (parameters.trainable.values(), model.parameters())
+    )
+    resident, samples = model_bytes + optimizer_bytes * trained, max(num_forget, num_retain)
+    both = ((num_forget, on_forget), (num_retain, on_retain))
+    plain_work = sum(number * sampled.plain.multiplications for number, sampled in both)
+    plain_graph = sum(number * sampled.plain.activation_bytes for number, sampled in both)
     # the graph is given free as the gradients come
     plain = resident + max(gradients, plain_graph) + 2 * samples * on_retain.plain.largest_bytes
     forget_graph = num_forget * on_forget.needed.activation_bytes
-    needed_work = num_forget * on_forget.needed.multiplications + num_retain * on_retain.needed.multiplications
+    needed_work = sum(number * sampled.needed.multiplications for number, sampled in both)
     working = 2 * samples * on_retain.needed.largest_bytes
     costs = {}
     if engine == "none":
@@ -212,15 +211,12 @@ def estimate_step(
     else:
         graph, rows, extra = _count_rows(engine, on_retain.needed, forget_graph, num_retain, trained)
         memory, work = resident + (2 + rows) * gradients + graph + working, needed_work + extra
-    if keeps_predictions:
+    if keeps_predictions:  # a copy of what is trained, its forward pass, and with a projection a backward pass
         memory += gradients
-        of_retain = num_retain * on_retain.needed.multiplications
-        work += of_retain / 3 if engine == "none" else of_retain
+        work += num_retain * on_retain.needed.multiplications / (3 if engine == "none" else 1)
     return Estimate(
         engine=engine,
-        projected=sum(parameter.numel() for parameter in parameters.projected.values()),
-        unprojected=sum(parameter.numel() for parameter in parameters.others.values()),
-        frozen=total - trained,
+        **_count_numbers(model, parameters),
         forget_samples=num_forget,
         retain_samples=num_retain,
         rules=_count_rules(parameters, on_retain, costs),
@@ -228,6 +224,13 @@ def estimate_step(
         memory=round(memory),
         relative_time=work / plain_work,
     )
+
+
+def _count_numbers(model: nn.Module, parameters: Parameters) -> dict[str, int]:
+    sets = {"projected": parameters.projected, "unprojected": parameters.others}
+    counts = {name: sum(parameter.numel() for parameter in own.values()) for name, own in sets.items()}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return counts | {"frozen": total - sum(counts.values())}
 
 
 def _costs(parameters: Parameters, sampled: "_Sampled", num_retain: int) -> dict[str, Cost]:

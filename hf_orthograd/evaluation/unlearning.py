@@ -68,9 +68,6 @@ def evaluate_unlearning(
             `{"unlearning": {"peak_memory_gib": 2.0}}`, which is added to what the trainer's log says.
         seed (`int`): Of the bootstrap.
 
-    Returns:
-        [`UnlearningReport`].
-
     Raises:
         ValueError: No set "forget", an empty set, an unknown goal, two attacks or two metrics of one name, or a loss that is not known
             per sample.

@@ -108,22 +108,9 @@ def make_card(
     record, task = records[-1], next(iter(_listed(options.tasks)), None) or find_task(architectures)
     base = options.finetuned_from or record.base_model
     name = options.model_name or (options.repo_id or "unlearned model").split("/")[-1]
-    data = ModelCardData(
-        base_model=base,
-        base_model_relation=None if base is None else "adapter" if is_adapter else "finetune",
-        library_name="peft" if is_adapter else "transformers",
-        license=options.license,
-        language=options.language,
-        datasets=options.dataset_tags,
-        pipeline_tag=task,
-        tags=list(dict.fromkeys(["machine-unlearning", "hf-orthograd", *_listed(options.tags)])),
-        metrics=None if report is None or report.metric is None else [report.metric],
-        model_name=name,
-        eval_results=_results(report, task),
-    )
     tried = [(what, report is not None and was_run(report)) for what, was_run in _ATTACKS]
     return ModelCard.from_template(
-        data,
+        _metadata(options, report, name=name, base=base, task=task, is_adapter=is_adapter),
         template_path=str(TEMPLATE),
         name=name,
         repo_id=options.repo_id or "<this repository>",
@@ -143,6 +130,30 @@ def make_card(
         is_adapter=is_adapter,
         figures=list(figures),
         not_measured=NOT_MEASURED,
+    )
+
+
+def _metadata(
+    options: CardOptions,
+    report: UnlearningReport | None,
+    *,
+    name: str,
+    base: str | None,
+    task: str | None,
+    is_adapter: bool,
+) -> ModelCardData:
+    return ModelCardData(
+        base_model=base,
+        base_model_relation=None if base is None else "adapter" if is_adapter else "finetune",
+        library_name="peft" if is_adapter else "transformers",
+        license=options.license,
+        language=options.language,
+        datasets=options.dataset_tags,
+        pipeline_tag=task,
+        tags=list(dict.fromkeys(["machine-unlearning", "hf-orthograd", *_listed(options.tags)])),
+        metrics=None if report is None or report.metric is None else [report.metric],
+        model_name=name,
+        eval_results=_results(report, task),
     )
 
 
