@@ -189,26 +189,22 @@ def estimate_step(
     on_forget = _sample(model, per_sample_losses, parameters, forget)
     on_retain = _sample(model, per_sample_losses, parameters, retain) if num_retain else on_forget
     trained = sum(parameter.numel() for parameter in parameters.trainable.values())
-    gradients, model_bytes = (
-        sum(p.nbytes for p in own) for own in (parameters.trainable.values(), model.parameters())
-    )
+    gradients = sum(parameter.nbytes for parameter in parameters.trainable.values())
+    model_bytes = sum(parameter.nbytes for parameter in model.parameters())
     resident, samples = model_bytes + optimizer_bytes * trained, max(num_forget, num_retain)
     both = ((num_forget, on_forget), (num_retain, on_retain))
-    plain_work = sum(number * sampled.plain.multiplications for number, sampled in both)
-    plain_graph = sum(number * sampled.plain.activation_bytes for number, sampled in both)
+    plain_work, plain_graph = _count_plain(both)
     # the graph is given free as the gradients come
     plain = resident + max(gradients, plain_graph) + 2 * samples * on_retain.plain.largest_bytes
     forget_graph = num_forget * on_forget.needed.activation_bytes
     needed_work = sum(number * sampled.needed.multiplications for number, sampled in both)
     working = 2 * samples * on_retain.needed.largest_bytes
-    costs = {}
-    if engine == "none":
-        memory, work = plain, plain_work
-    elif engine == "gram":
+    memory, work, costs = plain, plain_work, {}
+    if engine == "gram":
         costs = _costs(parameters, on_retain, num_retain)
         graph, extra = _count_gram(costs, on_retain.needed, forget_graph, num_retain, chunk_size, model_bytes)
         memory, work = resident + gradients + graph + working, needed_work + extra
-    else:
+    elif engine != "none":
         graph, rows, extra = _count_rows(engine, on_retain.needed, forget_graph, num_retain, trained)
         memory, work = resident + (2 + rows) * gradients + graph + working, needed_work + extra
     if keeps_predictions:  # a copy of what is trained, its forward pass, and with a projection a backward pass
@@ -224,6 +220,12 @@ def estimate_step(
         memory=round(memory),
         relative_time=work / plain_work,
     )
+
+
+def _count_plain(both: tuple[tuple[int, "_Sampled"], ...]) -> tuple[int, int]:
+    """Multiplications and the bytes of the graph of GradDiff, from the samples of both batches."""
+    work = sum(number * sampled.plain.multiplications for number, sampled in both)
+    return work, sum(number * sampled.plain.activation_bytes for number, sampled in both)
 
 
 def _count_numbers(model: nn.Module, parameters: Parameters) -> dict[str, int]:
