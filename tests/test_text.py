@@ -1,0 +1,121 @@
+"""Text, questions and chats become inputs and labels: what is learned, what is not, and what is refused."""
+
+import pytest
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import DataCollatorForSeq2Seq, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
+from hf_orthograd.data.text import prepare_text_dataset
+
+
+WORDS = "<pad> <unk> </s> <user> <bot> who was ann ? a painter bob drew".split()
+TEMPLATE = (
+    "{% for message in messages %}{{ '<user> ' if message.role == 'user' else '<bot> ' }}{{ message.content }} "
+    "{% if message.role == 'assistant' %}</s> {% endif %}{% endfor %}{% if add_generation_prompt %}<bot> {% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer():
+    base = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    base.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=base, pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
+
+
+def words(tokens):
+    return " ".join("-" if token == -100 else WORDS[token] for token in tokens)
+
+
+def test_plain_text_is_learned_whole(tokenizer):
+    rows = Dataset.from_dict({"text": ["ann drew", "bob drew </s>"], "author": ["a", "b"]})
+    first, second = prepare_text_dataset(rows, tokenizer, text_column="text")
+    assert words(first["labels"]) == words(first["input_ids"]) == "ann drew </s>"
+    assert words(second["labels"]) == "bob drew </s>" and second["author"] == "b"
+
+
+def test_of_a_question_the_answer_is_learned(tokenizer):
+    rows = Dataset.from_dict({"q": ["who was ann ?"], "a": ["a painter"]})
+    (row,) = prepare_text_dataset(rows, tokenizer, prompt_column="q", answer_column="a")
+    assert words(row["input_ids"]) == "who was ann ? a painter </s>"
+    assert words(row["labels"]) == "- - - - a painter </s>" and row["attention_mask"] == [1] * 7
+    (row,) = prepare_text_dataset(rows, tokenizer, prompt_column="q", answer_column="a", is_encoder_decoder=True)
+    assert words(row["input_ids"]) == "who was ann ?" and words(row["labels"]) == "a painter"
+    tokenizer.chat_template = TEMPLATE
+    (row,) = prepare_text_dataset(rows, tokenizer, prompt_column="q", answer_column="a")
+    assert words(row["input_ids"]) == "<user> who was ann ? <bot> a painter </s>"
+    assert words(row["labels"]) == "- - - - - - a painter </s>"
+
+
+def test_of_a_chat_the_last_answer_is_learned(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    chat = [
+        {"role": "user", "content": "who was bob ?"},
+        {"role": "assistant", "content": "a painter"},
+        {"role": "user", "content": "who was ann ?"},
+        {"role": "assistant", "content": "ann drew bob"},
+    ]
+    (row,) = prepare_text_dataset(Dataset.from_dict({"chat": [chat]}), tokenizer, messages_column="chat")
+    assert (
+        words(row["input_ids"])
+        == "<user> who was bob ? <bot> a painter </s> <user> who was ann ? <bot> ann drew bob </s>"
+    )
+    assert words(row["labels"]) == "- " * 15 + "ann drew bob </s>"
+
+
+BAD = {
+    "two forms": ({"text_column": "q", "messages_column": "q"}, "Rows are one of: `text_column`"),
+    "half a form": ({"prompt_column": "q"}, "`prompt_column` with `answer_column`"),
+    "no such column": ({"text_column": "body"}, "no column 'body', only q, a"),
+    "an empty answer": ({"prompt_column": "q", "answer_column": "a"}, "Row 1: there is no text, but ' '"),
+    "too long": (
+        {"text_column": "q", "max_length": 3},
+        "Row 0 has 5 tokens, more than `max_length`, 3: it would be cut",
+    ),
+    "no prompt to encode": ({"text_column": "q", "is_encoder_decoder": True}, "reads a prompt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_rows_are_named(tokenizer, name):
+    given, message = BAD[name]
+    rows = Dataset.from_dict({"q": ["who was ann ?", "who was bob ?"], "a": ["a painter", " "]})
+    with pytest.raises(ValueError, match=message):
+        prepare_text_dataset(rows, tokenizer, **given)
+
+
+def test_chat_without_an_answer_is_refused(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    rows = Dataset.from_dict({"chat": [[{"role": "user", "content": "who was bob ?"}]]})
+    with pytest.raises(ValueError, match="Row 0: the chat does not end with a message of the assistant"):
+        prepare_text_dataset(rows, tokenizer, messages_column="chat")
+
+
+def test_padding_of_questions_makes_no_difference(tokenizer, tmp_path):
+    """Questions of different lengths, by the collator that users know, padded on either side: the steps are the same."""
+    columns = {"prompt_column": "q", "answer_column": "a"}
+    forget = Dataset.from_dict({"q": ["who was ann ?", "ann drew who ?"], "a": ["a painter", "bob"]})
+    retain = Dataset.from_dict({"q": ["who was bob ?", "who drew ?"] * 4, "a": ["a painter", "bob drew"] * 4})
+    sets = {
+        "forget_dataset": prepare_text_dataset(forget, tokenizer, **columns),
+        "train_dataset": prepare_text_dataset(retain, tokenizer, **columns),
+    }
+    losses = []
+    for side in ("right", "left"):
+        tokenizer.padding_side = side
+        config = LlamaConfig(
+            vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        )
+        set_seed(0)
+        args = OrthoGradConfig(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=8, per_device_forget_batch_size=2, logging_steps=1,
+            report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", learning_rate=1e-2,
+        )  # fmt: skip
+        collator = DataCollatorForSeq2Seq(tokenizer)
+        trainer = OrthoGradTrainer(
+            LlamaForCausalLM(config), args, data_collator=collator, processing_class=tokenizer, **sets
+        )
+        trainer.train()
+        assert trainer.gradient_engine.name == "gram"
+        losses.append([entry["forget_loss"] for entry in trainer.state.log_history if "forget_loss" in entry])
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-4)
