@@ -98,8 +98,8 @@ def merges(model: nn.Module, args: OrthoGradConfig, *, sharded: bool) -> bool:
     if sharded:
         logger.warning(
             "A sharded LoRA model cannot be merged here: saving the adapter alone, without which the model remembers. "
-            "Before it is published, load it with `AutoPeftModel...from_pretrained` in one process, call "
-            "`merge_and_unload()` and save the result."
+            "Before it is used, load it with `AutoPeftModel...from_pretrained` in one process, call `merge_and_unload()` and "
+            "save the result."
         )
     return not sharded
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 from huggingface_hub import CommitInfo, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from peft import PeftModel
+from torch import nn
 from transformers import Seq2SeqTrainingArguments
 from transformers.utils import logging
 
@@ -81,7 +82,7 @@ def publish_trainer(
     """
     args = trainer.args
     trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
-    repo_id = trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name
+    repo_id = getattr(trainer, "hub_model_id", None) or args.hub_model_id or Path(args.output_dir).absolute().name
     if "/" not in repo_id and trainer.is_world_process_zero():
         repo_id = f"{check_login(HfApi(), token or args.hub_token or get_token())}/{repo_id}"
     options = CardOptions(**{"repo_id": repo_id, **card})
@@ -118,12 +119,13 @@ def prepare_folder(
     if isinstance(model, PeftModel) and args.merge_adapter and trainer.is_fsdp_enabled:
         raise ValueError(
             "A sharded LoRA model cannot be merged here, and an adapter alone is not published: deleting it brings back what "
-            "was forgotten. Save it by `save_model()`, load it with `AutoPeftModel...from_pretrained` in one process, call "
-            "`merge_and_unload()`, save the result and push that by `python -m hf_orthograd publish`."
+            "was forgotten. Save it by `save_model()`, load it in one process with `AutoPeftModel...from_pretrained`, give it to "
+            "an OrthoGradTrainer with the same arguments and sets, and call its `push_to_hub()` without training."
         )
     folder = Path(args.output_dir, PUBLIC_FOLDER)
     if trainer.is_world_process_zero():
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(folder)
         folder.mkdir(parents=True)
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
@@ -173,7 +175,7 @@ def make_record(trainer, model, request_id: str | None, earlier: list[Unlearning
             "retain_samples_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "processes": args.world_size,
-            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else str(model.dtype).removeprefix("torch."),
+            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else _dtype_of(model),
             "seed": args.seed,
         },
         sizes={"forget": len(forget), "retain": _length(trainer.train_dataset) if trainer.has_retain else 0},
@@ -184,6 +186,10 @@ def make_record(trainer, model, request_id: str | None, earlier: list[Unlearning
         committed_columns=None if columns is None else sorted(columns),
         commitments=commit_all(row_digests(forget, columns), owner_salt(args.output_dir)),
     )
+
+
+def _dtype_of(model: nn.Module) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def _length(dataset) -> int | None:
