@@ -221,8 +221,11 @@ def _results(report: UnlearningReport | None, task: str | None) -> list[EvalResu
 
 
 def _named(report: UnlearningReport | None, holds: bool | None) -> list[str]:
-    """The checks that turned out so, by name."""
-    return [] if report is None else [check.name for check in report.checks if check.holds is holds]
+    """The checks that turned out so, by name; those that were judged with the numbers that decided."""
+    found = [] if report is None else [check for check in report.checks if check.holds is holds]
+    if holds is None:
+        return [check.name for check in found]
+    return [f"{check.name} ({show(check.value)} against {show(check.compared_with)})" for check in found]
 
 
 def _check_row(check) -> tuple[str, ...]:
