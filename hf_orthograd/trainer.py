@@ -79,7 +79,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             args = with_unlearning(args)
             validation.check_arguments(args)
             validation.check_datasets(args, forget_dataset, train_dataset)
-            publishing.check_access(args)
+        publishing.check_access(args, unlearns)
         if isinstance(args, OrthoGradConfig):
             watching.check_stopping(args, forget_dataset, eval_dataset, compute_metrics)
             args = watching.keep_best_model(args)
@@ -328,11 +328,12 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             return super().create_model_card(*args, **kwargs)
         publishing.prepare_folder(self, report=report, options=publishing.CardOptions(*args, **kwargs))
 
-    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
+    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, *args, **kwargs):
         """As in Trainer; with a forget set pushes what [`create_model_card`] writes, given its arguments, and waits."""
         if self.forget_dataset is None:
-            return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
-        return publishing.publish_trainer(self, commit_message, token, revision, **kwargs)
+            publishing.refuse_owner_files(self.args.output_dir)
+            return super().push_to_hub(commit_message, blocking, token, revision, *args, **kwargs)
+        return publishing.publish_trainer(self, commit_message, token, revision, *args, **kwargs)
 
     def _issue_warnings_after_load(self, load_result) -> None:
         if not self._loading.is_in_part(load_result, self.model):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from conftest import MODELS, Samples, make_example
 from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
@@ -149,6 +150,16 @@ def examine(trainer: OrthoGradTrainer, kind: str) -> str:
     return report.to_json()
 
 
+def card_errors(trainer: OrthoGradTrainer) -> list[str | None]:
+    """What each process says where what may be published cannot be written."""
+    error = None
+    try:
+        trainer.create_model_card()
+    except (ValueError, RuntimeError) as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    return gather_object([error])
+
+
 def main() -> None:
     folder, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
     for name, kind, lora, settings in runs:
@@ -160,13 +171,16 @@ def main() -> None:
             continue
         trainer = train(folder, kind, lora, settings)
         trained = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        errors = None
         if trainer.args.fsdp:
             trained = {n: p.full_tensor() for n, p in trained.items()}
             trainer.save_model(folder / f"{name}-saved")
+            errors = card_errors(trainer)
         report = examine(trainer, kind) if "examined" in settings else None
         if trainer.is_world_process_zero():
             logs = [entry for entry in trainer.state.log_history if "kept_signal" in entry]
-            torch.save({"parameters": trained, "logs": logs, "report": report}, folder / f"{name}.pt")
+            saved = {"parameters": trained, "logs": logs, "report": report, "card_errors": errors}
+            torch.save(saved, folder / f"{name}.pt")
         else:
             torch.save(trained, folder / f"{name}-{trainer.accelerator.process_index}.pt")
     PartialState().wait_for_everyone()

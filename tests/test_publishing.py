@@ -4,14 +4,17 @@ import json
 import logging
 import re
 import resource
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
+import PIL.Image
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
 from hub_server import Fault, Repository
 from huggingface_hub import ModelCard
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
@@ -23,9 +26,11 @@ from transformers import (
 )
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
-from hf_orthograd.evaluation import UnlearningReport, evaluate_unlearning
+from hf_orthograd.evaluation import Quantization, Relearning, UnlearningReport, evaluate_unlearning
 from hf_orthograd.publishing import CardOptions, load_records, publish, read_salt, retract, verify, write_card
 from hf_orthograd.publishing.commands import run
+from hf_orthograd.publishing.record import hashes_of
+from hf_orthograd.validation import row_digest, row_digests, stored_row
 
 
 REPO = "owner/unlearned"
@@ -213,10 +218,12 @@ def test_nothing_that_identifies_the_forgotten_arrives(hub, make_model, make_sam
         push_to_hub=True, hub_strategy="end", hub_model_id=REPO, save_steps=1, logging_steps=1,
         run_name=secret, learning_rate=1e-2,
     )  # fmt: skip
-    names = [f"{secret}-{index}" for index in range(4)]
+    names, numbers = [f"{secret}-{index}" for index in range(4)], [91827364500 + index for index in range(4)]
     sets = {
-        "forget": rows(make_samples("vit", 4, seed=1), speaker=names, text=names),
-        "retain": rows(make_samples("vit", 4, seed=2), speaker=[f"kept-{name}" for name in names], text=names),
+        "forget": rows(make_samples("vit", 4, seed=1), speaker=names, text=names, number=numbers),
+        "retain": rows(
+            make_samples("vit", 4, seed=2), speaker=[f"kept-{name}" for name in names], text=names, number=numbers
+        ),
     }
     trainer = OrthoGradTrainer(
         model, args, train_dataset=sets["retain"], forget_dataset=sets["forget"],
@@ -224,16 +231,25 @@ def test_nothing_that_identifies_the_forgotten_arrives(hub, make_model, make_sam
     )  # fmt: skip
     trainer.train()
     assert (output / "checkpoint-1").is_dir() and not any("upload" in one or "commit" in one for one in hub.requests)
-    report = report_of(trainer)
+    attack = Relearning(sets["retain"], trainer, max_steps=1, learning_rate=1e-3, name=f"with {secret}")
+    attacks = [Quantization(8), Quantization(4, name=f"{secret}, rounded"), attack]
+    costs = {f"listening to {secret}": {"seconds": 1.0}}
+    report = evaluate_unlearning(trainer, make_model("vit"), attacks, group_column="speaker", cost=costs)
     report.save(output)
+    public = report.public()
+    assert [check.name for check in public.checks][-3:] == [
+        "forget accuracy after int8", "forget accuracy after attack 1", "forget accuracy under attack 2",
+    ]  # fmt: skip
+    assert {"unlearned, int8", "unlearned, attack 1"} < set(public.models) and "cost 1" in public.cost
+    assert set(public.relearning) == {"attack 2"}
     trainer.save_model()
     trainer.push_to_hub(report=report)
     losses = [f"{loss:.6f}"[:8] for loss in report.losses["unlearned"]["forget"]]
-    salt = read_salt(output / "unlearning_salt.key").hex()
+    salt = read_salt(output / "_unlearning_salt.key").hex()
     contents = [*hub.received, *hub.storage.values()]
     contents += [data for found in hub.repositories[REPO].reachable().values() for data in found]
     everything = b"\n".join(contents).decode("latin-1")
-    for planted in (secret, "CURLEW", salt, str(tmp_path), *losses):
+    for planted in (secret, "CURLEW", salt, str(tmp_path), *losses, *map(str, numbers)):
         assert planted not in everything, planted
     assert not re.search(r'"row', everything)
     remembering = {path.read_bytes() for path in hidden.rglob("*.safetensors")}
@@ -242,7 +258,7 @@ def test_nothing_that_identifies_the_forgotten_arrives(hub, make_model, make_sam
     paths = set(hub.repositories[REPO].reachable())
     assert paths == {
         ".gitattributes", "README.md", "config.json", "cost.png", "model.safetensors", "preprocessor_config.json",
-        "unlearning_record.json", "unlearning_report.json", "unlearning_report.md",
+        "relearning.png", "unlearning_record.json", "unlearning_report.json", "unlearning_report.md",
     }  # fmt: skip
     # the owner keeps the whole report, which says that it is theirs
     assert (output / "unlearning_report.md").read_text().startswith("(For the owner alone")
@@ -318,6 +334,7 @@ def test_fault_that_passes_is_waited_out(hub, folder, name):
 
 
 STAYING = {
+    "403 on the storage": ("PUT", "/storage/", 403, "403"),
     "401": ("POST", "/preupload/", 401, "401"),
     "403": ("POST", "/commit/", 403, "403"),
     "404 on a private repository": ("GET", "/refs", 404, "404"),
@@ -330,8 +347,9 @@ def test_fault_that_stays_is_said_and_a_second_push_finishes(hub, folder, name, 
     method, path, status, message = STAYING[name]
     hub.faults.append(Fault(method, path, status, times=100))
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(OSError, match=message), caplog.at_level(logging.ERROR):
+    with pytest.raises((OSError, RuntimeError)) as raised, caplog.at_level(logging.ERROR):
         publish(folder, REPO)
+    assert message in f"{raised.value} {raised.value.__cause__}"
     assert "What was to be published is whole in" in caplog.text
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     hub.faults.clear()
@@ -382,6 +400,9 @@ def test_history_that_remembers_is_refused(hub, folder, unlearned):
         publish(folder, REPO)
     with pytest.raises(ValueError, match=refused):  # before training, too
         unlearned()
+    old_repository(hub, "owner/out")
+    with pytest.raises(ValueError, match="owner/out"):  # named as the folder, where no name is given
+        unlearned(hub_model_id=None)
     assert len(repository.commits) == 2
 
 
@@ -403,6 +424,41 @@ def test_retract(hub, folder):
     assert "Out of reach: forks" in str(found)
     repository.pull_requests.clear()
     assert not retract(REPO).remaining and b"remembers" not in repository.reachable().get("model.safetensors", set())
+
+
+@pytest.mark.parametrize("name", ["model/0_0.distcp", "model.nemo", "weights.keras", "consolidated.tar"])
+def test_weights_of_other_kinds_count(hub, folder, name):
+    hub.repositories[REPO] = repository = Repository(private=False)
+    first = repository.add("main", "trained", {name: b"remembers"}, None)
+    repository.add("main", "remove", {"README.md": b"moved"}, first)
+    with pytest.raises(ValueError, match=rf"{name} at "):
+        publish(folder, REPO)
+
+
+def test_what_would_be_loaded_with_the_model_goes(hub, folder):
+    """And nothing else; the commit that is returned is there after the history was rewritten."""
+    hub.repositories[REPO] = repository = Repository(private=False)
+    old = ("adapter_config.json", "vocab.json", "old [1]/model.bin", "notes.md", "results.csv")
+    repository.add("main", "before", dict.fromkeys(old, b"{}"), None)
+    done = publish(folder, REPO, squash_history=True)
+    left = set(repository.commits[repository.branches["main"]].files)
+    assert left & set(old) == {"notes.md", "results.csv"}
+    assert done.commit.oid == repository.branches["main"] and done.commit.oid in done.commit.commit_url
+    assert verify(REPO) == []
+
+
+def test_plain_trainer_does_not_push_what_is_the_owners(hub, unlearned, make_model, make_samples, tmp_path):
+    unlearned(push_to_hub=False).create_model_card()
+    samples = make_samples("vit", 4, seed=2)
+    args = {"report_to": "none", "use_cpu": True, "max_steps": 1}
+    refused = "_unlearning_salt.key, which are for the owner alone"
+    with pytest.raises(ValueError, match=refused):
+        OrthoGradTrainer(
+            make_model("vit"), OrthoGradConfig(str(tmp_path / "out"), push_to_hub=True, **args), train_dataset=samples
+        )
+    plain = OrthoGradTrainer(make_model("vit"), OrthoGradConfig(str(tmp_path / "out"), **args), train_dataset=samples)
+    with pytest.raises(ValueError, match=refused):
+        plain.push_to_hub()
 
 
 def test_adapter_of_an_earlier_push_is_named(hub, folder):
@@ -431,10 +487,30 @@ def test_untouched_folder_passes_and_each_change_is_named(folder, tmp_path):
     (edited,) = changed("unlearning_report.md", lambda data: data.replace(b"0", b"1"))
     assert edited == "unlearning_report.md does not say what unlearning_report.json says"
     edited = changed("unlearning_report.json", lambda data: data.replace(b"0.", b"1."))
-    assert edited[0] == "unlearning_report.json is not the report that was recorded"
-    (folder / "adapter_model.safetensors").write_bytes(b"")
-    assert verify(folder) == ["adapter_model.safetensors stands in no record"]
-    (folder / "adapter_model.safetensors").unlink()
+    assert edited[0] == "unlearning_report.json is not the file that was recorded"
+    (edited,) = changed("config.json", lambda data: data.replace(b"gelu", b"relu"))
+    assert edited == "config.json is not the file that was recorded"
+    # whatever may be loaded instead
+    for name in ("adapter_model.safetensors", "adapter_config.json", "pytorch_model.bin", "own.py", "sub/model.pt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"")
+        assert verify(folder) == [f"{name} stands in no record"]
+        (folder / name).unlink()
+    (folder / "model.safetensors").unlink()
+    assert verify(folder) == ["model.safetensors is missing"]
+
+
+def test_record_that_was_changed_with_the_weights_is_found_by_the_salt(folder):
+    """Without the salt, or a signature, it is not."""
+    salt = read_salt(folder.parent / "_unlearning_salt.key")
+    (folder / "model.safetensors").write_bytes(b"other")
+    content = json.loads((folder / "unlearning_record.json").read_text())
+    content["records"][0]["weights"] = hashes_of(folder, ["model.safetensors"])
+    (folder / "unlearning_record.json").write_text(json.dumps(content))
+    assert verify(folder) == []
+    assert verify(folder, salt=salt) == [
+        "no record carries the seal of this salt: it was changed, or the salt is another"
+    ]
 
 
 def test_published_folder_that_was_changed_is_not_pushed(hub, folder):
@@ -448,15 +524,14 @@ def test_published_folder_that_was_changed_is_not_pushed(hub, folder):
 
 
 def test_rows_of_the_request_are_proved_and_no_others(folder, make_samples):
-    salt = read_salt(folder.parent / "unlearning_salt.key")
+    salt = read_salt(folder.parent / "_unlearning_salt.key")
     forget, retain = rows(make_samples("vit", 4, seed=1)), rows(make_samples("vit", 4, seed=2))
-    assert verify(folder, salt=salt, row=forget[2]) == []
-    assert verify(folder, salt=salt, row=retain[0]) == ["the row is in no request of this record, under this salt"]
-    assert verify(folder, salt=bytes(32), row=forget[2]) == [
-        "the row is in no request of this record, under this salt"
-    ]
-    with pytest.raises(ValueError, match="pass both"):
-        verify(folder, salt=salt)
+    assert verify(folder, salt=salt, row=forget[2]) == verify(folder, salt=salt) == []
+    assert verify(folder, salt=salt, row=retain[0]) == ["the row is in no request under this salt"]
+    no_seal = "no record carries the seal of this salt: it was changed, or the salt is another"
+    assert verify(folder, salt=bytes(32), row=forget[2]) == [no_seal, "the row is in no request under this salt"]
+    with pytest.raises(ValueError, match="pass `salt`, too"):
+        verify(folder, row=forget[2])
     (record,) = load_records(folder)
     assert len(set(record.commitments)) == 4 and record.commitments == sorted(record.commitments)
 
@@ -482,6 +557,68 @@ def test_requests_make_a_chain(hub, unlearned, tmp_path):
     assert verify(folder) == ["model.safetensors is not the file that was recorded"]
 
 
+def test_chain_goes_on_from_what_a_run_wrote_and_from_the_hub(hub, unlearned, tmp_path, caplog):
+    repo_id = "owner/chained"
+    first = unlearned(hub_model_id=repo_id)
+    first.save_model()
+    first.push_to_hub()
+    output, public = tmp_path / "out", tmp_path / "out" / "public"
+    (oldest,) = load_records(public)
+
+    def records_after(source):
+        load = AutoModelForImageClassification.from_pretrained
+        trainer = unlearned(wrap=lambda model: load(source), push_to_hub=False)
+        trainer.create_model_card()
+        return load_records(public)
+
+    one, two = records_after(output)
+    assert one == oldest and two.previous == oldest.digest() and two.weights_before == oldest.weights
+    # the folder that is to be replaced is read first
+    assert [record.previous for record in records_after(public)] == [None, oldest.digest(), two.digest()]
+    assert verify(public, salt=read_salt(output / "_unlearning_salt.key")) == []
+    assert "is of other weights" not in caplog.text
+    (unrelated,) = records_after(output)
+    assert unrelated.previous is None and "is of other weights than those there" in caplog.text
+    one, two = records_after(repo_id)
+    assert one == oldest and two.previous == oldest.digest() and two.weights_before == oldest.weights
+    assert two.base_model == repo_id and two.base_revision == hub.repositories[repo_id].branches["main"]
+    hub.repositories[repo_id].commits[two.base_revision].files.pop("unlearning_record.json")  # as of any model there
+    shutil.rmtree(Path(huggingface_hub.constants.HF_HUB_CACHE, "models--owner--chained"))
+    (record,) = records_after(repo_id)
+    assert record.previous is None and record.weights_before == oldest.weights
+    hub.repositories[repo_id].add("main", "more", {"config.json": b"{}", "model.safetensors": b""}, two.base_revision)
+    huggingface_hub.snapshot_download(repo_id)
+    trainer = unlearned(push_to_hub=False)
+    trainer.model.config._name_or_path = repo_id
+    trainer.create_model_card()
+    assert load_records(public)[-1].base_revision is None and "Several revisions of owner/chained" in caplog.text
+
+
+def test_nothing_saved_nothing_replaced(hub, unlearned, tmp_path):
+    """As where FSDP saves a model in parts, which `save_model` writes nowhere."""
+    trainer = unlearned()
+    trainer.create_model_card()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out" / "public").iterdir()}
+    trainer.save_model = lambda folder: None
+    with pytest.raises(ValueError, match="saved no weights .* FULL_STATE_DICT"):
+        trainer.push_to_hub()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "public").iterdir()} == before
+    assert not hub.repositories[REPO].reachable().get("model.safetensors")
+
+
+def test_picture_is_proved_wherever_it_lies(tmp_path):
+    """A stored image is bytes, or a path to a file: both are the same row."""
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    PIL.Image.fromarray(pixels).save(tmp_path / "one.png")
+    content = {"bytes": (tmp_path / "one.png").read_bytes(), "path": None}
+    pictures = [{"bytes": None, "path": str(tmp_path / "one.png")}, content, {**content, "path": "elsewhere.png"}]
+    dataset = Dataset.from_dict({"image": pictures, "labels": [1, 1, 2]}).cast_column("image", Image())
+    first, second, third = row_digests(dataset, None)
+    assert first == second != third
+    dataset.set_transform(lambda batch: {"pixel_values": [np.asarray(one) for one in batch["image"]]})
+    assert row_digest(stored_row(dataset, 0), None) == first == row_digests(dataset, None)[0]
+
+
 # ---- Commands ----
 
 
@@ -489,7 +626,7 @@ def test_commands_say_what_they_did(hub, folder, capsys, make_samples, tmp_path)
     assert run(["publish", str(folder), REPO]) == 0 and "Published: http" in capsys.readouterr().out
     assert run(["verify", REPO]) == 0 and "As recorded" in capsys.readouterr().out
     rows(make_samples("vit", 4, seed=1)).to_parquet(tmp_path / "forget.parquet")
-    asked = ["verify", str(folder), "--salt", str(folder.parent / "unlearning_salt.key")]
+    asked = ["verify", str(folder), "--salt", str(folder.parent / "_unlearning_salt.key")]
     assert run([*asked, "--rows", str(tmp_path / "forget.parquet"), "--row", "3"]) == 0
     assert "the row was in a request" in capsys.readouterr().out
     assert run([*asked, "--rows", str(tmp_path / "forget.parquet"), "--row", "9"]) == 1

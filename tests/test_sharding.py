@@ -6,6 +6,8 @@ import transformers
 from launched import KINDS, launch, settings, train
 from peft import PeftModel
 
+from hf_orthograd.publishing import verify
+
 
 CLASSES = {
     "whisper": transformers.WhisperForConditionalGeneration,
@@ -40,6 +42,8 @@ def launches(folder):
     runs = [(f"{kind}-{lora}", kind, lora, settings(4) | sharded(kind)) for kind in KINDS for lora in (False, True)]
     runs += [(name, "llama", False, settings(4) | sharded("llama") | more) for name, more in VARIANTS.items()]
     runs.append(("accumulation", "llama", False, settings(2, 2) | sharded("llama")))
+    in_parts = {"fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
+    runs.append(("saved in parts", "llama", False, settings(4) | sharded("llama") | in_parts))
     return launch(folder, 2, runs)
 
 
@@ -70,6 +74,16 @@ def test_shards_give_the_same_model_and_load(kind, lora, launches, folder, tmp_p
 def test_shards_give_the_same_model_in_every_variant(variant, launches, tmp_path):
     trainer = train(tmp_path, "llama", False, settings(8) | VARIANTS.get(variant, {}))
     assert_equal(launches[variant], trainer)
+
+
+def test_what_is_sharded_is_published_whole_or_refused_in_all_processes(launches, folder):
+    assert launches["llama-False"]["card_errors"] == [None, None]
+    for error in launches["llama-True"]["card_errors"]:
+        assert error.startswith("ValueError: A sharded LoRA model cannot be merged here") and "in one process" in error
+    first, second = launches["saved in parts"]["card_errors"]
+    assert first.startswith("ValueError: `save_model()` saved no weights") and "FULL_STATE_DICT" in first
+    assert second == f"RuntimeError: The first process could not publish: {first}"
+    assert verify(folder / "public") == []  # of the run before
 
 
 def zero(stage):

@@ -1,6 +1,8 @@
 """[`UnlearningReport`]: what was measured, beside what a retrained model gives, and nothing that was not."""
 
 import json
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -96,24 +98,42 @@ class UnlearningReport:
     audience: str = "owner"
 
     def public(self) -> "UnlearningReport":
-        """The edition for others: without per-sample losses, the trainer's log, and names of groups or of sets of one's own."""
-        own = {name: None for sets in self.models.values() for name in sets if name not in PUBLIC_SETS}
-        shown = {name: f"set {number}" for number, name in enumerate(own, start=1)}
+        """The edition for others: without per-sample losses, the trainer's log, and names of one's own.
 
-        def renamed(sets: dict) -> dict:
-            return {shown.get(name, name): value for name, value in sets.items()}
+        Names of sets, of attacks and of what is counted under cost may be chosen freely, and so may tell whose data it was.
+        """
+        sets = _numbered((name for one in self.models.values() for name in one), PUBLIC_SETS, "set")
+        attacks = _numbered(self._attacks(), PUBLIC_ATTACKS, "attack")
+        costs = _numbered(self.cost, PUBLIC_COSTS, "cost")
+        models = {f"{model}, {name}": f"{model}, {shown}" for name, shown in attacks.items() for model in WHOLE_MODELS}
 
-        nameless = _nested(self.models, lambda quality: replace(quality, groups=None, worst_group=None))
+        def renamed(values: dict, *names: dict[str, str]) -> dict:
+            """With other keys, at each level."""
+            if not names:
+                return values
+            return {names[0].get(name, name): renamed(value, *names[1:]) for name, value in values.items()}
+
         return replace(
             self,
-            models={model: renamed(sets) for model, sets in nameless.items()},
+            models=renamed(
+                _nested(self.models, lambda one: replace(one, groups=None, worst_group=None)), models, sets
+            ),
             hardest_hit={name: replace(one, group="(not named)") for name, one in self.hardest_hit.items()},
-            membership={model: renamed(sets) for model, sets in self.membership.items()},
-            distances={model: renamed(sets) for model, sets in self.distances.items()},
+            membership=renamed(self.membership, models, sets),
+            distances=renamed(self.distances, models, sets),
+            relearning=renamed(self.relearning, attacks),
+            recovery_steps=renamed(self.recovery_steps, attacks),
+            checks=[replace(check, name=_renamed_end(check.name, attacks)) for check in self.checks],
+            cost=renamed(self.cost, costs),
             history=[],
             losses={},
             audience="everyone",
         )
+
+    def _attacks(self) -> list[str]:
+        """Names of those that were made."""
+        made = [name.split(", ", 1)[1] for name in self.models if name not in WHOLE_MODELS]
+        return list(dict.fromkeys([*made, *self.relearning]))
 
     def to_json(self) -> str:
         return json.dumps({"audience": self.audience, "note": AUDIENCES[self.audience], **asdict(self)}, indent=1)
@@ -231,8 +251,12 @@ class UnlearningReport:
         return _table(("quantity", "value"), rows)
 
 
-# what a set may be called before everyone; other names are the owner's
+WHOLE_MODELS = ("unlearned", "original", "reference")  # all others are one of them after an attack
+
+# what sets, attacks and costs may be called before everyone, as patterns; other names are the owner's
 PUBLIC_SETS = ("forget", "forget_unseen", "retain", "test", "validation", "reference")
+PUBLIC_ATTACKS = (r"int\d+", "adapter detached", "relearning")
+PUBLIC_COSTS = ("unlearning", "retraining")
 
 AUDIENCES = {
     "owner": "For the owner alone: it names groups and holds per-sample losses. `public()` is the edition for others.",
@@ -274,6 +298,20 @@ def _nested(values: dict, make) -> dict:
 def _quality(values: dict) -> Quality:
     further = {name: Rate(one["value"], _pair(one["interval"])) for name, one in values["further"].items()}
     return Quality(**{**values, "interval": _pair(values["interval"]), "further": further})
+
+
+def _numbered(names: Iterable[str], public: Sequence[str], kind: str) -> dict[str, str]:
+    """For each name that is not public the one that stands for it."""
+    own = dict.fromkeys(name for name in names if not any(re.fullmatch(pattern, name) for pattern in public))
+    return {name: f"{kind} {number}" for number, name in enumerate(own, start=1)}
+
+
+def _renamed_end(text: str, shown: dict[str, str]) -> str:
+    """A check's name ends in that of its attack."""
+    for name in sorted(shown, key=len, reverse=True):
+        if text.endswith((f" after {name}", f" under {name}")):
+            return text.removesuffix(name) + shown[name]
+    return text
 
 
 def _pair(interval: list[float] | None) -> tuple[float, float] | None:

@@ -1,9 +1,10 @@
 """What goes to the Hub: the model, its card, the report's public edition, and a record; and what is taken back from there."""
 
-from .access import check_access
+from .access import check_access, refuse_owner_files
 from .card import CardOptions, make_card, write_card
+from .files import PUBLIC_FOLDER
 from .history import OldWeights, Retraction, find_weights, retract
-from .push import PUBLIC_FOLDER, Publication, prepare_folder, publish, publish_trainer
+from .push import Publication, prepare_folder, publish, publish_trainer
 from .record import SALT_NAME, UnlearningRecord, load_records, read_salt
 from .verification import verify
 
@@ -24,6 +25,7 @@ __all__ = [
     "publish",
     "publish_trainer",
     "read_salt",
+    "refuse_owner_files",
     "retract",
     "verify",
     "write_card",

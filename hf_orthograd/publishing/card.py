@@ -27,6 +27,9 @@ _TASKS = (
     ("fill-mask", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
 )
 
+# these answer no prompt that could call up what was learned by heart
+_WITHOUT_PROMPTS = {task for task, _ in _TASKS if task not in ("text-generation", "fill-mask")}
+
 _SETS = {
     "forget": "forgotten data",
     "forget_unseen": "unseen data of the forgotten kind",
@@ -41,9 +44,9 @@ _ATTACKS = (
     ("fine-tuning on related data (relearning)", lambda report: bool(report.relearning)),
     ("membership inference by loss", lambda report: "unlearned" in report.membership),
     ("membership inference with shadow models (U-LiRA)", lambda report: False),
-    ("extraction of training data by prompting", lambda report: False),
     ("comparison with the model before unlearning", lambda report: False),
 )
+_ATTACKS_ON_TEXT = (("extraction of training data by prompting", lambda report: False),)
 
 
 @dataclass
@@ -108,7 +111,8 @@ def make_card(
     record, task = records[-1], next(iter(_listed(options.tasks)), None) or find_task(architectures)
     base = options.finetuned_from or record.base_model
     name = options.model_name or (options.repo_id or "unlearned model").split("/")[-1]
-    tried = [(what, report is not None and was_run(report)) for what, was_run in _ATTACKS]
+    attacks = _ATTACKS if task in _WITHOUT_PROMPTS else _ATTACKS + _ATTACKS_ON_TEXT
+    tried = [(what, report is not None and was_run(report)) for what, was_run in attacks]
     return ModelCard.from_template(
         _metadata(options, report, name=name, base=base, task=task, is_adapter=is_adapter),
         template_path=str(TEMPLATE),
@@ -119,6 +123,8 @@ def make_card(
         record=record,
         earlier=records[:-1],
         report=report,
+        kind=next(iter(architectures or ()), None),
+        changes=[] if report is None else _changes(report),
         checks=[] if report is None else [_check_row(check) for check in report.checks],
         **{name: _named(report, holds) for name, holds in (("holding", True), ("failing", False), ("unknown", None))},
         qualities=[] if report is None else _quality_rows(report),
@@ -234,14 +240,27 @@ def _check_row(check) -> tuple[str, ...]:
 
 
 def _quality_rows(report: UnlearningReport) -> list[tuple[str, list[str]]]:
-    """One row for each model that was measured whole: before, now, and never trained on it."""
+    """One row for each model: before, now, never trained on it, and these after an attack."""
     names = {"original": "before", "unlearned": "this model", "reference": "retrained without the data"}
+    attacked = [name for name in report.models if name not in names]
+    names |= {name: ", ".join([names.get(name.split(", ")[0], name), *name.split(", ")[1:]]) for name in attacked}
     sets = list(report.models["unlearned"])
     return [
         (shown, [_cell(report.models[model].get(name)) for name in sets])
         for model, shown in names.items()
         if model in report.models
     ]
+
+
+def _changes(report: UnlearningReport) -> list[str]:
+    """What the first screen says where nothing is judged: from before to now, forgotten and test data."""
+    before, now = report.models.get("original", {}), report.models["unlearned"]
+    both = [name for name in ("forget", "test") if name in before and name in now]
+    return [f"on {_SETS[name]} from {_number(before[name])} to {_number(now[name])}" for name in both]
+
+
+def _number(quality: Quality) -> str:
+    return f"{quality.loss if quality.value is None else quality.value:.3f}"
 
 
 def _cell(quality: Quality | None) -> str:

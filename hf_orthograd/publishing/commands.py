@@ -5,10 +5,11 @@ import sys
 from collections.abc import Sequence
 
 from datasets import load_dataset, load_from_disk
-from huggingface_hub.errors import HTTPError
 
+from ..validation import stored_row
 from .card import CardOptions, write_card
 from .history import retract
+from .patience import FAULTS
 from .push import publish
 from .record import read_salt
 from .verification import verify
@@ -35,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         return parsed.command(parsed)
-    except (ValueError, OSError, HTTPError) as error:
+    except (ValueError, *FAULTS) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
 
@@ -63,9 +64,7 @@ def _verify(parsed: argparse.Namespace) -> int:
     for problem in problems:
         print(f"Differs: {problem}.")
     if not problems:
-        print(
-            "As recorded: weights, report and chain" + (", and the row was in a request." if row is not None else ".")
-        )
+        print("As recorded: files, report and chain" + (", and the row was in a request." if row is not None else "."))
     return 1 if problems else 0
 
 
@@ -84,7 +83,7 @@ def _card(parsed: argparse.Namespace) -> int:
 
 
 def _row(path: str, number: int) -> dict:
-    """A row of a data set: a folder of `save_to_disk`, or a parquet or JSON file."""
+    """A row of a data set, as it is stored: of a folder of `save_to_disk`, or a parquet or JSON file."""
     if path.endswith((".parquet", ".json", ".jsonl")):
         kind = "parquet" if path.endswith(".parquet") else "json"
         rows = load_dataset(kind, data_files=path, split="train")
@@ -92,7 +91,7 @@ def _row(path: str, number: int) -> dict:
         rows = load_from_disk(path)
     if not 0 <= number < len(rows):
         raise ValueError(f"`--row` is {number}, but {path!r} has rows 0 to {len(rows) - 1}.")
-    return rows[number]
+    return stored_row(rows, number)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
 
     own = _command(commands, "verify", _verify, "check a model against its record", _VERIFY)
     own.add_argument("model", help="a folder, or a model on the Hub, which is downloaded")
-    own.add_argument("--salt", help="the owner's file unlearning_salt.key, to check a row")
+    own.add_argument("--salt", help="the owner's file _unlearning_salt.key, to check seals and a row")
     own.add_argument("--rows", help="data set with that row: a folder of save_to_disk, a parquet or JSON file")
     own.add_argument("--row", type=int, default=0, help="number of the row, from 0")
 
@@ -137,8 +136,8 @@ def _command(commands, name: str, call, text: str, description: str) -> argparse
 
 _PUBLISH = """Pushes weights, processor, card, the report's public edition, figures and record: a list of names. Other files of the
 folder stay. Refuses if the folder is not as recorded, or if the repository's history holds other weights."""
-_VERIFY = """Checks the hash of each file of weights, the report, and the chain of records; with --salt and --rows also whether a row
-was in a request. Each difference is named."""
+_VERIFY = """Checks the hash of each file that is loaded, the report, and the chain of records; with --salt also the seal of the owner, and
+with --rows whether a row was in a request. Each difference is named."""
 _RETRACT = """Rewrites a branch as one commit of what it holds now, so that no earlier revision of it holds weights; lists what remains
 under tags and pull requests. Forks, downloads and caches are out of reach."""
 _CARD = """Writes README.md from the record and the public report beside it."""

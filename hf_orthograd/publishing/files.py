@@ -3,10 +3,16 @@
 import hashlib
 import json
 import re
+import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
+
+PUBLIC_FOLDER = "public"  # within `output_dir`
 RECORD_NAME = "unlearning_record.json"
 CARD_NAME = "README.md"
 SIGNATURE_NAME = "model.sig"
@@ -29,11 +35,13 @@ PUBLISHED = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
+    "*vocab.json",
+    "*vocab.txt",
     "merges.txt",
     "normalizer.json",
     "*.model",  # SentencePiece
+    "*.spm",
+    "bpe.codes",
     "chat_template.jinja",
     CARD_NAME,
     *REPORT_FILES,
@@ -42,38 +50,59 @@ PUBLISHED = (
     SIGNATURE_NAME,
 )
 # in a repository's history anything that may hold weights counts, whoever wrote it
-ANY_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.pkl")
+_ANY_WEIGHTS = (
+    "safetensors bin pt pth ckpt h5 hdf5 keras msgpack gguf ggml onnx onnx_data pkl pickle joblib npz npy distcp nemo tflite zip "
+    "tar gz tgz 7z"
+).split()
+# what large file storage holds beside them; all else in it counts
+_HARMLESS = "png jpg jpeg gif webp svg pdf wav flac mp3 ogg mp4 json jsonl txt md csv parquet arrow model spm".split()
+# made anew by the `card` command, or later than the record: their content is not part of it
+UNRECORDED = (CARD_NAME, RECORD_NAME, SIGNATURE_NAME, REPORT_FILES[1], *FIGURES)
 
 
 def is_weights(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in (*WEIGHTS, *ADAPTER_WEIGHTS))
 
 
-def may_hold_weights(path: str) -> bool:
-    """Whether a file of a repository may hold a model; Trainer's own arguments, a pickle too, do not."""
+def may_hold_weights(path: str, is_large: bool = False) -> bool:
+    """Whether a file of a repository may hold a model; Trainer's own arguments, a pickle too, do not.
+
+    Args:
+        is_large (`bool`): Whether it lies in large file storage, where weights of any name would lie.
+    """
+    name = path.rsplit("/", 1)[-1].lower()
+    ending = name.rsplit(".", 1)[-1]
+    return name != "training_args.bin" and (ending in _ANY_WEIGHTS or (is_large and ending not in _HARMLESS))
+
+
+def may_be_loaded(path: str) -> bool:
+    """Whether a file can change what `from_pretrained` loads: weights, configurations, tokenizers, code."""
+    return is_published(path) or may_hold_weights(path) or path.endswith((".json", ".py"))
+
+
+def is_published(path: str) -> bool:
+    """Whether a file of this name is on the list."""
     name = path.rsplit("/", 1)[-1]
-    return any(fnmatch(name, pattern) for pattern in ANY_WEIGHTS) and name != "training_args.bin"
+    return any(fnmatch(name, pattern) for pattern in PUBLISHED)
 
 
 def published_files(folder: str | Path) -> list[str]:
     """The names in a folder that may be published, none of a folder in it."""
-    return sorted(
-        path.name
-        for path in Path(folder).iterdir()
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in PUBLISHED)
-    )
+    return sorted(path.name for path in Path(folder).iterdir() if path.is_file() and is_published(path.name))
 
 
 def remove_others(folder: str | Path) -> None:
-    """Removes the files of a folder that may not be published, as Trainer's arguments, which hold paths."""
+    """Removes what may not be published from a folder that is to be; says so, but of Trainer's arguments."""
     kept = set(published_files(folder))
-    for path in Path(folder).iterdir():
-        if path.is_file() and path.name not in kept:
-            path.unlink()
+    others = [path for path in Path(folder).iterdir() if path.name not in kept]
+    for path in others:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if named := sorted(path.name for path in others if path.name != "training_args.bin"):
+        logger.warning(f"Not published, as it is not known what they hold: {', '.join(named)}.")
 
 
 def hub_name(name: str | None) -> str | None:
-    """A model's name if it is one of the Hub's and no folder here."""
+    """A name if it can be one on the Hub and is no folder here."""
     if not name or Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         return None
     return name

@@ -8,7 +8,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from transformers.utils import logging
 
-from .files import may_hold_weights
+from .files import is_published, may_hold_weights
 
 
 logger = logging.get_logger(__name__)
@@ -75,7 +75,7 @@ def find_weights(repo_id: str, known: Collection[str] = (), *, token: str | None
             for commit in api.list_repo_commits(repo_id, revision=revision, token=token):
                 where = commit.commit_id
                 if where not in trees:
-                    trees[where] = _weights_in(api, repo_id, where, token)
+                    trees[where] = weights_in(api, repo_id, where, token)
                 for path, content in trees[where].items():
                     if content not in known:
                         found.setdefault((ref, path, content), OldWeights(ref, where, path, content))
@@ -84,11 +84,18 @@ def find_weights(repo_id: str, known: Collection[str] = (), *, token: str | None
     return list(found.values())
 
 
-def _weights_in(api: HfApi, repo_id: str, revision: str, token: str | None) -> dict[str, str]:
+def weights_in(api: HfApi, repo_id: str, revision: str, token: str | None) -> dict[str, str]:
     """By path, the content of each file that may hold a model, as LFS knows it (SHA-256), else git."""
     tree = api.list_repo_tree(repo_id, recursive=True, revision=revision, token=token)
-    files = [file for file in tree if isinstance(file, RepoFile) and may_hold_weights(file.path)]
+    files = [one for one in tree if isinstance(one, RepoFile) and may_hold_weights(one.path, one.lfs is not None)]
     return {file.path: file.blob_id if file.lfs is None else file.lfs.sha256 for file in files}
+
+
+def files_of_models(repo_id: str, branch: str, *, token: str | None = None) -> list[str]:
+    """Paths on a branch that are a model's: weights, wherever they lie, and what is published beside them."""
+    tree = HfApi().list_repo_tree(repo_id, recursive=True, revision=branch, token=token)
+    files = [one for one in tree if isinstance(one, RepoFile)]
+    return [one.path for one in files if may_hold_weights(one.path, one.lfs is not None) or is_published(one.path)]
 
 
 def squash(repo_id: str, branch: str, *, token: str | None = None) -> None:
@@ -113,7 +120,7 @@ def retract(repo_id: str, *, branch: str = "main", delete_refs: bool = False, to
         RepositoryNotFoundError: There is no such repository, or the token may not see it.
     """
     api = HfApi()
-    newest = set(_weights_in(api, repo_id, branch, token).values())
+    newest = set(weights_in(api, repo_id, branch, token).values())
     before = find_weights(repo_id, newest, token=token)
     squash(repo_id, branch, token=token)
     deleted = []

@@ -1,17 +1,16 @@
 """From a trainer to a folder that may be published, and from that folder to the Hub."""
 
 import shutil
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
+from glob import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import CommitInfo, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from peft import PeftModel
 from torch import nn
 from transformers import Seq2SeqTrainingArguments
@@ -24,27 +23,34 @@ from .access import check_login, refuse_old_weights
 from .card import CardOptions, write_card
 from .files import (
     ADAPTER_WEIGHTS,
-    ANY_WEIGHTS,
-    FIGURES,
+    PUBLIC_FOLDER,
     REPORT_FILES,
+    UNRECORDED,
     git_blob_of,
-    hub_name,
     is_weights,
     published_files,
     remove_others,
     remove_paths,
     sha256_of,
 )
-from .history import OldWeights, find_weights, squash
-from .record import UnlearningRecord, append_record, commit_all, hashes_of, load_records, owner_salt
+from .history import OldWeights, files_of_models, find_weights, squash
+from .patience import FAULTS, patiently
+from .record import (
+    Lineage,
+    UnlearningRecord,
+    append_record,
+    commit_all,
+    find_lineage,
+    hashes_of,
+    owner_salt,
+    weights_of,
+)
 from .verification import verify_folder
 
 
 logger = logging.get_logger(__name__)
 
-PUBLIC_FOLDER = "public"
 _PACKAGES = ("hf_orthograd", "torch", "transformers", "accelerate", "peft", "datasets", "huggingface_hub")
-_TRIES = 5
 Result = TypeVar("Result")
 
 
@@ -66,25 +72,29 @@ def publish_trainer(
     commit_message: str = "End of training",
     token: str | None = None,
     revision: str | None = None,
+    private: bool | None = None,
     *,
     report: UnlearningReport | None = None,
     request_id: str | None = None,
-    private: bool | None = None,
     **card,
-) -> Publication | None:
+) -> CommitInfo | None:
     """Writes `output_dir/public` and pushes it: all of it in one process, saving in all of them.
 
     Returns:
-        [`Publication`]; None in all other processes.
+        [`~huggingface_hub.CommitInfo`]; None in all other processes.
 
     Raises:
         ValueError: As [`prepare_folder`] and [`publish`].
     """
     args = trainer.args
     trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
-    repo_id = getattr(trainer, "hub_model_id", None) or args.hub_model_id or Path(args.output_dir).absolute().name
-    if "/" not in repo_id and trainer.is_world_process_zero():
-        repo_id = f"{check_login(HfApi(), token or args.hub_token or get_token())}/{repo_id}"
+    token = token or args.hub_token
+
+    def full_name() -> str:
+        name = getattr(trainer, "hub_model_id", None) or args.hub_model_id or Path(args.output_dir).absolute().name
+        return name if "/" in name else f"{check_login(HfApi(), token or get_token())}/{name}"
+
+    repo_id = _in_first_process(trainer, full_name)
     options = CardOptions(**{"repo_id": repo_id, **card})
     folder = prepare_folder(trainer, report=report, request_id=request_id, options=options)
     if not trainer.is_world_process_zero():
@@ -92,12 +102,28 @@ def publish_trainer(
     return publish(
         folder,
         repo_id,
-        token=token or args.hub_token,
+        token=token,
         private=args.hub_private_repo if private is None else private,
         revision=revision or args.hub_revision,
         commit_message=commit_message,
         squash_history=getattr(args, "squash_history", False),
-    )
+    ).commit
+
+
+def _in_first_process(trainer, call: Callable[[], Result]) -> Result | None:
+    """What it gives there, None in the others. Where it fails all processes raise, so that none waits for the first."""
+    result, error = None, None
+    if trainer.is_world_process_zero():
+        try:
+            result = call()
+        except Exception as caught:
+            error = caught
+    failure = trainer.group.agree(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    if failure is not None:
+        raise RuntimeError(f"The first process could not publish: {failure}")
+    return result
 
 
 def prepare_folder(
@@ -109,10 +135,11 @@ def prepare_folder(
 ) -> Path:
     """Writes what may be published to `output_dir/public`, and nothing else to it. Every process calls it.
 
-    The salt of the commitments is written beside it, to `output_dir`, for the owner alone.
+    A folder that was there stays until the new one is whole. The salt of the commitments is written beside it, to
+    `output_dir`, for the owner alone.
 
     Raises:
-        ValueError: A LoRA model is sharded and cannot be merged here, or an adapter's base is not public.
+        ValueError: A LoRA model is sharded and cannot be merged here, no weights are saved, or an adapter's base is not public.
     """
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     options = options or CardOptions()
@@ -123,42 +150,65 @@ def prepare_folder(
             "an OrthoGradTrainer with the same arguments and sets, and call its `push_to_hub()` without training."
         )
     folder = Path(args.output_dir, PUBLIC_FOLDER)
-    if trainer.is_world_process_zero():
+    partial = folder.with_name(f"{PUBLIC_FOLDER}.partial")
+
+    def begin() -> Lineage:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        # before anything is replaced: the model may come from the folder that is
+        return find_lineage(getattr(model, "config", None), args.hub_token)
+
+    def finish() -> None:
+        _complete(partial, trainer, model, lineage, report, request_id, options)
         if folder.exists():
             shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-    trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
-        remove_others(folder)
-        source = getattr(getattr(model, "config", None), "_name_or_path", None)
-        earlier = load_records(source) if source and Path(source).is_dir() else []
-        record = make_record(trainer, model, request_id, earlier)
-        record.base_model = options.finetuned_from or record.base_model
-        if record.base_model is None and (folder / ADAPTER_WEIGHTS[0]).exists():
-            raise ValueError(
-                "`merge_adapter` is False, and the model that the adapter is for is not on the Hub: nobody could load it. Set "
-                "merge_adapter=True, or name its public base by `finetuned_from`."
-            )
-        remove_paths(folder, record.base_model)
-        _write_report(folder, record, report)
-        record.weights = hashes_of(folder, filter(is_weights, published_files(folder)))
-        append_record(record, earlier, folder)
-        write_card(folder, options)
+        partial.rename(folder)
+
+    lineage = _in_first_process(trainer, begin)
+    trainer.save_model(str(partial))
+    _in_first_process(trainer, finish)
     return folder
 
 
-def _write_report(folder: Path, record: UnlearningRecord, report: UnlearningReport | None) -> None:
-    if report is None:
-        return
-    public = report.public()
-    public.save(folder)
-    record.goal, record.report = public.goal, sha256_of(folder / REPORT_FILES[0])
+def _complete(
+    folder: Path,
+    trainer,
+    model: nn.Module,
+    lineage: Lineage,
+    report: UnlearningReport | None,
+    request_id: str | None,
+    options: CardOptions,
+) -> None:
+    """Puts report, record and card beside the weights."""
+    remove_others(folder)
+    record = make_record(trainer, model, request_id, lineage)
+    record.base_model = options.finetuned_from or record.base_model
+    if record.base_model is None and (folder / ADAPTER_WEIGHTS[0]).exists():
+        raise ValueError(
+            "`merge_adapter` is False, and the model that the adapter is for is not on the Hub: nobody could load it. Set "
+            "merge_adapter=True, or name its public base by `finetuned_from`."
+        )
+    weights = weights_of(folder)
+    if weights is None:
+        raise ValueError(
+            "`save_model()` saved no weights that can be published. Under FSDP set fsdp_state_dict_type to FULL_STATE_DICT; under "
+            "DeepSpeed stage 3 set stage3_gather_16bit_weights_on_model_save."
+        )
+    remove_paths(folder, record.base_model)
+    if report is not None:
+        public = report.public()
+        public.save(folder)
+        record.goal, record.report = public.goal, sha256_of(folder / REPORT_FILES[0])
+    others = set(published_files(folder)) - weights.keys() - {*UNRECORDED, REPORT_FILES[0]}
+    record.weights, record.files = weights, hashes_of(folder, others)
+    append_record(record, lineage.earlier, folder, owner_salt(trainer.args.output_dir))
+    write_card(folder, options)
 
 
-def make_record(trainer, model, request_id: str | None, earlier: list[UnlearningRecord]) -> UnlearningRecord:
-    """What is known of a request from its trainer, all but the weights and the report."""
-    args, config = trainer.args, getattr(model, "config", None)
-    source = getattr(config, "_name_or_path", None)
+def make_record(trainer, model: nn.Module, request_id: str | None, lineage: Lineage) -> UnlearningRecord:
+    """What is known of a request from its trainer, all but the files and the report."""
+    args = trainer.args
     own = {one.name for one in fields(OrthoGradConfig)} - {one.name for one in fields(Seq2SeqTrainingArguments)}
     forget = trainer.forget_dataset
     columns = read_columns(forget, trainer.per_sample_loss.model)
@@ -180,12 +230,19 @@ def make_record(trainer, model, request_id: str | None, earlier: list[Unlearning
         },
         sizes={"forget": len(forget), "retain": _length(trainer.train_dataset) if trainer.has_retain else 0},
         versions={name: version(name) for name in _PACKAGES},
-        base_model=hub_name(source) or (earlier[-1].base_model if earlier else None),
-        base_revision=getattr(config, "_commit_hash", None) or (earlier[-1].base_revision if earlier else None),
-        weights_before=_weights_of(source),
+        base_model=lineage.base_model,
+        base_revision=lineage.base_revision,
+        weights_before=lineage.weights_before,
+        parameters=_count_parameters(model),
         committed_columns=None if columns is None else sorted(columns),
         commitments=commit_all(row_digests(forget, columns), owner_salt(args.output_dir)),
     )
+
+
+def _count_parameters(model: nn.Module) -> int:
+    """As the model is once an adapter is merged; of a sharded one, too."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return sum(p.numel() for name, p in base.named_parameters() if "lora_" not in name)
 
 
 def _dtype_of(model: nn.Module) -> str:
@@ -194,13 +251,6 @@ def _dtype_of(model: nn.Module) -> str:
 
 def _length(dataset) -> int | None:
     return len(dataset) if hasattr(dataset, "__len__") else None
-
-
-def _weights_of(source: str | None) -> dict[str, str] | None:
-    """Hashes of the files of weights in a folder that a model was loaded from."""
-    if not source or not Path(source).is_dir():
-        return None
-    return hashes_of(Path(source), filter(is_weights, published_files(source))) or None
 
 
 def publish(
@@ -232,27 +282,31 @@ def publish(
     own = {hash_of(folder / name) for name in names if is_weights(name) for hash_of in (sha256_of, git_blob_of)}
     api, branch = HfApi(), revision or "main"
     try:
-        repo_id = _patiently(lambda: api.create_repo(repo_id, token=token, private=private, exist_ok=True)).repo_id
+        repo_id = patiently(lambda: api.create_repo(repo_id, token=token, private=private, exist_ok=True)).repo_id
         if branch != "main":
-            _patiently(lambda: api.create_branch(repo_id, branch=branch, token=token, exist_ok=True))
+            patiently(lambda: api.create_branch(repo_id, branch=branch, token=token, exist_ok=True))
         if not squash_history:
-            refuse_old_weights(repo_id, _patiently(lambda: find_weights(repo_id, own, token=token)))
-        commit = _patiently(
+            refuse_old_weights(repo_id, patiently(lambda: find_weights(repo_id, own, token=token)))
+        # of an earlier push: what stays on the branch is loaded with the model
+        stale = sorted(set(patiently(lambda: files_of_models(repo_id, branch, token=token))) - set(names))
+        if stale:
+            logger.warning(f"Removed from {repo_id}, as it belongs to another model: {', '.join(stale)}.")
+        commit = patiently(
             lambda: api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
                 allow_patterns=names,
-                # of an earlier push: a merged model beside an adapter would be loaded with it
-                delete_patterns=[*ANY_WEIGHTS, "adapter_config.json", *REPORT_FILES, *FIGURES],
+                delete_patterns=[escape(path) for path in stale],
                 commit_message=commit_message,
                 revision=revision,
                 token=token,
             )
         )
         if squash_history:
-            _patiently(lambda: squash(repo_id, branch, token=token))
-        remaining = _patiently(lambda: find_weights(repo_id, own, token=token))
-    except HTTPError:
+            patiently(lambda: squash(repo_id, branch, token=token))
+            commit = _newest(commit, patiently(lambda: api.model_info(repo_id, revision=branch, token=token)).sha)
+        remaining = patiently(lambda: find_weights(repo_id, own, token=token))
+    except FAULTS:
         logger.error(
             f"The push to {repo_id} failed. What was to be published is whole in {str(folder)!r}: push it again by "
             f"`python -m hf_orthograd publish {folder} {repo_id}`."
@@ -263,17 +317,7 @@ def publish(
     return Publication(commit, remaining)
 
 
-def _patiently(call: Callable[[], Result]) -> Result:
-    """Calls again after a fault that passes: a lost connection, a timeout, a server that is overloaded or down."""
-    for tries in range(1, _TRIES + 1):
-        try:
-            return call()
-        except HTTPError as error:
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-            passes = status is None or status in (408, 429) or status >= 500
-            if not passes or tries == _TRIES:
-                raise
-            seconds = 2 ** (tries - 1)
-            logger.warning(f"The Hub did not answer as it should ({error}). Trying again in {seconds} s.")
-            time.sleep(seconds)
-    raise AssertionError("unreachable")
+def _newest(commit: CommitInfo, oid: str) -> CommitInfo:
+    """The commit, once a rewritten history has given it another name."""
+    url = commit.commit_url.replace(commit.oid, oid)
+    return CommitInfo(commit_url=url, commit_message=commit.commit_message, commit_description="", oid=oid)

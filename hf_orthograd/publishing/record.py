@@ -8,11 +8,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
+from transformers.utils import logging
+
 from ..validation import row_digest
-from .files import RECORD_NAME, sha256_of
+from .files import PUBLIC_FOLDER, RECORD_NAME, hub_name, is_weights, published_files, sha256_of
+from .patience import patiently
 
 
-SALT_NAME = "unlearning_salt.key"
+logger = logging.get_logger(__name__)
+
+SALT_NAME = "_unlearning_salt.key"  # Trainer pushes no file whose name begins so
 
 
 @dataclass
@@ -30,10 +39,13 @@ class UnlearningRecord:
         base_model, base_revision (`str`, *optional*): On the Hub, if the model came from there.
         weights_before (`dict[str, str]`, *optional*): SHA-256 of each file that the model was loaded from, where known.
         weights (`dict[str, str]`): SHA-256 of each file of weights now.
+        files (`dict[str, str]`): That of each other file that is loaded: configurations, tokenizer.
+        parameters (`int`): How many numbers the model has.
         report (`str`, *optional*): SHA-256 of the public report beside it.
         committed_columns (`list[str]`, *optional*): What of a row is committed to, beside its labels; None for all.
         commitments (`list[str]`): HMAC-SHA256 of each forgotten row under the owner's salt, sorted.
         previous (`str`, *optional*): Digest of the record of the request before.
+        seal (`str`, *optional*): HMAC-SHA256 of the digest under the owner's salt: only the owner can change the record.
     """
 
     request_id: str
@@ -47,20 +59,27 @@ class UnlearningRecord:
     base_revision: str | None = None
     weights_before: dict[str, str] | None = None
     weights: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    parameters: int = 0
     report: str | None = None
     committed_columns: list[str] | None = None
     commitments: list[str] = field(default_factory=list)
     previous: str | None = None
+    seal: str | None = None
 
-    def names(self, row: Mapping, salt: bytes) -> bool:
+    def includes(self, row: Mapping, salt: bytes) -> bool:
         """Whether a row was in the request."""
         columns = None if self.committed_columns is None else frozenset(self.committed_columns)
         return commit(row_digest(row, columns), salt) in self.commitments
 
     def digest(self) -> str:
-        """SHA-256 of the record, its keys sorted; what the next one names as `previous`."""
-        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        """SHA-256 of the record but its seal, keys sorted; what the next one names as `previous`."""
+        content = {name: value for name, value in asdict(self).items() if name != "seal"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def is_sealed_by(self, salt: bytes) -> bool:
+        """Whether the record is as the owner of the salt made it."""
+        return self.seal is not None and hmac.compare_digest(self.seal, commit(self.digest().encode(), salt))
 
 
 def load_records(folder: str | Path) -> list[UnlearningRecord]:
@@ -83,9 +102,83 @@ def save_records(records: list[UnlearningRecord], folder: str | Path) -> None:
     Path(folder, RECORD_NAME).write_text(text + "\n")
 
 
-def append_record(record: UnlearningRecord, earlier: list[UnlearningRecord], folder: str | Path) -> None:
-    """Saves a record behind those of earlier requests on the same model, and chained to the last of them."""
+@dataclass
+class Lineage:
+    """Where a model came from, as far as it can be known.
+
+    Attributes:
+        base_model, base_revision, weights_before: As in [`UnlearningRecord`].
+        earlier (`list[UnlearningRecord]`): Requests that it went through before, the oldest first.
+    """
+
+    base_model: str | None = None
+    base_revision: str | None = None
+    weights_before: dict[str, str] | None = None
+    earlier: list[UnlearningRecord] = field(default_factory=list)
+
+
+def find_lineage(config, token: str | None = None) -> Lineage:
+    """That of a model with this configuration, which says from where it was loaded.
+
+    Raises:
+        ValueError: A record that is there cannot be read.
+        HfHubHTTPError: The Hub did not say whether there is one.
+    """
+    source = getattr(config, "_name_or_path", None)
+    if source and Path(source).is_dir():
+        weights = weights_of(source)
+        earlier = load_records(source) or load_records(Path(source, PUBLIC_FOLDER))
+        if earlier and earlier[-1].weights != weights:
+            logger.warning(
+                f"The record in {source!r} is of other weights than those there: the new record starts a chain."
+            )
+            earlier = []
+        newest = earlier[-1] if earlier else None
+        return Lineage(getattr(newest, "base_model", None), getattr(newest, "base_revision", None), weights, earlier)
+    snapshots = [] if hub_name(source) is None else _cached_snapshots(source)
+    # older versions of transformers note the revision
+    revision = getattr(config, "_commit_hash", None) or (snapshots[0].name if len(snapshots) == 1 else None)
+    if revision is None and not snapshots:  # a name that somebody gave, or a model made here
+        return Lineage()
+    if revision is None:
+        logger.warning(
+            f"Several revisions of {source} were downloaded, and which of them the model was loaded from is not known: the record "
+            "names none, and starts a chain."
+        )
+        return Lineage(source)
+    weights = next((weights_of(one) for one in snapshots if one.name == revision), None)
+    return Lineage(source, revision, weights, _records_on_hub(source, revision, token))
+
+
+def _cached_snapshots(repo_id: str) -> list[Path]:
+    """Folders of the revisions whose weights were downloaded."""
+    folder = Path(HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"), "snapshots")
+    return [one for one in folder.iterdir() if any(map(is_weights, published_files(one)))] if folder.is_dir() else []
+
+
+def _records_on_hub(repo_id: str, revision: str, token: str | None) -> list[UnlearningRecord]:
+    try:
+        path = patiently(lambda: hf_hub_download(repo_id, RECORD_NAME, revision=revision, token=token))
+    except RemoteEntryNotFoundError:
+        return []
+    except LocalEntryNotFoundError:
+        logger.warning(
+            f"The Hub cannot be reached: whether {repo_id} went through earlier requests is not known, and the new record starts a "
+            "chain."
+        )
+        return []
+    return load_records(Path(path).parent)
+
+
+def weights_of(folder: str | Path) -> dict[str, str] | None:
+    """Hashes of a folder's files of weights; None if it has none."""
+    return hashes_of(Path(folder), filter(is_weights, published_files(folder))) or None
+
+
+def append_record(record: UnlearningRecord, earlier: list[UnlearningRecord], folder: str | Path, salt: bytes) -> None:
+    """Saves a record behind those of earlier requests on the same model, chained to the last of them and sealed."""
     record.previous = earlier[-1].digest() if earlier else None
+    record.seal = commit(record.digest().encode(), salt)
     save_records([*earlier, record], folder)
 
 
@@ -93,7 +186,7 @@ def append_record(record: UnlearningRecord, earlier: list[UnlearningRecord], fol
 
 
 def owner_salt(folder: str | Path) -> bytes:
-    """The salt in `unlearning_salt.key`, drawn and written there if there is none. It stays with the owner."""
+    """The salt in `_unlearning_salt.key`, drawn and written there if there is none. It stays with the owner."""
     path = Path(folder, SALT_NAME)
     if not path.exists():
         path.touch(mode=0o600)
@@ -117,9 +210,9 @@ def read_salt(path: str | Path) -> bytes:
     return salt
 
 
-def commit(row_digest: bytes, salt: bytes) -> str:
-    """HMAC-SHA256 of one row. Without the salt a guessed row cannot be checked."""
-    return hmac.new(salt, row_digest, hashlib.sha256).hexdigest()
+def commit(digest: bytes, salt: bytes) -> str:
+    """HMAC-SHA256 of a row's digest, or a record's. Without the salt a guess cannot be checked."""
+    return hmac.new(salt, digest, hashlib.sha256).hexdigest()
 
 
 def commit_all(row_digests: Iterable[bytes], salt: bytes) -> list[str]:
@@ -128,12 +221,5 @@ def commit_all(row_digests: Iterable[bytes], salt: bytes) -> list[str]:
 
 
 def hashes_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of files, by their names in the folder."""
     return {name: sha256_of(folder / name) for name in sorted(names)}
-
-
-def same(found: Mapping[str, str], recorded: Mapping[str, str]) -> list[str]:
-    """What differs between two tables of hashes, in words."""
-    problems = [f"{name} is missing" for name in recorded if name not in found]
-    problems += [f"{name} stands in no record" for name in found if name not in recorded]
-    both = [name for name in recorded if name in found]
-    return problems + [f"{name} is not the file that was recorded" for name in both if found[name] != recorded[name]]

@@ -1,13 +1,13 @@
 """Whether a published model is what its record says."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
 from ..evaluation import UnlearningReport
-from .files import REPORT_FILES, is_weights, published_files, sha256_of
-from .record import hashes_of, load_records, same
+from .files import REPORT_FILES, UNRECORDED, may_be_loaded
+from .record import UnlearningRecord, hashes_of, load_records
 
 
 def verify(
@@ -18,28 +18,35 @@ def verify(
     revision: str | None = None,
     token: str | None = None,
 ) -> list[str]:
-    """Checks weights, report and the chain of records, and whether a row was in one of the requests.
+    """Checks whatever of a model is loaded, the report and the chain of records, and whether a row was in a request.
+
+    Who changes a model and its newest record together is found by the owner's salt, or by a signature, and not without.
 
     Args:
         folder_or_repo_id (`str` or `Path`): A folder, or a model on the Hub, which is downloaded.
-        salt (`bytes`, *optional*): The owner's, from [`read_salt`].
-        row (`Mapping`, *optional*): Of the forget set, with the columns it had; needs the salt.
+        salt (`bytes`, *optional*): The owner's, from [`read_salt`]: then the records' seals are checked.
+        row (`Mapping`, *optional*): Of the forget set, as it is stored, from [`~hf_orthograd.validation.stored_row`]; needs
+            the salt. Earlier requests have the salt that they were made with.
 
     Returns:
         `list[str]`: What differs, each in words. Empty if all is as recorded.
 
     Raises:
-        ValueError: One of `salt` and `row` is missing.
+        ValueError: There is a row without the salt, or the record cannot be read.
     """
-    if (salt is None) != (row is None):
-        raise ValueError("Whether a row was in the request is checked by `salt` and `row` together: pass both.")
+    if salt is None and row is not None:
+        raise ValueError("Whether a row was in a request is known to who has the salt alone: pass `salt`, too.")
     folder = Path(folder_or_repo_id)
     if not folder.is_dir():
         folder = Path(snapshot_download(str(folder_or_repo_id), revision=revision, token=token))
     problems = verify_folder(folder)
-    if salt is not None and row is not None:
-        if not any(record.names(row, salt) for record in load_records(folder)):
-            problems.append("the row is in no request of this record, under this salt")
+    if salt is None:
+        return problems
+    sealed = [record for record in load_records(folder) if record.is_sealed_by(salt)]
+    if not sealed:
+        problems.append("no record carries the seal of this salt: it was changed, or the salt is another")
+    if row is not None and not any(record.includes(row, salt) for record in sealed):
+        problems.append("the row is in no request under this salt")
     return problems
 
 
@@ -48,26 +55,43 @@ def verify_folder(folder: Path) -> list[str]:
     records = load_records(folder)
     if not records:
         return ["there is no unlearning_record.json"]
-    problems = []
+    newest = records[-1]
+    problems = [*_breaks(records)]
+    if not newest.weights:
+        problems.append("the record names no weights")
+    report = {} if newest.report is None else {REPORT_FILES[0]: newest.report}
+    found = hashes_of(folder, _recorded_names(folder))
+    problems += _differences(found, newest.weights | newest.files | report)
+    text = folder / REPORT_FILES[1]
+    if text.exists() and not (report and found.get(REPORT_FILES[0]) == newest.report):
+        problems.append(f"{text.name} has no report that was recorded beside it")
+    elif text.exists() and text.read_text() != UnlearningReport.load(folder).to_markdown() + "\n":
+        problems.append(f"{text.name} does not say what {REPORT_FILES[0]} says")
+    return problems
+
+
+def _breaks(records: list[UnlearningRecord]) -> Iterator[str]:
     before: str | None = None
     for number, record in enumerate(records, start=1):
         if record.previous != before:
-            problems.append(
+            yield (
                 f"the chain is broken before request {record.request_id!r}, number {number}: a record was removed or changed"
             )
         before = record.digest()
-    newest = records[-1]
-    found = hashes_of(folder, filter(is_weights, published_files(folder)))
-    problems += same(found, newest.weights)
-    report = folder / REPORT_FILES[0]
-    if newest.report is None and report.exists():
-        problems.append(f"{report.name} stands in no record")
-    elif newest.report is not None and not report.exists():
-        problems.append(f"{report.name} is missing")
-    elif newest.report is not None:
-        if sha256_of(report) != newest.report:
-            problems.append(f"{report.name} is not the report that was recorded")
-        text = folder / REPORT_FILES[1]
-        if text.exists() and text.read_text() != UnlearningReport.load(folder).to_markdown() + "\n":
-            problems.append(f"{text.name} does not say what {report.name} says")
-    return problems
+
+
+def _recorded_names(folder: Path) -> Iterator[str]:
+    """Paths in the folder of whatever can be loaded; nothing in hidden folders, where downloads keep their notes."""
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden and name not in UNRECORDED and may_be_loaded(name):
+            yield name
+
+
+def _differences(found: Mapping[str, str], recorded: Mapping[str, str]) -> list[str]:
+    """What differs between two tables of hashes, in words."""
+    problems = [f"{name} is missing" for name in recorded if name not in found]
+    problems += [f"{name} stands in no record" for name in found if name not in recorded]
+    both = [name for name in recorded if name in found]
+    return problems + [f"{name} is not the file that was recorded" for name in both if found[name] != recorded[name]]

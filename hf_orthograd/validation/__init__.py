@@ -1,6 +1,15 @@
 """Everything that can be wrong with a run, said before its first step: the argument, what was given, what to do."""
 
-from .datasets import check_datasets, check_overlap, is_empty, needs_retain, read_columns, row_digest, row_digests
+from .datasets import (
+    check_datasets,
+    check_overlap,
+    is_empty,
+    needs_retain,
+    read_columns,
+    row_digest,
+    row_digests,
+    stored_row,
+)
 from .launch import (
     check_arguments,
     check_batch_norm,
@@ -30,5 +39,6 @@ __all__ = [
     "read_columns",
     "row_digest",
     "row_digests",
+    "stored_row",
     "warn_of_half_precision",
 ]

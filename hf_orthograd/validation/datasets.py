@@ -4,6 +4,8 @@ import hashlib
 import inspect
 import pickle
 from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -116,11 +118,13 @@ def row_digests(dataset, columns: frozenset[str] | None) -> list[bytes]:
         return [row_digest(dataset[row], columns) for row in range(len(dataset))]
     # as they are stored, before any transform decodes them
     kept = [name for name in dataset.column_names if columns is None or name in {*columns, "labels", "attention_mask"}]
-    stored = dataset.with_format("arrow", columns=kept)
-    return [
-        row_digest({name: values[0] for name, values in stored[row].to_pydict().items()}, columns)
-        for row in range(len(dataset))
-    ]
+    stored = dataset.select_columns(kept)
+    return [row_digest(stored_row(stored, row), columns) for row in range(len(dataset))]
+
+
+def stored_row(dataset: Dataset, row: int) -> dict:
+    """A row as it is stored, before any format, decoding or transform."""
+    return {name: values[0] for name, values in dataset.with_format("arrow")[row].to_pydict().items()}
 
 
 def row_digest(example, columns: frozenset[str] | None) -> bytes:
@@ -155,8 +159,18 @@ def _plain(value):
     return value.item() if isinstance(value, (np.ndarray, np.generic)) and value.ndim == 0 else value
 
 
+def _content(value):
+    """Of a stored image or sound its bytes, wherever they lie; anything else as it is."""
+    if not isinstance(value, Mapping) or set(value) != {"bytes", "path"}:
+        return value
+    if value["bytes"] is not None:
+        return value["bytes"]
+    path = value["path"]
+    return Path(path).read_bytes() if path is not None and Path(path).is_file() else value
+
+
 def _add(digest, value) -> None:
-    value = _plain(value)
+    value = _content(_plain(value))
     if isinstance(value, Mapping):
         for key in sorted(value):
             _add(digest, key)
@@ -172,6 +186,8 @@ def _add(digest, value) -> None:
             _add(digest, item)
     elif isinstance(value, bytes):
         digest.update(value)
+    elif value is None or isinstance(value, (str, int, float, date)):
+        digest.update(repr(value).encode())
     else:
-        digest.update(repr(value).encode() if isinstance(value, (str, int, float)) else pickle.dumps(value))
+        digest.update(pickle.dumps(value, protocol=4))
     digest.update(b";")
