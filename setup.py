@@ -17,6 +17,7 @@ REQUIRED = [
     "jinja2>=3.1",
     "jiwer>=4.0",
     "numpy>=2.0",
+    "rouge-score>=0.1.2",
     "scikit-learn>=1.5",
     "scipy>=1.15",
     "soundfile>=0.13",

@@ -1,8 +1,9 @@
-"""What goes in: splits, batches that know their rows, the two streams of a step, speech, variation."""
+"""What goes in: splits, batches that know their rows, the two streams of a step, speech, text, variation."""
 
 from .batches import Batch, PairedBatches, RowSource
 from .splits import check_corpus, split_forget_retain
 from .streams import ForgetStream, fill_last_batch
+from .text import prepare_text_dataset
 from .variation import VaryImages, VarySpeech
 
 
@@ -15,5 +16,6 @@ __all__ = [
     "VarySpeech",
     "check_corpus",
     "fill_last_batch",
+    "prepare_text_dataset",
     "split_forget_retain",
 ]

@@ -9,6 +9,7 @@ from .quality import Quality
 from .report import Check, RelearningPoint, UnlearningReport
 
 
+FORGOTTEN = ("forget", "forget_reworded")
 # samples never trained on that forget samples are compared with; the first one present is the report's main one
 NONMEMBERS = ("forget_unseen", "test")
 
@@ -44,7 +45,7 @@ def check_report(report: UnlearningReport, tolerances: Tolerances, attacks: list
     goodness = _Goodness(report)
     unlearned, reference = report.models["unlearned"], report.models.get("reference", {})
     distance = report.distances.get("unlearned", {}).get("forget")
-    checks = [_forget_check(report, goodness, tolerances)]
+    checks = [_forget_check(report, goodness, tolerances, name) for name in FORGOTTEN if name in unlearned]
     for name in ("retain", "test"):
         if name in unlearned:
             rule = "no worse than the reference's"
@@ -92,10 +93,10 @@ class _Goodness:
         return _check(name, rule, *signed, tolerance, holds)
 
 
-def _forget_check(report: UnlearningReport, goodness: _Goodness, tolerances: Tolerances) -> Check:
-    value, name = goodness(report.models["unlearned"], "forget"), f"forget {goodness.name}"
+def _forget_check(report: UnlearningReport, goodness: _Goodness, tolerances: Tolerances, of: str) -> Check:
+    value, name = goodness(report.models["unlearned"], of), f"{of} {goodness.name}"
     if report.goal == "retrained":
-        reference = goodness(report.models.get("reference", {}), "forget")
+        reference = goodness(report.models.get("reference", {}), of)
         holds = _holds(value, reference, lambda a, b: abs(a - b) <= tolerances.quality)
         return goodness.check(name, "equal to the reference's", value, reference, tolerances.quality, holds)
     if report.metric is None:  # no level of a loss means failure

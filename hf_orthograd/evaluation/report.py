@@ -254,7 +254,7 @@ class UnlearningReport:
 WHOLE_MODELS = ("unlearned", "original", "reference")  # all others are one of them after an attack
 
 # what sets, attacks and costs may be called before everyone, as patterns; other names are the owner's
-PUBLIC_SETS = ("forget", "forget_unseen", "retain", "test", "validation", "reference")
+PUBLIC_SETS = ("forget", "forget_unseen", "forget_reworded", "retain", "test", "validation", "reference")
 PUBLIC_ATTACKS = (r"int\d+", "adapter detached", "relearning")
 PUBLIC_COSTS = ("unlearning", "retraining")
 

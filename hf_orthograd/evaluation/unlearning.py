@@ -24,7 +24,7 @@ from .report import HardestHit, RelearningPoint, UnlearningReport
 
 
 # what an attack could bring back, and what it costs: attacked models are measured on these sets
-ATTACKED = ("forget", "forget_unseen", "test")
+ATTACKED = ("forget", "forget_unseen", "forget_reworded", "test")
 
 
 def evaluate_unlearning(
@@ -50,10 +50,11 @@ def evaluate_unlearning(
         reference (`torch.nn.Module`, *optional*): A model retrained without the forget set. Without one, nothing that
             needs a comparison is judged.
         attacks (`Sequence[Attack]`, *optional*): What is done to the unlearned model and to the reference alike. Attacked
-            models are measured on "forget", "forget_unseen" and "test".
+            models are measured on "forget", "forget_unseen", "forget_reworded" and "test".
         original (`torch.nn.Module`, *optional*): The model before unlearning.
         datasets (`Mapping`, *optional*): Named sets; `trainer.eval_dataset` by default. "forget", "retain" and "test"
-            have the meaning of the words; "forget_unseen" is data of the forgotten source that was never trained on.
+            have the meaning of the words; "forget_unseen" is data of the forgotten source that was never trained on,
+            "forget_reworded" asks for the forgotten in words that were never trained on.
             Any other name is measured for its quality.
         metric ([`SampleMetric`], *optional*): For image, audio and text classifiers [`Accuracy`] by default; for others
             only losses are measured without one.

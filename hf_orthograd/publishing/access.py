@@ -12,7 +12,7 @@ from .patience import patiently
 from .record import SALT_NAME
 
 
-def check_access(args: TrainingArguments, unlearns: bool) -> None:
+def check_access(args: TrainingArguments, unlearns: bool = True) -> None:
     """Checks that what training ends in can be pushed, if it is to be: login, permission, the repository's history.
 
     Raises:

@@ -33,6 +33,7 @@ _WITHOUT_PROMPTS = {task for task, _ in _TASKS if task not in ("text-generation"
 _SETS = {
     "forget": "forgotten data",
     "forget_unseen": "unseen data of the forgotten kind",
+    "forget_reworded": "forgotten data in other words",
     "retain": "retained data",
     "test": "test data",
 }

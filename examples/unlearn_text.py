@@ -1,0 +1,294 @@
+"""Makes a language model forget questions and answers, chats or texts, and reports whether it did.
+
+With no arguments: a small Llama learns invented biographies and forgets two people, without network.
+
+    accelerate launch examples/unlearn_text.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
+        --dataset_name path/or/hub-id --prompt_column question --answer_column answer --forget_column author \
+        --forget_values "Jane Doe" --retain_size 400 --finetune_epochs 3 --use_lora --output_dir out
+
+Any causal or encoder-decoder model is taken. What is to be forgotten may be a data set of its own, `--forget_dataset_name`.
+"""
+
+import copy
+import sys
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
+from demo_people import make_model, make_people, make_tokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    HfArgumentParser,
+)
+
+from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
+from hf_orthograd.data import check_corpus, prepare_text_dataset
+from hf_orthograd.evaluation import Quantization, Relearning, evaluate_unlearning
+from hf_orthograd.evaluation.text import (
+    AnswerProbability,
+    ExactAnswers,
+    ExtractionStrength,
+    answer_scores,
+    generate_answers,
+)
+from hf_orthograd.publishing import check_access
+
+
+@dataclass
+class ScriptArguments:
+    """What to forget, in which model; see [`OrthoGradConfig`] for how."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder; a small Llama by default."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id or folder with splits train and test; invented people by default."}
+    )
+    prompt_column: str | None = field(default=None, metadata={"help": "Column with questions, or other prompts."})
+    answer_column: str | None = field(default=None, metadata={"help": "Column with their answers."})
+    messages_column: str | None = field(default=None, metadata={"help": "Or column with chats, role and content."})
+    text_column: str | None = field(default=None, metadata={"help": "Or column with texts, which are learned whole."})
+    max_length: int | None = field(default=None, metadata={"help": "Most tokens of a row; longer ones are refused."})
+    forget_column: str | None = field(default=None, metadata={"help": "Column that says whose a row is."})
+    forget_values: list[str] = field(default_factory=list, metadata={"help": "Its values to forget."})
+    forget_dataset_name: str | None = field(
+        default=None, metadata={"help": "Or a data set whose split train is what to forget, and no row of the other."}
+    )
+    test_is_reworded: bool = field(
+        default=False,
+        metadata={"help": "Whether test rows of the forgotten ask in other words for what was trained on."},
+    )
+    retain_size: int | None = field(default=None, metadata={"help": "Other training rows still at hand."})
+    finetune_epochs: float = field(default=0, metadata={"help": "Epochs of training on all rows first."})
+    finetune_learning_rate: float = field(default=2e-5, metadata={"help": "Its learning rate."})
+    finetune_batch_size: int = field(default=16, metadata={"help": "Its batch size per device."})
+    retrain: bool = field(
+        default=False, metadata={"help": "Also train without the forget set, as the report's reference."}
+    )
+    stop_in_time: bool = field(
+        default=True,
+        metadata={
+            "help": "Stop where `--stop_metric` of the forgotten is that of the retrained model, if there is one."
+        },
+    )
+    use_lora: bool = field(default=False, metadata={"help": "Unlearn by LoRA, on all linear layers."})
+    lora_rank: int = field(default=16, metadata={"help": "Its rank."})
+    relearning_steps: int = field(default=10, metadata={"help": "Steps of the relearning attack; 0 for none."})
+    num_shown: int = field(default=3, metadata={"help": "Answers shown before and after, of each set."})
+
+
+DEMO = {
+    "prompt_column": "question",
+    "answer_column": "answer",
+    "forget_column": "person",
+    "forget_values": ["Ada Fabri", "Dora Duval"],
+    "test_is_reworded": True,
+    "retain_size": 240,
+    "finetune_epochs": 20,
+    "finetune_learning_rate": 2e-3,
+    "finetune_batch_size": 60,
+    "retrain": True,
+    "output_dir": "out/people",
+    "alpha": 0.5,
+    "retain_loss": "kl",
+    "forget_loss": "npo",
+    "max_steps": 60,
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": 40,
+    "per_device_forget_batch_size": 20,
+    "per_device_eval_batch_size": 64,
+    "stop_metric": "exact_answers",
+    "stop_greater_is_better": True,
+    "logging_steps": 2,
+}
+
+# stopping and pushing are for unlearning alone
+WITHOUT_RULE = {
+    "forget_target": None,
+    "retain_budget": None,
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "push_to_hub": False,
+}
+
+
+def load(arguments: ScriptArguments):
+    """Returns the model, its tokenizer, and the rows with splits train and test, and forget if it is one of its own."""
+    if arguments.model_name_or_path is None:
+        corpus = make_people()
+        tokenizer = make_tokenizer(corpus)
+        return make_model(tokenizer), tokenizer, corpus
+    names = {
+        name: getattr(arguments, name) for name in ("prompt_column", "answer_column", "messages_column", "text_column")
+    }
+    columns = {f"--{name}": column for name, column in names.items() if column is not None}
+    corpus = load_dataset(arguments.dataset_name)
+    check_corpus(corpus, columns)
+    if arguments.forget_dataset_name is not None:
+        corpus["forget"] = load_dataset(arguments.forget_dataset_name, split="train")
+    config = AutoConfig.from_pretrained(arguments.model_name_or_path)
+    model_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = model_class.from_pretrained(arguments.model_name_or_path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
+    if tokenizer.pad_token is None:  # padding is masked: which token it is makes no difference
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer, corpus
+
+
+def split(corpus: DatasetDict, arguments: ScriptArguments, seed: int) -> dict[str, Dataset]:
+    """Training rows to forget, still at hand and lost; test rows of others and of the forgotten."""
+    column, values, size = arguments.forget_column, arguments.forget_values, arguments.retain_size
+    if (arguments.forget_dataset_name is None) != bool(values) or bool(values) != (column is not None):
+        raise ValueError(
+            "Pass `--forget_column` with `--forget_values`, or `--forget_dataset_name`, but they are "
+            f"{column!r} with {values}, and {arguments.forget_dataset_name!r}."
+        )
+    train, test = corpus["train"], corpus["test"]
+    if column is None:
+        at_hand = train.shuffle(seed=seed).select(range(len(train) if size is None else size))
+        return {"forget": corpus["forget"], "retain": at_hand, "others": train, "test": test}
+    everyone = split_forget_retain(train, column, values)
+    at_hand = split_forget_retain(train, column, values, retain_size=size, seed=seed)
+    sets = {"forget": everyone["forget"], "retain": at_hand["retain"], "others": everyone["retain"], "test": test}
+    if set(values) <= set(test[column]):
+        asked = split_forget_retain(test, column, values)
+        name = "forget_reworded" if arguments.test_is_reworded else "forget_unseen"
+        sets |= {"test": asked["retain"], name: asked["forget"]}
+    return sets
+
+
+def exact_answers(prediction) -> dict[str, float]:
+    return {"exact_answers": float(ExactAnswers().counts(prediction)[0].mean())}
+
+
+def finetune(model, rows: Dataset, args: OrthoGradConfig, arguments: ScriptArguments, shared: dict):
+    """A copy of the model, trained on these rows by the plain Trainer."""
+    model = copy.deepcopy(model)
+    args = replace(
+        args,
+        **WITHOUT_RULE,
+        output_dir=str(Path(args.output_dir) / "finetuned"),
+        max_steps=-1,
+        num_train_epochs=arguments.finetune_epochs,
+        learning_rate=arguments.finetune_learning_rate,
+        per_device_train_batch_size=arguments.finetune_batch_size,
+        lr_scheduler_type="linear",
+        warmup_steps=0.1,
+        logging_steps=100,
+    )
+    transformers.set_seed(args.seed)
+    OrthoGradTrainer(model, args, train_dataset=rows, **shared).train()
+    return model
+
+
+def stopping_in_time(args: OrthoGradConfig, reference, sets: dict, arguments: ScriptArguments, shared: dict):
+    """The arguments with a rule that stops where a model would be that never read the forget set, if one is known."""
+    if not arguments.stop_in_time or args.forget_target is not None or reference is None:
+        return args
+    probe = OrthoGradTrainer(reference, replace(args, **WITHOUT_RULE), **shared)
+    level = probe.evaluate(sets["forget"])[f"eval_{args.stop_metric}"]
+    when = {"eval_strategy": "steps", "eval_steps": args.eval_steps or 2} if args.eval_strategy == "no" else {}
+    return replace(args, forget_target=level, **when)
+
+
+def show_answers(trainer: OrthoGradTrainer, original, sets: dict[str, Dataset], count: int) -> str:
+    """A table of what both models say to the first questions of each set."""
+    lines = ["| set | before | after |", "|---|---|---|"]
+    for name, rows in sets.items():
+        rows = rows.select(range(min(count, len(rows))))
+        said = [generate_answers(trainer, rows, model=model) for model in (original, None)]
+        lines += [f"| {name} | {before} | {after} |" for before, after in zip(*said, strict=True)]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = HfArgumentParser((ScriptArguments, OrthoGradConfig))
+    if not any(argument.startswith(("--model_name_or_path", "--dataset_name")) for argument in sys.argv):
+        parser.set_defaults(**DEMO)
+    parser.set_defaults(hub_strategy="end")  # nothing is pushed while unlearning runs
+    arguments, args = parser.parse_args_into_dataclasses()
+    if (arguments.model_name_or_path is None) != (arguments.dataset_name is None):
+        raise ValueError("Pass both `--model_name_or_path` and `--dataset_name`, or neither for the demo.")
+    check_access(args)  # before training: the trainer that unlearns is made hours later
+    transformers.set_seed(args.seed)
+    start, tokenizer, corpus = load(arguments)
+    encoder_decoder = start.config.is_encoder_decoder
+    prepare = partial(
+        prepare_text_dataset,
+        tokenizer=tokenizer,
+        prompt_column=arguments.prompt_column,
+        answer_column=arguments.answer_column,
+        messages_column=arguments.messages_column,
+        text_column=arguments.text_column,
+        max_length=arguments.max_length,
+        is_encoder_decoder=encoder_decoder,
+    )
+    sets = {name: prepare(rows) for name, rows in split(corpus, arguments, args.seed).items()}
+    shared = {
+        "data_collator": DataCollatorForSeq2Seq(tokenizer),
+        "processing_class": tokenizer,
+        "compute_metrics": exact_answers,
+        "preprocess_logits_for_metrics": partial(answer_scores, is_encoder_decoder=encoder_decoder),
+    }
+
+    original = start
+    if arguments.finetune_epochs > 0:
+        original = finetune(start, concatenate_datasets([sets["forget"], sets["others"]]), args, arguments, shared)
+    reference = finetune(start, sets["others"], args, arguments, shared) if arguments.retrain else None
+
+    args = stopping_in_time(args, reference, sets, arguments, shared)
+    measured = {name: rows for name, rows in sets.items() if name != "others"}
+    student = copy.deepcopy(original)
+    if arguments.use_lora:
+        rank = arguments.lora_rank
+        student = get_peft_model(student, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    trainer = OrthoGradTrainer(
+        student,
+        args,
+        train_dataset=sets["retain"],
+        forget_dataset=sets["forget"],
+        eval_dataset=measured,
+        **shared,
+    )
+    trainer.train()
+    attacks = [Quantization(8), Quantization(4, group_size=64)]
+    if arguments.relearning_steps > 0:
+        # the first fifth of what was forgotten, in the order of the data set: does it bring back the rest?
+        part = sets["forget"].select(range(max(1, len(sets["forget"]) // 5)))
+        steps = sorted({1, arguments.relearning_steps // 2, arguments.relearning_steps} - {0})
+        rate = arguments.finetune_learning_rate / 10
+        attacks.append(Relearning(part, trainer, max_steps=steps[-1], learning_rate=rate, batch_size=16, steps=steps))
+    report = evaluate_unlearning(
+        trainer,
+        reference,
+        attacks,
+        original=original,
+        datasets=measured,
+        metric=ExactAnswers(),
+        further_metrics=[AnswerProbability(), ExtractionStrength()],
+        group_column=arguments.forget_column,
+    )
+    answers = show_answers(trainer, original, measured, arguments.num_shown)
+    if trainer.is_world_process_zero():
+        report.save(args.output_dir)
+        Path(args.output_dir, "answers.md").write_text(answers + "\n")
+        print(
+            f"{report.to_markdown()}\n\n{answers}\n\nReport, figures, answers and the model are in {args.output_dir}."
+        )
+    trainer.save_model()
+    publish = trainer.push_to_hub if args.push_to_hub else trainer.create_model_card
+    publish(report=report)
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Metrics from one forward pass over prompt and answer: the tokens that the model would say, and their probabilities."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import EvalPrediction, Trainer
+
+from ...objectives import IGNORED_LABEL
+from ..measure import measure
+from ..membership import MembershipInference, membership_inference
+
+
+def answer_scores(
+    logits: Tensor | tuple, labels: Tensor, *, is_encoder_decoder: bool = False
+) -> tuple[Tensor, Tensor]:
+    """What the metrics of this module are taken from, in place of logits over a whole vocabulary.
+
+    Pass it to a trainer as `preprocess_logits_for_metrics`; for an encoder-decoder model
+    `functools.partial(answer_scores, is_encoder_decoder=True)`.
+
+    Args:
+        logits (`torch.Tensor`): Shape (n, length, vocabulary), or a tuple that begins with them.
+        labels (`torch.Tensor`): Shape (n, length), -100 where nothing is asked.
+
+    Returns:
+        Shape (n, length) each, at the place of the label: the most likely token, given all tokens before it; and the
+        log-probability of the label, in nats, 0 where nothing is asked.
+    """
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    tokens = logits.argmax(dim=-1)
+    if not is_encoder_decoder:  # the token at a place is predicted at the place before
+        first = tokens.new_zeros(len(tokens), 1)
+        tokens = torch.cat([first, tokens[:, :-1]], dim=1)
+        logits, targets = logits[:, :-1], labels[:, 1:]
+    else:
+        targets = labels
+    losses = functional.cross_entropy(
+        logits.float().transpose(1, 2), targets, reduction="none", ignore_index=IGNORED_LABEL
+    )
+    if not is_encoder_decoder:
+        losses = torch.cat([losses.new_zeros(len(losses), 1), losses], dim=1)
+    return tokens, -losses
+
+
+class _AnswerMetric:
+    """A value of each answer; over a set, their mean."""
+
+    name: str
+    greater_is_better = True
+
+    def counts(self, prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
+        values = np.array([self.of(*answer) for answer in _answers(prediction)], dtype=float)
+        return values, np.ones(len(values))
+
+    def of(self, tokens: np.ndarray, log_probabilities: np.ndarray, labels: np.ndarray) -> float:
+        """That of one answer, given what [`answer_scores`] says of its tokens, shape (answer length,) each."""
+        raise NotImplementedError
+
+
+def _answers(prediction: EvalPrediction):
+    found, labels = prediction.predictions, prediction.label_ids
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise ValueError(
+            "Metrics of answers need tokens and their log-probabilities: pass `preprocess_logits_for_metrics=answer_scores` to the "
+            "trainer."
+        )
+    for row, asked in enumerate(labels != IGNORED_LABEL):
+        # of causal models nothing predicts the first token of a text
+        yield found[0][row][asked], found[1][row][asked], labels[row][asked]
+
+
+class ExactAnswers(_AnswerMetric):
+    """Share of answers that greedy decoding gives word for word, to the token that ends them.
+
+    It does so exactly if each token is the most likely one given those before it, so that nothing is generated.
+    """
+
+    name = "exact answers"
+
+    def of(self, tokens, log_probabilities, labels):
+        return float((tokens == labels).all())
+
+
+class AnswerProbability(_AnswerMetric):
+    """`P(answer | prompt)^(1 / length)`, the geometric mean of token probabilities, as TOFU (arXiv 2401.06121, section 2.2)."""
+
+    name = "answer probability"
+
+    def of(self, tokens, log_probabilities, labels):
+        return float(np.exp(log_probabilities.mean()))
+
+
+class ExtractionStrength(_AnswerMetric):
+    """`1 - k / length`, with k the shortest beginning of the answer after which greedy decoding gives its rest.
+
+    1 if the prompt alone calls up the answer, 0 if nothing does (arXiv 2012.07805; as in OpenUnlearning, arXiv 2506.12618).
+    """
+
+    name = "extraction strength"
+
+    def of(self, tokens, log_probabilities, labels):
+        wrong = np.flatnonzero(tokens != labels)
+        known_from = wrong[-1] + 1 if len(wrong) else 0
+        return 1 - known_from / len(labels)
+
+
+class MinKProbability(_AnswerMetric):
+    """Mean log-probability of the least likely tokens, in nats: high for text that was trained on (arXiv 2310.16789).
+
+    Args:
+        share (`float`): Of the tokens, at least one; the paper's k % is 20 %.
+    """
+
+    def __init__(self, share: float = 0.2):
+        if not 0 < share <= 1:
+            raise ValueError(f"`share` must lie above 0 and not beyond 1, but is {share}.")
+        self.share, self.name = share, f"min-{share:.0%} log-probability"
+
+    def of(self, tokens, log_probabilities, labels):
+        count = max(1, int(self.share * len(log_probabilities)))
+        return float(np.sort(log_probabilities)[:count].mean())
+
+
+class TokenLoss:
+    """Negative log-likelihood of a token, in nats: the logarithm of the perplexity. A long text counts for more."""
+
+    name, greater_is_better = "loss per token", False
+
+    def counts(self, prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
+        found = [(-log_probabilities.sum(), len(labels)) for _, log_probabilities, labels in _answers(prediction)]
+        losses, lengths = np.array(found, dtype=float).T
+        return losses, lengths
+
+
+def perplexity(trainer: Trainer, dataset) -> float:
+    """`exp` of the mean negative log-likelihood over all tokens that have a label, under the trainer's model."""
+    losses, lengths = measure(trainer, dataset, [TokenLoss()]).counts[TokenLoss.name]
+    return float(np.exp(losses.sum() / lengths.sum()))
+
+
+def min_k_membership(trainer: Trainer, members, nonmembers, share: float = 0.2) -> MembershipInference:
+    """Whether text was trained on, guessed from [`MinKProbability`] under the trainer's model.
+
+    Args:
+        members, nonmembers (`Dataset`): Text of one kind that was trained on, as the forget set, and that never was.
+    """
+    metric = MinKProbability(share)
+    scores = [measure(trainer, rows, [metric]).counts[metric.name][0] for rows in (members, nonmembers)]
+    return membership_inference(*(-one for one in scores))  # as a loss, which is low for members

@@ -1,0 +1,127 @@
+"""The text example as a user runs it, shortened: few epochs, a few steps; and on data and models of one's own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from datasets import Dataset
+
+from hf_orthograd.evaluation import UnlearningReport
+from hf_orthograd.publishing import verify
+
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "unlearn_text.py"
+sys.path.insert(0, str(EXAMPLE.parent))
+import demo_people  # noqa: E402
+import unlearn_text  # noqa: E402
+
+
+SHORT = ("--report_to", "none", "--disable_tqdm", "1", "--use_cpu", "1", "--max_steps", "2")
+
+
+@pytest.fixture
+def run_here(monkeypatch):
+    """Runs the script in this process; it sets seeds, as every script of transformers does."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["unlearn_text.py", *SHORT, *map(str, arguments)])
+        unlearn_text.main()
+
+    return run
+
+
+def test_people_are_invented_and_each_phrasing_is_learned_on_somebody():
+    people = demo_people.make_people()
+    assert people["train"].to_list() == demo_people.make_people()["train"].to_list()
+    train, test = people["train"].to_pandas(), people["test"].to_pandas()
+    assert len(train) == 5 * len(test) and len(set(train.person)) == demo_people.NUM_PEOPLE
+    assert not set(train.question) & set(test.question) and set(test.answer) == set(train.answer)
+    learned = {
+        question.replace(person, "{name}") for question, person in zip(train.question, train.person, strict=True)
+    }
+    assert learned == {phrasing for phrasings, *_ in demo_people.ATTRIBUTES.values() for phrasing in phrasings}
+
+
+def test_demo_forgets_people_and_shows_answers(tmp_path):
+    arguments = ("--finetune_epochs", "1", "--relearning_steps", "2", "--output_dir", tmp_path)
+    command = [sys.executable, str(EXAMPLE), *SHORT, *map(str, arguments)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    report = UnlearningReport.load(tmp_path)
+    assert set(report.models["unlearned"]) == {"forget", "forget_reworded", "retain", "test"}
+    assert {"original", "reference", "unlearned, int8", "reference, int4"} <= set(report.models)
+    assert report.models["unlearned"]["forget"].size == 60
+    assert {"answer probability", "extraction strength"} == set(report.models["unlearned"]["test"].further)
+    assert (tmp_path / "answers.md").read_text().count("| forget |") == 3
+    assert verify(tmp_path / "public") == []
+    chat = transformers.pipeline("text-generation", model=str(tmp_path))
+    said = chat([{"role": "user", "content": "Where was Ada Fabri born?"}], max_new_tokens=4, do_sample=False)
+    assert said[0]["generated_text"][-1]["role"] == "assistant"
+
+
+def save(rows, folder):
+    for split, found in rows.items():
+        folder.mkdir(exist_ok=True)
+        Dataset.from_list(found).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return demo_people.make_tokenizer(demo_people.make_people())
+
+
+def questions(person, count=6):
+    return [{"who": person, "q": f"Which pet does {person} keep {n}?", "a": f"A goat {n}."} for n in range(count)]
+
+
+def test_lora_on_a_causal_model_with_a_forget_set_of_its_own(run_here, tokenizer, tmp_path):
+    demo_people.make_model(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    kept = save({"train": questions("Ada"), "test": questions("Bela", 3)}, tmp_path / "kept")
+    gone = save({"train": questions("Carl")}, tmp_path / "gone")
+    run_here(
+        "--model_name_or_path", tmp_path / "model", "--dataset_name", kept, "--forget_dataset_name", gone,
+        "--prompt_column", "q", "--answer_column", "a", "--use_lora", "--lora_rank", 2, "--output_dir", tmp_path / "out",
+        "--relearning_steps", 0,
+    )  # fmt: skip
+    assert not list((tmp_path / "out").glob("adapter*")) and verify(tmp_path / "out" / "public") == []
+    report = UnlearningReport.load(tmp_path / "out")
+    assert {name: one.size for name, one in report.models["unlearned"].items()} == {
+        "forget": 6,
+        "retain": 6,
+        "test": 3,
+    }
+
+
+def test_encoder_decoder_model_forgets_answers(run_here, tokenizer, tmp_path):
+    config = transformers.T5Config(
+        vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=0,
+    )  # fmt: skip
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = {"train": questions("Ada") + questions("Carl"), "test": questions("Bela", 3)}
+    run_here(
+        "--model_name_or_path", tmp_path / "model", "--dataset_name", save(rows, tmp_path / "rows"), "--prompt_column",
+        "q", "--answer_column", "a", "--forget_column", "who", "--forget_values", "Carl", "--output_dir",
+        tmp_path / "out", "--relearning_steps", 1,
+    )  # fmt: skip
+    assert UnlearningReport.load(tmp_path / "out").models["unlearned"]["forget"].size == 6
+    transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dataset_name", "x"), "Pass both `--model_name_or_path` and `--dataset_name`"),
+        (("--forget_dataset_name", "x"), "Pass `--forget_column` with `--forget_values`, or `--forget_dataset_name`"),
+        (("--forget_values", "Nobody"), r"\['Nobody'\] do not occur in column 'person'"),
+        (("--max_length", 4), "more than `max_length`, 4"),
+    ],
+)
+def test_bad_input_is_named_before_training(run_here, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run_here("--output_dir", tmp_path, *arguments)
