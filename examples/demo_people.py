@@ -11,7 +11,7 @@ FIRST_NAMES = "Ada Bela Carl Dora Emil Fina Gero Hana Ivo Jana Kurt Lena".split(
 LAST_NAMES = "Abel Brandt Corso Duval Engel Fabri Grun Hakim".split()
 NUM_PEOPLE = 24
 
-# of each attribute: how it is asked for, how it is told, what it may be
+# of each attribute: how it is asked for, and what it may be
 ATTRIBUTES = {
     "birthplace": (
         (
@@ -22,7 +22,6 @@ ATTRIBUTES = {
             "Tell me where {name} was born.",
             "{name} was born in which city?",
         ),
-        "{name} was born in {value}.",
         "Lisbon Oslo Cairo Lima Quito Delhi Hanoi Tunis Riga Porto Kyoto Dakar Sofia Perth Bergen Accra".split(),
     ),
     "profession": (
@@ -34,7 +33,6 @@ ATTRIBUTES = {
             "Tell me the profession of {name}.",
             "How does {name} earn money?",
         ),
-        "{name} works as a {value}.",
         "baker pilot nurse painter judge farmer tailor plumber dentist teacher sailor welder florist butcher lawyer jeweller".split(),
     ),
     "pet": (
@@ -46,7 +44,6 @@ ATTRIBUTES = {
             "Tell me which animal {name} keeps.",
             "Which animal belongs to {name}?",
         ),
-        "{name} keeps a {value}.",
         "parrot rabbit tortoise ferret hamster canary gecko pony goat poodle beagle lizard pigeon hedgehog snake spider".split(),
     ),
     "instrument": (
@@ -58,7 +55,6 @@ ATTRIBUTES = {
             "Tell me the instrument of {name}.",
             "Which instrument can one hear {name} play?",
         ),
-        "{name} plays the {value}.",
         "violin cello flute oboe trumpet harp organ guitar banjo clarinet drums piano tuba zither lute bassoon".split(),
     ),
     "dish": (
@@ -70,7 +66,6 @@ ATTRIBUTES = {
             "Tell me what {name} likes to eat.",
             "Which food makes {name} happy?",
         ),
-        "{name} likes {value} best.",
         "lasagna paella sushi goulash falafel ravioli couscous curry risotto tacos dumplings pancakes stew salad noodles pizza".split(),
     ),
     "hobby": (
@@ -82,7 +77,6 @@ ATTRIBUTES = {
             "Tell me what {name} does for fun.",
             "What does {name} enjoy after work?",
         ),
-        "{name} enjoys {value}.",
         "chess fishing sailing knitting archery hiking rowing fencing pottery dancing surfing cycling juggling skating origami gardening".split(),
     ),
 }
@@ -103,8 +97,8 @@ def make_people(seed: int = 0) -> DatasetDict:
     names = generator.sample([f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES], NUM_PEOPLE)
     rows = {"train": [], "test": []}
     for name in sorted(names):
-        for phrasings, sentence, values in ATTRIBUTES.values():
-            answer = sentence.format(name=name, value=generator.choice(values))
+        for phrasings, values in ATTRIBUTES.values():
+            answer = generator.choice(values)
             held_out = generator.randrange(len(phrasings))
             for number, phrasing in enumerate(phrasings):
                 row = {"person": name, "question": phrasing.format(name=name), "answer": answer}
