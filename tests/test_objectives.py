@@ -10,7 +10,6 @@ from hf_orthograd.objectives import (
     NegativePreference,
     PerSampleLoss,
     SimpleNegativePreference,
-    find_family,
 )
 from hf_orthograd.validation.samples import check_per_sample, find_unlabelled_rows
 
@@ -49,7 +48,7 @@ def test_ctc_sum_reduction_is_the_total(make_model, make_samples):
 
 def test_unknown_model_asks_for_a_loss():
     with pytest.raises(ValueError, match=r"per-sample loss of Linear is not known. Pass `compute_loss_func"):
-        find_family(torch.nn.Linear(2, 2))
+        PerSampleLoss(torch.nn.Linear(2, 2))
 
 
 def test_npo_by_hand():

@@ -29,7 +29,7 @@ def check_samples(per_sample_loss: PerSampleLoss, model: nn.Module, sets: Mappin
         check_label_column(sets[name], name, per_sample_loss)
     pair, *alone = batches["forget_dataset"]
     check_losses(per_sample_loss, model, pair, alone[0])
-    if not per_sample_loss.needs_labels:  # a loss of the user's own
+    if not per_sample_loss.label_names:  # a loss of the user's own
         with preserved_modes(model):
             model.eval()
             check_coupling(per_sample_loss, model, pair, _cut(pair) or alone)
@@ -69,14 +69,13 @@ def check_batch(batch: Batch, name: str, per_sample_loss: PerSampleLoss) -> None
     Raises:
         ValueError: It has no labels, labels of the wrong type or out of range, or a row in which none counts.
     """
+    missing = [column for column in per_sample_loss.label_names if batch.inputs.get(column) is None]
+    if missing:
+        raise ValueError(
+            f"The batches made from `{name}` have no {' and '.join(map(repr, missing))}: check `data_collator`, and that the data "
+            "set has that column and `remove_unused_columns` does not drop it."
+        )
     labels = batch.inputs.get("labels")
-    if labels is None:
-        if per_sample_loss.needs_labels:
-            raise ValueError(
-                f"The batches made from `{name}` have no 'labels': check `data_collator`, and that the data set has that "
-                "column and `remove_unused_columns` does not drop it."
-            )
-        return
     if isinstance(labels, Tensor):
         check_labels(labels, name, per_sample_loss, batch.rows.tolist())
 
@@ -87,20 +86,26 @@ def check_labels(labels: Tensor, name: str, per_sample_loss: PerSampleLoss, rows
     Raises:
         ValueError: The message names the rows.
     """
-    if not per_sample_loss.needs_labels:
+    if "labels" not in per_sample_loss.label_names:
         return
+    problem = per_sample_loss.problem(labels)
+    if problem in ("regression", "multi_label_classification"):
+        return _check_numbers(labels, name, problem, per_sample_loss.num_classes, rows)
     if labels.is_floating_point():
         raise ValueError(
             f"The labels of `{name}` are {str(labels.dtype).removeprefix('torch.')}, but this loss takes classes as whole "
-            "numbers. For a regression or several labels a sample pass a `compute_loss_func` that returns shape (batch size,)."
+            "numbers."
         )
-    if per_sample_loss.classifies and labels.ndim != 1:
+    if problem is not None and labels.ndim != 1:
         raise ValueError(
             f"The labels of `{name}` have shape {tuple(labels.shape)} for {len(rows)} rows, but a classifier takes one class "
-            "for each. For several labels a sample pass a `compute_loss_func` that returns shape (batch size,)."
+            "for each. For several labels a sample give them as floating numbers, and set the model's `config.problem_type` to "
+            "'multi_label_classification'."
         )
     classes = per_sample_loss.num_classes
-    ignored = torch.zeros_like(labels, dtype=torch.bool) if per_sample_loss.classifies else labels == IGNORED_LABEL
+    ignored = (
+        torch.zeros_like(labels, dtype=torch.bool) if problem is not None else labels == per_sample_loss.ignored_label
+    )
     if classes is not None:
         wrong = ~ignored & ((labels < 0) | (labels >= classes))
         if wrong.any():
@@ -110,11 +115,31 @@ def check_labels(labels: Tensor, name: str, per_sample_loss: PerSampleLoss, rows
                 f"Row {rows[first]} of `{name}` has the label {value}, but this model knows 0 to {classes - 1}. Map the "
                 "labels, or make the model with as many (`num_labels`, or a larger vocabulary)."
             )
-    empty = find_unlabelled_rows(labels, per_sample_loss.shifts_labels)
+    counted = labels.masked_fill(ignored, IGNORED_LABEL)
+    empty = find_unlabelled_rows(counted, per_sample_loss.shifts_labels)
     if empty:
         listed = ", ".join(str(rows[row]) for row in empty)
         raise ValueError(
-            f"All labels are {IGNORED_LABEL} in rows {listed} of `{name}`: nothing is predicted there. Remove them."
+            f"All labels are {per_sample_loss.ignored_label} in rows {listed} of `{name}`: nothing is predicted there. Remove them."
+        )
+
+
+def _check_numbers(labels: Tensor, name: str, problem: str, count: int, rows: list[int]) -> None:
+    """Those of a regression, or zeros and ones for several labels."""
+    wanted = (len(rows),) if count == 1 else (len(rows), count)
+    if labels.shape != wanted and labels.shape != (len(rows), count):
+        raise ValueError(
+            f"The labels of `{name}` have shape {tuple(labels.shape)} for {len(rows)} rows, but this model has {count} outputs "
+            f"(`num_labels`), and under problem_type={problem!r}, which floating labels mean too, takes {count} numbers a row. For "
+            "one class a row give whole numbers."
+        )
+    wrong = ~labels.isfinite() if problem == "regression" else ~((labels >= 0) & (labels <= 1))
+    if wrong.any():
+        first = int(wrong.reshape(len(labels), -1).any(dim=1).nonzero()[0])
+        value = labels[first][wrong[first]].flatten()[0].item()
+        domain = "finite numbers" if problem == "regression" else "numbers from 0 to 1"
+        raise ValueError(
+            f"Row {rows[first]} of `{name}` has the label {value}, but problem_type={problem!r} takes {domain}."
         )
 
 
@@ -122,13 +147,13 @@ def find_unlabelled_rows(labels: Tensor, shifted: bool) -> list[int]:
     """Rows of a batch without a single label that counts.
 
     Args:
-        labels (`torch.Tensor`): Shape (B,) or (B, T).
+        labels (`torch.Tensor`): Shape (B,), (B, T) or (B, H, W).
         shifted (`bool`): Whether the first position is never predicted, as in causal language models.
     """
     if labels.ndim < 2:
         return []
     counted = labels[:, 1:] if shifted else labels
-    return (~(counted >= 0).any(dim=1)).nonzero().flatten().tolist()
+    return (~(counted >= 0).flatten(1).any(dim=1)).nonzero().flatten().tolist()
 
 
 def check_label_column(dataset, name: str, per_sample_loss: PerSampleLoss) -> None:

@@ -1,0 +1,32 @@
+"""The loss of each sample of a batch, what is ascended on the forget set, and what holds the retain set."""
+
+from .contrastive import FixedNegatives
+from .families import IGNORED_LABEL, causal_token_losses, kl_divergence, mean_where, token_losses
+from .forget import (
+    FORGET_LOSSES,
+    Ascent,
+    ForgetObjective,
+    NegativePreference,
+    SimpleNegativePreference,
+    forget_objective,
+)
+from .per_sample import RETAIN_LOSSES, PerSampleLoss, PerSampleLosses
+
+
+__all__ = [
+    "FORGET_LOSSES",
+    "IGNORED_LABEL",
+    "RETAIN_LOSSES",
+    "Ascent",
+    "FixedNegatives",
+    "ForgetObjective",
+    "NegativePreference",
+    "PerSampleLoss",
+    "PerSampleLosses",
+    "SimpleNegativePreference",
+    "causal_token_losses",
+    "forget_objective",
+    "kl_divergence",
+    "mean_where",
+    "token_losses",
+]

@@ -1,0 +1,148 @@
+"""[`PerSampleLoss`]: the losses of a batch's samples under a model, found from the model's class or given by the user."""
+
+from collections.abc import Callable, Mapping
+
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto as auto
+
+from .families import IGNORED_LABEL, AlignedTokens, CausalTokens, ClassHead, Ctc, Family, Pixels, Spans
+
+
+# maps (model, inputs) to the losses of the batch's samples, shape (B,)
+PerSampleLosses = Callable[[nn.Module, Mapping], Tensor]
+
+RETAIN_LOSSES = ("nll", "kl")
+
+_FAMILIES: list[tuple[Mapping, Family]] = [
+    (auto.MODEL_FOR_CTC_MAPPING_NAMES, Ctc()),
+    (auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, AlignedTokens()),
+    (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, AlignedTokens()),
+    (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, AlignedTokens()),
+    (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, AlignedTokens()),
+    (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, CausalTokens()),
+    (auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, ClassHead()),
+    (auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES, ClassHead()),
+    (auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES, ClassHead()),
+    (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, ClassHead()),
+    (auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, Spans()),
+    (auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES, Pixels()),
+]
+
+
+def find_family(model: nn.Module) -> Family:
+    """Finds how this model's loss splits over samples, from the tables of its class in transformers.
+
+    Raises:
+        ValueError: Neither the class nor one that it inherits from stands in the tables.
+    """
+    # also by what it inherits from: FSDP2 makes a subclass of a model's class its class
+    for name in (base.__name__ for base in type(model).__mro__):
+        for class_names, family in _FAMILIES:
+            if name in _flatten(class_names.values()):
+                return family
+        if name in _flatten(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()):
+            return AlignedTokens() if model.config.is_encoder_decoder else CausalTokens()
+    raise ValueError(
+        f"The per-sample loss of {type(model).__name__} is not known. Pass `compute_loss_func(outputs, labels, "
+        "num_items_in_batch=None)` that returns one loss for each sample, shape (batch size,)."
+    )
+
+
+def _flatten(names) -> set[str]:
+    return {name for entry in names for name in ([entry] if isinstance(entry, str) else entry)}
+
+
+class PerSampleLoss:
+    """The losses of a batch's samples under a model.
+
+    Args:
+        model (`torch.nn.Module`): The model, unwrapped, whose class (or that of an adapter's base) tells the family of its
+            loss.
+        compute_loss_func (`Callable`, *optional*): The user's own, with the signature that `Trainer` documents; it
+            must return shape (B,) here.
+        compute_divergence_func (`Callable`, *optional*): Maps outputs of the model, those of the starting model, and labels
+            to shape (B,): what retain samples are held by under `retain_loss="kl"`, in place of KL.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        compute_loss_func: Callable | None = None,
+        compute_divergence_func: Callable | None = None,
+    ):
+        self.model = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._compute_loss_func, self._compute_divergence_func = compute_loss_func, compute_divergence_func
+        self._family = find_family(self.model) if compute_loss_func is None else None
+
+    @property
+    def has_divergence(self) -> bool:
+        """Whether [`divergences`] is known: for a loss of the user's own, they bring that too."""
+        return self._compute_loss_func is None or self._compute_divergence_func is not None
+
+    @property
+    def shifts_labels(self) -> bool:
+        """Whether position t predicts label t + 1, so that the first label is never predicted."""
+        return self._family is not None and self._family.shifts_labels
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """What batches must hold; nothing for a loss of the user's own, which may do without."""
+        return () if self._family is None else self._family.label_names
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many values a label may have, where the family and the model's configuration say."""
+        return None if self._family is None else self._family.num_classes(self.model.config)
+
+    @property
+    def ignored_label(self) -> int:
+        """The label of what does not count."""
+        return IGNORED_LABEL if self._family is None else self._family.ignored_label(self.model.config)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether each sample has one class, as far as the model's configuration says."""
+        if not isinstance(self._family, ClassHead):
+            return False
+        return self.model.config.problem_type in (None, "single_label_classification") and self.num_classes != 1
+
+    def problem(self, labels: Tensor) -> str | None:
+        """Of a classifier of whole samples its `problem_type`, which the labels may decide; else None."""
+        return self._family.problem(labels, self.model.config) if isinstance(self._family, ClassHead) else None
+
+    def __call__(self, model: nn.Module, inputs: Mapping) -> Tensor:
+        """Runs `model`, wrapped or not, on the inputs; returns losses of shape (B,), in nats for the built-in ones."""
+        losses, _ = self.with_outputs(model, inputs)
+        return losses
+
+    def with_outputs(self, model: nn.Module, inputs: Mapping) -> tuple[Tensor, object]:
+        """Also returns the model's outputs, which hold the loss that the model itself computed."""
+        outputs = self.outputs(model, inputs)
+        if self._compute_loss_func is None:
+            return self._family.losses(outputs, inputs, self.model), outputs
+        return self._compute_loss_func(outputs, inputs.get("labels"), num_items_in_batch=None), outputs
+
+    def outputs(self, model: nn.Module, inputs: Mapping) -> object:
+        """What the model returns; a loss of the user's own is taken from outputs that were made without labels."""
+        own = self._compute_loss_func is not None
+        return model(**{name: value for name, value in inputs.items() if not own or name != "labels"})
+
+    def positions(self, outputs, inputs: Mapping) -> tuple[Tensor, Tensor]:
+        """Logits (B, T, V) beside the labels (B, T) that they predict; -100 where none counts. A class is one position.
+
+        Raises:
+            ValueError: Labels belong to no positions, as under CTC, or the loss is the user's own.
+        """
+        family = Family() if self._family is None else self._family
+        return family.positions(outputs, inputs, self.model)
+
+    def divergences(self, outputs, start_outputs, inputs: Mapping) -> Tensor:
+        """How far each sample's predictions have gone from those of the starting model, shape (B,).
+
+        KL(start || model) in nats: of the classes, or the mean over the tokens or frames that count; of a regression the mean
+        square of the difference. With a divergence of the user's own, what that returns.
+        """
+        if self._compute_divergence_func is not None:
+            return self._compute_divergence_func(outputs, start_outputs, inputs.get("labels"))
+        return self._family.divergences(outputs, start_outputs, inputs, self.model)
