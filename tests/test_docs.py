@@ -8,6 +8,7 @@ import torch
 from conftest import MODELS
 from datasets import Dataset
 from launched import samples
+from test_architectures import ARCHITECTURES
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
 
@@ -71,3 +72,9 @@ def test_retain_samples_are_varied_anew_and_alike(tmp_path):
     trainer = OrthoGradTrainer(MODELS["vit"](), args, train_dataset=varied, forget_dataset=forget.with_format("torch"))
     trainer.train()
     assert next(entry for entry in trainer.state.log_history if "loss" in entry)["retain_divergence"] < 1e-6
+
+
+def test_table_of_models_is_that_of_the_test():
+    text = (DOCS / "modalities.md").read_text()
+    followed = text[text.index("## Models that are followed exactly") : text.index("## Models with a condition")]
+    assert set(re.findall(r"`(\w+(?:For[A-Z]\w+|LMHeadModel))`", followed)) == set(ARCHITECTURES)

@@ -10,7 +10,7 @@ from ..data import Batch
 from ..parallel import ALONE, Parameters, SampleLayout
 from ..projection import UpdateWeights
 from .base import ForgetBatch, GradientEngine, MeasureSettings, RetainTerm, StepGradients
-from .products import accumulation_dtype, assemble_grams, exact_arithmetic, inner_products, own_memory
+from .products import accumulation_dtype, as_rows, assemble_grams, exact_arithmetic, inner_products, own_memory
 
 
 @dataclass
@@ -47,7 +47,7 @@ class MaterializedGradients(StepGradients):
         products = [torch.zeros(self.layout.local, dtype=accumulation_dtype(device), device=device)]
         for name, change in step:
             if name in self.rows:
-                rows = self.rows[name].flatten(1)
+                rows = as_rows(self.rows[name])
                 products.append(inner_products(rows, change.reshape(1, -1).to(rows))[:, 0].to(device))
         return self.layout.gather_rows(torch.stack(products).sum(dim=0))
 
@@ -85,7 +85,7 @@ def materialized(
             shape = layout.local, 1 + layout.total
             products[name] = torch.zeros(shape, dtype=accumulation_dtype(device), device=device)
             continue
-        flat = rows[name].flatten(1)
+        flat = as_rows(rows[name])
         forget = forget_gradients.get(name)
         first = flat.new_zeros(1, flat.shape[1]) if forget is None else forget.reshape(1, -1)
         products[name] = inner_products(flat, torch.cat((first, layout.gather_rows(flat))))

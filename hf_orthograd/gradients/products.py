@@ -36,6 +36,11 @@ def _backends(device: torch.device) -> tuple:
     return (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv) if device.type == "cpu" else ()
 
 
+def as_rows(gradients: Tensor) -> Tensor:
+    """Per-sample gradients of a parameter of any shape, or of a single number, as (k, numbers)."""
+    return gradients.reshape(len(gradients), -1)
+
+
 def own_memory(gradients: Iterable[Tensor | None]) -> list[Tensor | None]:
     """Gradients that may be written into: each in memory of its own.
 

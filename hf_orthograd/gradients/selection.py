@@ -114,5 +114,14 @@ def check_engine(
         listed = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         raise UnsupportedModelError(
             f"The gradient engine {engine.name!r} finds other inner products than one backward pass per sample for "
-            f"{listed}. Set `gradient_engine` to 'loop'."
+            f"{listed}. {_way_out(wrong)}"
         )
+
+
+def _way_out(wrong: list[str]) -> str:
+    if any(".experts." in name for name in wrong):
+        return (
+            "Its experts sort the tokens of all samples together. `model.set_experts_implementation('batched_mm')` keeps each "
+            "sample's apart; large experts are better not trained, as by LoRA on attention; or set `gradient_engine` to 'loop'."
+        )
+    return "Set `gradient_engine` to 'loop'."

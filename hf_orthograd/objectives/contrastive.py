@@ -13,6 +13,8 @@ class FixedNegatives:
 
         loss_i = (-log softmax_j(s <v_i, t_j>)[i] - log softmax_j(s <t_i, v_j>)[i]) / 2,  j over i itself and the fixed ones
 
+    with the model's temperature s, which is not trained: with few negatives it would leave its place.
+
     Pass it to a trainer as `compute_loss_func`; batches need no labels. As `compute_divergence_func` pass [`divergences`].
 
     Args:
@@ -42,8 +44,9 @@ class FixedNegatives:
         """Similarity of each sample's sides, image and text, to its own other and to the fixed ones: (2, B, 1 + n)."""
         images, texts = outputs.image_embeds.float(), outputs.text_embeds.float()
         own = (images * texts).sum(dim=1, keepdim=True)
-        # the model's temperature stands in its own logits; where a pair is orthogonal any other tells it
-        scale = (outputs.logits_per_image.diagonal().sum() / own.sum()).to(own.dtype)
+        # the temperature, read off the model's own logits by least squares
+        diagonal, cosines = outputs.logits_per_image.diagonal().float().detach(), own.detach()[:, 0]
+        scale = (diagonal @ cosines) / (cosines @ cosines)
         sides = (images, self._texts), (texts, self._images)
         found = [torch.cat([own, side @ others.to(side).T], dim=1) for side, others in sides]
         return scale * torch.stack(found)

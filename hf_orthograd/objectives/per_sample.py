@@ -45,7 +45,8 @@ def find_family(model: nn.Module) -> Family:
             return AlignedTokens() if model.config.is_encoder_decoder else CausalTokens()
     raise ValueError(
         f"The per-sample loss of {type(model).__name__} is not known. Pass `compute_loss_func(outputs, labels, "
-        "num_items_in_batch=None)` that returns one loss for each sample, shape (batch size,)."
+        "num_items_in_batch=None)` that returns one loss for each sample, shape (batch size,). For a contrastive model there is "
+        "`hf_orthograd.objectives.FixedNegatives`."
     )
 
 

@@ -221,5 +221,6 @@ def check_coupling(per_sample_loss: PerSampleLoss, model: nn.Module, batch: Batc
         raise ValueError(
             f"The loss of a sample depends on the others of its batch: {together[sample].item():.4f} among {batch.size} samples, "
             f"{apart[sample].item():.4f} alone. Such a loss (contrastive, or with statistics of the batch) has no gradient of a "
-            "single sample to protect. Pass a `compute_loss_func` in which each sample stands alone."
+            "single sample to protect. Pass a `compute_loss_func` in which each sample stands alone, as "
+            "`hf_orthograd.objectives.FixedNegatives`."
         )

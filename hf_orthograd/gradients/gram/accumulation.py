@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...parallel import Parameters, SampleLayout
-from ..products import accumulation_dtype, assemble_grams, exact_arithmetic, inner_products
+from ..products import accumulation_dtype, as_rows, assemble_grams, exact_arithmetic, inner_products
 from .calls import Call, Source, SpreadCall
 from .forms import Dense, Form, Outer
 
@@ -168,10 +168,10 @@ class ParameterGradients:
         forget, size = self._forget_gradient, self._shape.numel()
         first = torch.zeros(size, device=self._device) if forget is None else forget.reshape(-1).float()
         if len(self._forms) == 1 and self._forms[0][0] == slice(0, self._num_samples):
-            return first, self._forms[0][1].gradients.flatten(1).float()
+            return first, as_rows(self._forms[0][1].gradients).float()
         rows = torch.zeros(self._num_samples, size, device=self._device)
         for samples, form in self._forms:
-            rows[samples] += form.gradients.flatten(1)
+            rows[samples] += as_rows(form.gradients)
         return first, rows
 
     def settle(self) -> None:
@@ -257,7 +257,7 @@ class ParameterGradients:
                     block[0].zero_()
                 else:
                     block[0].copy_(forget.view(length, *self._shape[1:])[start:stop])
-                self._add_block(block.flatten(1))
+                self._add_block(as_rows(block))
 
     def _form_rows(self, rows: Tensor, start: int, stop: int) -> None:
         at_once = bool(self._forms) and self._forms[0][0] == slice(0, self._num_samples)
@@ -274,7 +274,7 @@ class ParameterGradients:
         self._retain_products.append(products[:, 1:])
 
     def _add_products(self, gradients: Tensor, forget: Tensor | None) -> None:
-        rows = gradients.flatten(1).float()
+        rows = as_rows(gradients).float()
         self._retain_products.append(inner_products(rows, self._layout.gather_rows(rows)))
         if forget is not None:
             self._forget_products.append(inner_products(rows, forget.reshape(1, -1))[:, 0])

@@ -8,7 +8,7 @@ many passes over k samples, which is quadratic in k, and one more for the update
 with an adapter, there is one pass in all, and whole chunks run forward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from ...data import Batch
 from ...objectives import PerSampleLosses
 from ...projection import UpdateWeights
 from ...trials import RandomState
-from ..base import StepGradients
+from ..base import StepGradients, UnsupportedModelError
 from ..products import own_memory
 
 
@@ -86,6 +86,30 @@ def _cut(batch: Batch, samples: slice, size: int | None) -> dict:
             "`retain_chunk_size` out, and lower `per_device_train_batch_size` or raise `gradient_accumulation_steps`."
         )
     return {**batch.inputs, **{name: value[samples] for name, value in tensors.items()}}
+
+
+def check_images(batches: list[Batch], model: nn.Module, trainable: Iterable[str]) -> None:
+    """Refuses images of unequal size whose patches lie in one row after another, as Qwen2-VL takes them, if what reads them is
+    trained: rows are taken to be of the samples in equal parts.
+
+    Raises:
+        UnsupportedModelError: The samples of a batch have unequal numbers of image tokens.
+    """
+    if not any("visual" in name or "vision" in name for name in trainable):
+        return
+    for batch in batches:
+        packed = [name for name in batch.inputs if name.endswith("_grid_thw")]
+        if not packed:
+            continue
+        config = getattr(model, "module", model).config
+        for token in (getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")):
+            counts = (batch.inputs["input_ids"] == token).sum(dim=1) if token is not None else torch.zeros(1)
+            if (counts != counts[0]).any():
+                raise UnsupportedModelError(
+                    f"The images of a batch have unequal sizes (`{packed[0]}`), and their patches belong to no sample by their "
+                    f"place: the samples have {counts.tolist()} image tokens. Freeze the vision tower (as LoRA on the language "
+                    "model does), resize the images to one size, or set `gradient_engine` to 'loop'."
+                )
 
 
 @dataclass

@@ -22,7 +22,7 @@ from ..base import ForgetBatch, GradientEngine, MeasureSettings, RetainTerm, Ste
 from ..products import exact_arithmetic, own_memory
 from .accumulation import ParameterGradients, Products, Scratch, Use, count_cost
 from .calls import Call, Source, SpreadCall
-from .chunks import Chunk, RepeatedGradients, split_samples, weigh_groups
+from .chunks import Chunk, RepeatedGradients, check_images, split_samples, weigh_groups
 from .forms import Dense, Form, Outer
 from .recording import Recorder
 from .rules import per_sample_forms
@@ -165,6 +165,7 @@ class GramEngine(GradientEngine):
         self, model: nn.Module, forget: list[ForgetBatch], retain: list[Batch], settings: MeasureSettings
     ) -> StepGradients:
         group, loss_scale = settings.group, settings.loss_scale
+        check_images(retain, model, self.parameters.trainable)
         forget_losses, forget_gradients = self.forget_gradients(model, forget, group, loss_scale)
         chunks = split_samples(retain, self.chunk_size)
         layout = group.layout(chunks[-1].samples.stop, forget_losses.device)

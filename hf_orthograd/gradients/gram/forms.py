@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..products import inner_products
+from ..products import as_rows, inner_products
 
 
 @dataclass
@@ -21,11 +21,11 @@ class Dense:
 
     def inner_with(self, tensor: Tensor) -> Tensor:
         """Inner products with one tensor of the parameter's shape, shape (n,)."""
-        return inner_products(self.gradients.flatten(1).float(), tensor.reshape(1, -1))[:, 0]
+        return inner_products(as_rows(self.gradients).float(), tensor.reshape(1, -1))[:, 0]
 
     def add_combination(self, weights: Tensor, total: Tensor) -> None:
         """Adds `sum_i weights_i gradient_i` to `total`, in place."""
-        rows = self.gradients.flatten(1)
+        rows = as_rows(self.gradients)
         total.view(-1).add_(weights.to(rows.dtype) @ rows)
 
 
