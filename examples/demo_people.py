@@ -107,25 +107,27 @@ def make_people(seed: int = 0) -> DatasetDict:
 
 
 def make_tokenizer(people: DatasetDict) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, trained on the questions and answers, with a template for chats."""
+    """Trained on the questions and answers, with a template for chats."""
+    texts = [text for split in people.values() for column in ("question", "answer") for text in split[column]]
+    tokenizer = byte_level_tokenizer(texts, special=["<|user|>", "<|assistant|>"])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def byte_level_tokenizer(texts: list[str], special: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, as GPT-2's, trained on texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=800,
-        special_tokens=special,
+        special_tokens=["<|pad|>", "<|end|>", *special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [text for split in people.values() for column in ("question", "answer") for text in split[column]]
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|pad|>",
-        eos_token="<|end|>",
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=64,
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", model_max_length=64
     )
 
 

@@ -1,11 +1,12 @@
-"""Makes an image classifier forget a class, or random images, and reports whether it did.
+"""Makes a classifier of images or videos forget a class, or random ones, and reports whether it did.
 
 With no arguments: a small ViT is trained on scikit-learn's handwritten digits and forgets the threes, without network.
 
     accelerate launch examples/unlearn_image.py --model_name_or_path google/vit-base-patch16-224-in21k \
         --dataset_name path/or/hub-id --forget_values cat --retain_size 500 --finetune_epochs 3 --output_dir out
 
-Random images: `--forget_fraction 0.05` in place of `--forget_values`.
+Random images: `--forget_fraction 0.05` in place of `--forget_values`. Videos: `--video`, whose default is a VideoMAE that learns
+how digits move, and forgets those that move to the left.
 """
 
 import copy
@@ -16,13 +17,25 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Image, concatenate_datasets, load_dataset
+from datasets import (
+    Array3D,
+    Array4D,
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    concatenate_datasets,
+    load_dataset,
+)
+from demo_videos import make_video_model, make_videos
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
+    AutoModelForVideoClassification,
     HfArgumentParser,
     ViTConfig,
     ViTForImageClassification,
@@ -45,7 +58,8 @@ class ScriptArguments:
     dataset_name: str | None = field(
         default=None, metadata={"help": "Hub id or folder with splits train and test; handwritten digits by default."}
     )
-    image_column: str = field(default="image", metadata={"help": "Column with the images."})
+    image_column: str = field(default="image", metadata={"help": "Column with the images, or lists of frames."})
+    video: bool = field(default=False, metadata={"help": "Whether rows are videos, as lists of frames."})
     label_column: str = field(default="label", metadata={"help": "Column with the classes."})
     forget_values: list[str] = field(default_factory=list, metadata={"help": "Classes to forget, by name."})
     forget_fraction: float = field(default=0.0, metadata={"help": "Or the share of random training images to forget."})
@@ -65,7 +79,9 @@ class ScriptArguments:
     )
     vary_retain: bool | None = field(
         default=None,
-        metadata={"help": "Flip and shift the retain images anew at each step; by default with retain_loss='kl'."},
+        metadata={
+            "help": "Flip and shift retain images anew at each step; by default with retain_loss='kl', of no video."
+        },
     )
     flip: bool = field(default=True, metadata={"help": "Whether a mirrored image is one of its class."})
     relearning_steps: int = field(default=20, metadata={"help": "Steps of the relearning attack; 0 for none."})
@@ -88,6 +104,8 @@ DEMO = {
     "stop_greater_is_better": True,
     "logging_steps": 2,
 }
+
+VIDEO_DEMO = DEMO | {"forget_values": ["left"], "finetune_epochs": 15, "output_dir": "out/videos"}
 
 # stopping and pushing are for unlearning alone
 WITHOUT_RULE = {
@@ -126,6 +144,8 @@ def build_demo() -> tuple[ViTForImageClassification, ViTImageProcessor, DatasetD
 
 def load(arguments: ScriptArguments):
     """Returns the model, its processor, and the images with splits train and test."""
+    if arguments.model_name_or_path is None and arguments.video:
+        return *make_video_model(), make_videos({"train": 1200, "test": 480})
     if arguments.model_name_or_path is None:
         return build_demo()
     corpus = load_dataset(arguments.dataset_name)
@@ -140,25 +160,29 @@ def load(arguments: ScriptArguments):
     config = AutoConfig.from_pretrained(arguments.model_name_or_path, num_labels=len(names))
     config.id2label, config.label2id = dict(enumerate(names)), {name: number for number, name in enumerate(names)}
     # a head for other classes is replaced by a new one, which transformers says
-    model = AutoModelForImageClassification.from_pretrained(
+    model_class = AutoModelForVideoClassification if arguments.video else AutoModelForImageClassification
+    model = model_class.from_pretrained(
         arguments.model_name_or_path, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
     )
     return model, AutoImageProcessor.from_pretrained(arguments.model_name_or_path), corpus
 
 
 def prepare(corpus: DatasetDict, processor, arguments: ScriptArguments) -> DatasetDict:
-    """Images become `pixel_values`, classes `labels`."""
+    """Images, or the frames of videos, become `pixel_values`, classes `labels`."""
 
     def process(rows: dict) -> dict:
-        images = [image.convert("RGB") for image in rows[arguments.image_column]]
-        return {"pixel_values": pixels_of(images), "labels": rows[arguments.label_column]}
+        return {"pixel_values": pixels_of(rows[arguments.image_column]), "labels": rows[arguments.label_column]}
 
     def pixels_of(images: list) -> np.ndarray:
-        return processor(images, return_tensors="np")["pixel_values"]
+        coloured = [
+            [frame.convert("RGB") for frame in image] if arguments.video else image.convert("RGB") for image in images
+        ]
+        return processor(coloured, return_tensors="np")["pixel_values"]
 
     rows = corpus["train"]
-    shape = pixels_of([rows[0][arguments.image_column].convert("RGB")]).shape[1:]
-    features = Features({"pixel_values": Array3D(shape, "float32"), "labels": rows.features[arguments.label_column]})
+    shape = pixels_of([rows[0][arguments.image_column]]).shape[1:]
+    array = Array4D if arguments.video else Array3D
+    features = Features({"pixel_values": array(shape, "float32"), "labels": rows.features[arguments.label_column]})
     return corpus.map(process, batched=True, batch_size=100, remove_columns=rows.column_names, features=features)
 
 
@@ -228,7 +252,7 @@ def stopping_in_time(args: OrthoGradConfig, reference, sets: dict, arguments: Sc
 def main() -> None:
     parser = HfArgumentParser((ScriptArguments, OrthoGradConfig))
     if not any(argument.startswith(("--model_name_or_path", "--dataset_name")) for argument in sys.argv):
-        parser.set_defaults(**DEMO)
+        parser.set_defaults(**(VIDEO_DEMO if "--video" in sys.argv else DEMO))
         if any(argument.startswith("--forget_fraction") for argument in sys.argv):
             # random images are forgotten when they are recognised no better than test images
             parser.set_defaults(forget_values=[], stop_metric="loss", stop_greater_is_better=False)
@@ -251,7 +275,7 @@ def main() -> None:
     args = stopping_in_time(args, reference, sets, arguments)
     measured = {name: rows for name, rows in sets.items() if name != "others"}
     retain = sets["retain"]
-    if arguments.vary_retain or (arguments.vary_retain is None and args.retain_loss == "kl"):
+    if arguments.vary_retain or (arguments.vary_retain is None and args.retain_loss == "kl" and not arguments.video):
         retain = retain.with_transform(VaryImages(flip=arguments.flip))
     trainer = OrthoGradTrainer(
         copy.deepcopy(original),

@@ -11,6 +11,7 @@ Any causal or encoder-decoder model is taken. What is to be forgotten may be a d
 
 import copy
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -121,6 +122,14 @@ WITHOUT_RULE = {
 }
 
 
+def begin(arguments: ScriptArguments, args: OrthoGradConfig) -> None:
+    """What is checked before anything is loaded."""
+    if (arguments.model_name_or_path is None) != (arguments.dataset_name is None):
+        raise ValueError("Pass both `--model_name_or_path` and `--dataset_name`, or neither for the demo.")
+    check_access(args)  # before training: the trainer that unlearns is made hours later
+    transformers.set_seed(args.seed)
+
+
 def load(arguments: ScriptArguments):
     """Returns the model, its tokenizer, and the rows with splits train and test, and forget if it is one of its own."""
     if arguments.model_name_or_path is None:
@@ -210,36 +219,23 @@ def show_answers(trainer: OrthoGradTrainer, original, sets: dict[str, Dataset], 
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = HfArgumentParser((ScriptArguments, OrthoGradConfig))
-    if not any(argument.startswith(("--model_name_or_path", "--dataset_name")) for argument in sys.argv):
-        parser.set_defaults(**DEMO)
-    parser.set_defaults(hub_strategy="end")  # nothing is pushed while unlearning runs
-    arguments, args = parser.parse_args_into_dataclasses()
-    if (arguments.model_name_or_path is None) != (arguments.dataset_name is None):
-        raise ValueError("Pass both `--model_name_or_path` and `--dataset_name`, or neither for the demo.")
-    check_access(args)  # before training: the trainer that unlearns is made hours later
-    transformers.set_seed(args.seed)
-    start, tokenizer, corpus = load(arguments)
-    encoder_decoder = start.config.is_encoder_decoder
-    prepare = partial(
-        prepare_text_dataset,
-        tokenizer=tokenizer,
-        prompt_column=arguments.prompt_column,
-        answer_column=arguments.answer_column,
-        messages_column=arguments.messages_column,
-        text_column=arguments.text_column,
-        max_length=arguments.max_length,
-        is_encoder_decoder=encoder_decoder,
-    )
-    sets = {name: prepare(rows) for name, rows in split(corpus, arguments, args.seed).items()}
-    shared = {
-        "data_collator": DataCollatorForSeq2Seq(tokenizer),
-        "processing_class": tokenizer,
-        "compute_metrics": exact_answers,
-        "preprocess_logits_for_metrics": partial(answer_scores, is_encoder_decoder=encoder_decoder),
-    }
+def run(
+    start,
+    sets: dict[str, Dataset],
+    arguments: ScriptArguments,
+    args: OrthoGradConfig,
+    shared: dict,
+    vary: Callable | None = None,
+) -> None:
+    """Fine-tunes where that is asked for, unlearns, measures, saves and publishes.
 
+    Args:
+        start: The model.
+        sets (`dict[str, Dataset]`): Rows as the model takes them: "forget", "retain", "others", "test" and further ones to be
+            measured.
+        shared (`dict`): What all trainers are given.
+        vary (`Callable`, *optional*): A transform of retain rows, which makes each anew whenever it is read.
+    """
     original = start
     if arguments.finetune_epochs > 0:
         original = finetune(start, concatenate_datasets([sets["forget"], sets["others"]]), args, arguments, shared)
@@ -254,7 +250,7 @@ def main() -> None:
     trainer = OrthoGradTrainer(
         student,
         args,
-        train_dataset=sets["retain"],
+        train_dataset=sets["retain"] if vary is None else sets["retain"].with_transform(vary),
         forget_dataset=sets["forget"],
         eval_dataset=measured,
         **shared,
@@ -288,6 +284,36 @@ def main() -> None:
     publish = trainer.push_to_hub if args.push_to_hub else trainer.create_model_card
     publish(report=report)
     trainer.accelerator.end_training()
+
+
+def main() -> None:
+    parser = HfArgumentParser((ScriptArguments, OrthoGradConfig))
+    if not any(argument.startswith(("--model_name_or_path", "--dataset_name")) for argument in sys.argv):
+        parser.set_defaults(**DEMO)
+    parser.set_defaults(hub_strategy="end")  # nothing is pushed while unlearning runs
+    arguments, args = parser.parse_args_into_dataclasses()
+    begin(arguments, args)
+    start, tokenizer, corpus = load(arguments)
+    encoder_decoder = start.config.is_encoder_decoder
+    prepare = partial(
+        prepare_text_dataset,
+        tokenizer=tokenizer,
+        prompt_column=arguments.prompt_column,
+        answer_column=arguments.answer_column,
+        messages_column=arguments.messages_column,
+        text_column=arguments.text_column,
+        max_length=arguments.max_length,
+        is_encoder_decoder=encoder_decoder,
+    )
+    sets = {name: prepare(rows) for name, rows in split(corpus, arguments, args.seed).items()}
+    shared = {
+        "data_collator": DataCollatorForSeq2Seq(tokenizer),
+        "processing_class": tokenizer,
+        "compute_metrics": exact_answers,
+        "preprocess_logits_for_metrics": partial(answer_scores, is_encoder_decoder=encoder_decoder),
+    }
+
+    run(start, sets, arguments, args, shared)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForVideoClassification,
+    ViTImageProcessor,
+)
 
 from hf_orthograd import OrthoGradConfig
 from hf_orthograd.evaluation import UnlearningReport
@@ -41,6 +46,16 @@ def test_demo_forgets_a_class_and_reports(tmp_path):
         assert (tmp_path / f"{figure}.png").read_bytes()[:4] == b"\x89PNG"
     AutoModelForImageClassification.from_pretrained(tmp_path)
     AutoImageProcessor.from_pretrained(tmp_path)
+
+
+def test_video_model_forgets_a_movement(tmp_path, monkeypatch):
+    quiet = ("--video", "--report_to", "none", "--disable_tqdm", 1, "--use_cpu", 1)
+    short = ("--finetune_epochs", 1, "--max_steps", 2, "--relearning_steps", 0, "--output_dir", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["unlearn_image.py", *map(str, [*quiet, *short])])
+    unlearn_image.main()
+    report = UnlearningReport.load(tmp_path)
+    assert report.models["unlearned"]["forget"].size == 200 and "left" not in report.models["unlearned"]["test"].groups
+    AutoModelForVideoClassification.from_pretrained(tmp_path)
 
 
 @pytest.fixture

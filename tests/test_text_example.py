@@ -15,6 +15,7 @@ from hf_orthograd.publishing import verify
 EXAMPLE = Path(__file__).parent.parent / "examples" / "unlearn_text.py"
 sys.path.insert(0, str(EXAMPLE.parent))
 import demo_people  # noqa: E402
+import unlearn_image_text  # noqa: E402
 import unlearn_text  # noqa: E402
 
 
@@ -56,9 +57,15 @@ def test_demo_forgets_people_and_shows_answers(tmp_path):
     assert {"answer probability", "extraction strength"} == set(report.models["unlearned"]["test"].further)
     assert (tmp_path / "answers.md").read_text().count("| forget |") == 3
     assert verify(tmp_path / "public") == []
-    chat = transformers.pipeline("text-generation", model=str(tmp_path))
-    said = chat([{"role": "user", "content": "Where was Ada Fabri born?"}], max_new_tokens=4, do_sample=False)
-    assert said[0]["generated_text"][-1]["role"] == "assistant"
+    asked = [
+        sys.executable,
+        str(EXAMPLE.parent / "chat.py"),
+        str(tmp_path),
+        "Where was Ada Fabri born?",
+        "And Ivo Abel?",
+    ]
+    chat = subprocess.run(asked, capture_output=True, text=True, timeout=100)
+    assert chat.returncode == 0 and chat.stdout.count("> ") == 2, chat.stderr[-3000:]
 
 
 def save(rows, folder):
@@ -125,3 +132,14 @@ def test_encoder_decoder_model_forgets_answers(run_here, tokenizer, tmp_path):
 def test_bad_input_is_named_before_training(run_here, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         run_here("--output_dir", tmp_path, *arguments)
+
+
+def test_captioner_forgets_a_kind_of_image(monkeypatch, tmp_path):
+    own = ("--finetune_epochs", "1", "--relearning_steps", "0", "--num_shown", "1", "--output_dir", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["unlearn_image_text.py", *SHORT, *map(str, own)])
+    unlearn_image_text.main()
+    report = UnlearningReport.load(tmp_path)
+    assert report.models["unlearned"]["forget"].size == 128 and report.metric == "exact answers"
+    assert (tmp_path / "answers.md").read_text().count("|\n") == 6  # a head, and one of each set
+    transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert verify(tmp_path / "public") == []

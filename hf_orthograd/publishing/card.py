@@ -23,12 +23,13 @@ _TASKS = (
     ("video-classification", auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES),
     ("text-classification", auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
     ("token-classification", auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    ("image-text-to-text", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
     ("text-generation", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     ("fill-mask", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
 )
 
 # these answer no prompt that could call up what was learned by heart
-_WITHOUT_PROMPTS = {task for task, _ in _TASKS if task not in ("text-generation", "fill-mask")}
+_WITHOUT_PROMPTS = {task for task, _ in _TASKS if task not in ("image-text-to-text", "text-generation", "fill-mask")}
 
 _SETS = {
     "forget": "forgotten data",

@@ -28,7 +28,7 @@ def generate_answers(
     Args:
         trainer ([`~transformers.Trainer`]): Its `processing_class` is the tokenizer; its batch size is that of evaluation.
         dataset (`Dataset`): Rows as [`~hf_orthograd.data.prepare_text_dataset`] makes them: a prompt is what stands before the
-            first label that is not -100; for an encoder-decoder model all of `input_ids`.
+            first label that is not -100; for an encoder-decoder model all of `input_ids`. `pixel_values` go with it.
         model (`torch.nn.Module`, *optional*): In place of the trainer's, on its device.
         prompt_length (`int`, *optional*): Tokens of a prompt from the beginning of the row, instead.
         max_new_tokens (`int`): Most tokens of an answer.
@@ -36,15 +36,14 @@ def generate_answers(
     Raises:
         ValueError: There is no tokenizer, the model is sharded, or a row has no prompt.
     """
-    tokenizer = trainer.processing_class
-    if tokenizer is None:
-        raise ValueError("Answers are read by a tokenizer, but the trainer has none. Pass `processing_class`.")
+    tokenizer = tokenizer_of(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model) if model is None else model
     if is_sharded(model):
         raise ValueError(
             "A sharded model generates nothing here: load what `save_model()` wrote in one process, or under DDP."
         )
     prompts = [_prompt_of(dataset[row], row, prompt_length, model.config) for row in range(len(dataset))]
+    has_images = "pixel_values" in dataset[0]
     device, size = trainer.args.device, trainer.args.per_device_eval_batch_size
     model.to(device)
     found = []
@@ -54,7 +53,10 @@ def generate_answers(
         own = sorted(own, key=lambda numbered: len(numbered[1]))  # little padding
         for start in tqdm(range(0, len(own), size), desc="Generating", disable=quiet, leave=False):
             rows, batch = zip(*own[start : start + size], strict=True)
-            said = _generate(model, tokenizer, batch, max_new_tokens, device, trainer)
+            inputs = tokenizer.pad({"input_ids": list(batch)}, padding_side="left", return_tensors="pt")
+            if has_images:
+                inputs["pixel_values"] = torch.stack([torch.as_tensor(dataset[row]["pixel_values"]) for row in rows])
+            said = _generate(model, tokenizer, inputs.to(device), max_new_tokens, trainer)
             found += zip(rows, said, strict=True)
     return [said for _, said in sorted(dict(gather_object(found)).items())]  # a process without rows was lent one
 
@@ -71,18 +73,28 @@ def _prompt_of(row, number: int, length: int | None, config) -> list[int]:
     return tokens[:length].tolist()
 
 
-def _generate(model, tokenizer, prompts, max_new_tokens: int, device, trainer) -> list[str]:
-    padded = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt").to(device)
+def tokenizer_of(trainer: Trainer):
+    """The trainer's, or that of its processor.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    if found is None:
+        raise ValueError("Answers are read by a tokenizer, but the trainer has none. Pass `processing_class`.")
+    return found
+
+
+def _generate(model, tokenizer, inputs, max_new_tokens: int, trainer) -> list[str]:
     with torch.no_grad(), trainer.compute_loss_context_manager():
         tokens = model.generate(
-            input_ids=padded["input_ids"],
-            attention_mask=padded["attention_mask"],
+            **{name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values") if name in inputs},
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
     if not model.config.is_encoder_decoder:
-        tokens = tokens[:, padded["input_ids"].shape[1] :]
+        tokens = tokens[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
@@ -129,4 +141,4 @@ def _texts(trainer: Trainer, dataset, start: int, count: int | None = None) -> l
     stop = None if count is None else start + count
     labels = [torch.as_tensor(row["labels"])[start:stop] for row in dataset]
     tokens = [own[own != IGNORED_LABEL].tolist() for own in labels]
-    return [text.strip() for text in trainer.processing_class.batch_decode(tokens, skip_special_tokens=True)]
+    return [text.strip() for text in tokenizer_of(trainer).batch_decode(tokens, skip_special_tokens=True)]

@@ -28,6 +28,7 @@ def answer_scores(
         log-probability of the label, in nats, 0 where nothing is asked.
     """
     logits = logits[0] if isinstance(logits, tuple) else logits
+    logits = logits[:, -labels.shape[1] :]  # before the text there may be tokens of an image
     tokens = logits.argmax(dim=-1)
     if not is_encoder_decoder:  # the token at a place is predicted at the place before
         first = tokens.new_zeros(len(tokens), 1)
