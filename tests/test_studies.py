@@ -212,6 +212,44 @@ def test_retain_terms_in_the_guide_are_those_of_the_records():
         assert f"| {method} | {' | '.join(cells)} |".replace("  |", " |") in guide.replace("**", "")
 
 
+KL = {
+    "GradDiff, labels": "GradDiff",
+    "SCRUB, labels": "SCRUB",
+    "NPO, labels": "NPO",
+    "OrthoGrad + NPO, labels": "OrthoGrad + NPO",
+    'NPO, "kl", varied': "NPO, kl, varied",
+    'OrthoGrad + NPO, "kl", varied': retention.DEFAULT,
+}
+
+
+def test_sizes_and_the_class_in_the_guide_are_those_of_the_records():
+    runs = json.loads((RESULTS / "study_retention.json").read_text())["runs"]
+    guide = (RESULTS.parent.parent / "docs" / "choosing_settings.md").read_text().replace("**", "")
+
+    def gaps(kind, share, variant):
+        pairs = [(runs[f"final {kind}-{s} {share} {variant}"], runs[f"retrained {kind}-{s}"]) for s in range(8)]
+        return np.array([gap(*pair) for pair in pairs])
+
+    sizes = ("0.01", "0.05", "0.2", "proxy")
+    for shown, variant in KL.items():
+        cells = [f"{gaps('random', size, variant).mean():.3f}" for size in sizes]
+        assert f"| {shown} | {' | '.join(cells)} |" in guide
+    less = [
+        mean_and_interval(gaps("random", z, "NPO, kl, varied") - gaps("random", z, retention.DEFAULT)) for z in sizes
+    ]
+    assert f'| NPO, "kl", varied: less that | {" | ".join(less)} |' in guide
+    for method, varied in {
+        "OrthoGrad + NPO": retention.DEFAULT,
+        "NPO": "NPO, kl, varied",
+        "SCRUB": None,
+        "GradDiff": None,
+    }.items():
+        own = gaps("class", "0.05", method)
+        held = "not measured" if varied is None else f"{gaps('class', '0.05', varied).mean():.3f}"
+        difference = mean_and_interval(own - gaps("class", "0.05", retention.DEFAULT))
+        assert f"| {method} | {own.mean():.3f} | {held} | {difference} |" in guide
+
+
 def test_differences_to_the_default_are_paired(tmp_path):
     """Gaps that differ by 0.02 in each seed, however far the seeds are apart, differ by 0.02 without doubt."""
     runs = {}
