@@ -88,6 +88,14 @@ def _llama():
     return transformers.LlamaForCausalLM(config)
 
 
+def _smollm2():
+    config = transformers.LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
 def _speech(mels: int) -> dict:
     return {"input_features": ((mels, 3000),), "labels": ((40,), 10, 50000)}
 
@@ -99,6 +107,7 @@ CASES = {
     "vit-b-16": Case(lambda: _vit(768, 12, 12), _IMAGE, "224 x 224"),
     "wav2vec2-base": Case(_wav2vec2, {"input_values": ((32000,),), "labels": ((12,), 1, 32)}, "2 s, 12 letters"),
     "llama-124m": Case(_llama, {"input_ids": ((128,), 10, 50257)}, "128 tokens"),
+    "smollm2-135m": Case(_smollm2, {"input_ids": ((128,), 10, 49152)}, "128 tokens"),
     # for accelerators
     "whisper-large-v3": Case(lambda: _whisper(1280, 32, 20, 128), _speech(128), "30 s, 40 tokens"),
     "vit-l-16": Case(lambda: _vit(1024, 24, 16), _IMAGE, "224 x 224"),

@@ -326,11 +326,11 @@ def main() -> None:
         trainer = recogniser.unlearner(student, replace(args, projection=projection), arguments)
         rows[f'projection="{projection}"'] = recogniser.unlearn(trainer)
 
+    trainer.save_model()
     examined = recogniser.examine(trainer, model, reference, arguments)
     if trainer.is_world_process_zero():
         examined.save(args.output_dir)
         report(rows, arguments, args)
-    trainer.save_model()
     publish = trainer.push_to_hub if args.push_to_hub else trainer.create_model_card
     publish(report=examined)
     trainer.accelerator.end_training()

@@ -287,6 +287,7 @@ def main() -> None:
         compute_metrics=accuracy,
     )
     trainer.train()
+    trainer.save_model()
     attacks = [Quantization(8), Quantization(4, group_size=64)]
     if arguments.relearning_steps > 0:
         # other data of the class, which was never trained on; of random images, a part of them
@@ -300,7 +301,6 @@ def main() -> None:
     if trainer.is_world_process_zero():
         report.save(args.output_dir)
         print(f"{report.to_markdown()}\n\nThe report, its figures and the model are in {args.output_dir}.")
-    trainer.save_model()
     publish = trainer.push_to_hub if args.push_to_hub else trainer.create_model_card
     publish(report=report)
     trainer.accelerator.end_training()

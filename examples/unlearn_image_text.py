@@ -6,7 +6,7 @@ With no arguments: a small GIT learns to caption handwritten digits and forgets 
         --dataset_name path/or/hub-id --caption_column text --forget_column category --forget_values cat \
         --retain_size 500 --finetune_epochs 3 --output_dir out
 
-Captioners are taken that read an image and a text alone, as GIT and BLIP.
+Captioners are taken that read an image and a text alone, as GIT.
 """
 
 import sys

@@ -256,6 +256,7 @@ def run(
         **shared,
     )
     trainer.train()
+    trainer.save_model()
     attacks = [Quantization(8), Quantization(4, group_size=64)]
     if arguments.relearning_steps > 0:
         # the first fifth of what was forgotten, in the order of the data set: does it bring back the rest?
@@ -280,7 +281,6 @@ def run(
         print(
             f"{report.to_markdown()}\n\n{answers}\n\nReport, figures, answers and the model are in {args.output_dir}."
         )
-    trainer.save_model()
     publish = trainer.push_to_hub if args.push_to_hub else trainer.create_model_card
     publish(report=report)
     trainer.accelerator.end_training()

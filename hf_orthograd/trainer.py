@@ -114,6 +114,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         if args.check_overlap and self.has_retain and self.is_world_process_zero():
             validation.check_overlap(self.forget_dataset, self.train_dataset, self.per_sample_loss.model)
         self._observers = watching.set_callbacks(self)
+        self.origin = publishing.Origin(model, args.hub_token, is_first=self.is_world_process_zero())
 
     # ---- Before the first step ----
 
@@ -236,8 +237,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
 
         Args:
             model (`torch.nn.Module`): In training mode, wrapped as the launch has it.
-            forget, retain (`list[Batch]`): The samples of the step in this process, with row numbers: with a projection
-                those of all micro-batches, else of one. `retain` is empty if the update needs none.
+            forget, retain (`list[Batch]`): This process' samples: with a projection of all micro-batches, else of one; retain may be none.
         """
         args, scaler = self.args, self.accelerator.scaler if self.args.projection != "none" else None
         loss_scale = 1.0 if scaler is None else scaler.get_scale()
@@ -247,8 +247,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         for observer in observers:
             observer.begin_step(model, retain)
         options = {"group": self.group, "loss_scale": loss_scale, "keep_gradients": bool(observers)}
-        options["per_parameter"] = args.projection_scope == "per_tensor"
-        options["retain_term"] = term = self.retain_term
+        options |= {"per_parameter": args.projection_scope == "per_tensor", "retain_term": (term := self.retain_term)}
         step = self.gradient_engine.measure(model, ascended, retain, **options)
         summary = summarize_step(step)
         check_finite(step, summary, forget, retain, can_back_off=loss_scale > 1)
@@ -313,8 +312,9 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         if is_checkpoint and self.args.should_save:  # another process may be late, and take the new state for the old
             checkpoints.begin_checkpoint(output_dir)
         if self.forget_dataset is None or is_checkpoint:
-            super().save_model(output_dir, _internal_call)
-        elif not checkpoints.merges(self.model, self.args, sharded=self.is_fsdp_enabled):
+            return super().save_model(output_dir, _internal_call)
+        self.origin.before_save(output_dir or self.args.output_dir)
+        if not checkpoints.merges(self.model, self.args, sharded=self.is_fsdp_enabled):
             super().save_model(output_dir, _internal_call=True)
         elif self.args.should_save:
             checkpoints.save_merged(self, output_dir or self.args.output_dir)

@@ -203,7 +203,7 @@ RUNS = {
     ),
     "labels that are no classes": (
         {"forget_dataset": Samples([{**row, "labels": torch.tensor(0.5)} for row in samples("vit", 4, 2)])},
-        "labels of `forget_dataset` are float32, but this loss takes classes",
+        "have shape (2,) for 2 rows, but this model has 5 outputs",
     ),
     "several labels a sample": (
         {"forget_dataset": Samples([{**row, "labels": torch.tensor([1, 0])} for row in samples("vit", 4, 2)])},

@@ -1,5 +1,6 @@
 """Models that read several things at once, or whose samples are hard to tell apart: followed exactly, or refused by name."""
 
+import copy
 import logging
 
 import pytest
@@ -109,6 +110,12 @@ def pair(generator, number):
     return {"input_ids": tokens, "pixel_values": torch.randn(3, 16, 16, generator=generator)}
 
 
+def kl(start_logits, logits):
+    """KL(start || model), from its definition."""
+    start, own = start_logits.softmax(-1), logits.softmax(-1)
+    return (start * (start / own).log()).sum(-1)
+
+
 @pytest.fixture
 def clip():
     torch.manual_seed(0)
@@ -138,6 +145,25 @@ def test_pairs_against_fixed_ones_are_the_softmax_over_them(clip, negatives):
         expected = sum(-(scale * side).log_softmax(0)[0] for side in sides) / 2
         torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-5)
     assert (negatives.divergences(outputs, outputs) == 0).all()
+    with torch.no_grad():
+        start = clip(**torch.utils.data.default_collate(rows(pair, 3, seed=5)))
+    for row, divergence in enumerate(negatives.divergences(outputs, start)):
+        expected = 0
+        for side, other, bank in (("image", "text", negatives._texts), ("text", "image", negatives._images)):
+            own, begun = (
+                torch.cat(
+                    [
+                        (one[f"{side}_embeds"][row] @ one[f"{other}_embeds"][row])[None],
+                        bank @ one[f"{side}_embeds"][row],
+                    ]
+                )
+                for one in (outputs, start)
+            )
+            expected += kl(scale * begun, scale * own) / 2
+        torch.testing.assert_close(divergence, expected, rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="SigLIP adds a bias"):
+        biased = {**outputs, "logits_per_image": outputs.logits_per_image - 10}
+        FixedNegatives(negatives._images, negatives._texts)(transformers.utils.ModelOutput(biased))
 
 
 @pytest.mark.parametrize("retain_loss", ["nll", "kl"])
@@ -256,6 +282,27 @@ HEADS = {
 }  # fmt: skip
 
 
+def divergences_by_hand(kind, outputs, start, inputs):
+    """From the model to where it started: one number for each sample."""
+    if kind == "text number":
+        return (outputs.logits - start.logits).square().mean(1)
+    if kind == "text labels":
+        pairs = [torch.stack([one.logits, torch.zeros_like(one.logits)], -1) for one in (start, outputs)]
+        return kl(*pairs).mean(1)
+    if kind == "span":
+        return (kl(start.start_logits, outputs.start_logits) + kl(start.end_logits, outputs.end_logits)) / 2
+    found = []
+    for row, labels in enumerate(inputs["labels"]):
+        logits = [
+            torch.nn.functional.interpolate(one.logits[row : row + 1], size=labels.shape, mode="bilinear")[0].permute(
+                1, 2, 0
+            )
+            for one in (start, outputs)
+        ]
+        found.append(kl(*logits)[labels != 255].mean())
+    return torch.stack(found)
+
+
 @pytest.mark.parametrize("kind", HEADS)
 def test_heads_unlearn_and_hold_their_predictions(kind, tmp_path):
     model_class, settings = HEADS[kind]
@@ -278,6 +325,13 @@ def test_heads_unlearn_and_hold_their_predictions(kind, tmp_path):
     with torch.no_grad():
         outputs = model(**inputs)
         assert (trainer.per_sample_loss.divergences(outputs, outputs, inputs).abs() <= 1e-6).all()
+        moved = copy.deepcopy(model)
+        for parameter in moved.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        found = trainer.per_sample_loss.divergences(moved(**inputs), outputs, inputs)
+        torch.testing.assert_close(
+            found, divergences_by_hand(kind, moved(**inputs), outputs, inputs), rtol=1e-3, atol=1e-5
+        )
         own = [model(**{name: value[row : row + 1] for name, value in inputs.items()}).loss for row in range(3)]
         losses = trainer.per_sample_loss(model, inputs)
     torch.testing.assert_close(losses, torch.stack(own), rtol=1e-5, atol=1e-5)

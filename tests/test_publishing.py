@@ -29,6 +29,7 @@ from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
 from hf_orthograd.evaluation import Quantization, Relearning, UnlearningReport, evaluate_unlearning
 from hf_orthograd.publishing import CardOptions, load_records, publish, read_salt, retract, verify, write_card
 from hf_orthograd.publishing.commands import run
+from hf_orthograd.publishing.files import remove_paths
 from hf_orthograd.publishing.record import hashes_of
 from hf_orthograd.validation import row_digest, row_digests, stored_row
 
@@ -438,13 +439,56 @@ def test_weights_of_other_kinds_count(hub, folder, name):
 def test_what_would_be_loaded_with_the_model_goes(hub, folder):
     """And nothing else; the commit that is returned is there after the history was rewritten."""
     hub.repositories[REPO] = repository = Repository(private=False)
-    old = ("adapter_config.json", "vocab.json", "old [1]/model.bin", "notes.md", "results.csv")
+    kept = {"notes.md", "results.csv", "docs/README.md", "data/tokenizer.json", "train_data.zip"}
+    old = ("adapter_config.json", "vocab.json", "old [1]/model.bin", *kept)
     repository.add("main", "before", dict.fromkeys(old, b"{}"), None)
     done = publish(folder, REPO, squash_history=True)
     left = set(repository.commits[repository.branches["main"]].files)
-    assert left & set(old) == {"notes.md", "results.csv"}
+    assert left & set(old) == kept
+    assert [one.path for one in done.remaining] == ["train_data.zip"]  # nobody knows what is in it
     assert done.commit.oid == repository.branches["main"] and done.commit.oid in done.commit.commit_url
-    assert verify(REPO) == []
+    assert verify(REPO) == ["data/tokenizer.json stands in no record", "train_data.zip stands in no record"]
+
+
+def test_paths_in_parts_of_a_configuration_go(tmp_path):
+    """Composite models keep one for each part."""
+    parts = {
+        "_name_or_path": str(tmp_path),
+        "encoder": {"_name_or_path": str(tmp_path / "ann")},
+        "layers": [{"name_or_path": "a/b/c"}],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(parts))
+    remove_paths(tmp_path, "owner/base")
+    found = json.loads((tmp_path / "config.json").read_text())
+    assert (
+        found["encoder"]["_name_or_path"]
+        == found["layers"][0]["name_or_path"]
+        == found["_name_or_path"]
+        == "owner/base"
+    )
+
+
+def test_parameters_are_those_of_the_merged_model(unlearned, tmp_path):
+    def wrap(model):
+        config = LoraConfig(r=2, target_modules=["query", "q_proj"], modules_to_save=["classifier"])
+        return get_peft_model(model, config)
+
+    trainer = unlearned(wrap=wrap, push_to_hub=False)
+    trainer.create_model_card()
+    (record,) = load_records(tmp_path / "out" / "public")
+    merged = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "public")
+    assert record.parameters == merged.num_parameters()
+
+
+def test_what_was_done_elsewhere_is_not_made_up(unlearned, tmp_path):
+    trainer = unlearned(push_to_hub=False)
+    trainer.state.global_step = 0  # as of a trainer that only publishes
+    trainer.create_model_card()
+    (record,) = load_records(tmp_path / "out" / "public")
+    assert (
+        record.training["steps"] is record.training["processes"] is record.training["retain_samples_per_step"] is None
+    )
+    assert "| steps | not known |" in (tmp_path / "out" / "public" / "README.md").read_text()
 
 
 def test_plain_trainer_does_not_push_what_is_the_owners(hub, unlearned, make_model, make_samples, tmp_path):
@@ -557,7 +601,7 @@ def test_requests_make_a_chain(hub, unlearned, tmp_path):
     assert verify(folder) == ["model.safetensors is not the file that was recorded"]
 
 
-def test_chain_goes_on_from_what_a_run_wrote_and_from_the_hub(hub, unlearned, tmp_path, caplog):
+def test_chain_goes_on_from_what_a_run_wrote_and_from_the_hub(hub, unlearned, tmp_path, caplog, monkeypatch):
     repo_id = "owner/chained"
     first = unlearned(hub_model_id=repo_id)
     first.save_model()
@@ -571,6 +615,20 @@ def test_chain_goes_on_from_what_a_run_wrote_and_from_the_hub(hub, unlearned, tm
         trainer.create_model_card()
         return load_records(public)
 
+    def records_after_saving_over(source):
+        """As the examples do: the folder that the model came from holds the new weights before the record is made."""
+        load = AutoModelForImageClassification.from_pretrained
+        trainer = unlearned(wrap=lambda model: load(source), push_to_hub=False)
+        trainer.save_model()
+        trainer.create_model_card()
+        trainer.create_model_card()  # published twice, it is one request
+        return load_records(public)
+
+    shutil.copytree(output, tmp_path / "kept")
+    one, two = records_after_saving_over(output)
+    assert one == oldest and two.previous == oldest.digest() and two.weights_before == oldest.weights != two.weights
+    shutil.rmtree(output)
+    shutil.copytree(tmp_path / "kept", output)
     one, two = records_after(output)
     assert one == oldest and two.previous == oldest.digest() and two.weights_before == oldest.weights
     # the folder that is to be replaced is read first
@@ -579,7 +637,10 @@ def test_chain_goes_on_from_what_a_run_wrote_and_from_the_hub(hub, unlearned, tm
     assert "is of other weights" not in caplog.text
     (unrelated,) = records_after(output)
     assert unrelated.previous is None and "is of other weights than those there" in caplog.text
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.faults.append(Fault("HEAD", "unlearning_record.json", 503, 2))  # it passes: the chain is not cut
     one, two = records_after(repo_id)
+    assert hub.faults.pop().times == 0
     assert one == oldest and two.previous == oldest.digest() and two.weights_before == oldest.weights
     assert two.base_model == repo_id and two.base_revision == hub.repositories[repo_id].branches["main"]
     hub.repositories[repo_id].commits[two.base_revision].files.pop("unlearning_record.json")  # as of any model there

@@ -9,6 +9,8 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     DataCollatorForSeq2Seq,
     EvalPrediction,
     LlamaConfig,
@@ -97,10 +99,22 @@ def test_scores_stand_at_the_place_of_the_label():
     labels = torch.tensor([[-100, 2, 0]])
     tokens, log_probabilities = answer_scores(logits, labels)
     assert tokens[0, 1:].tolist() == [1, 0]
-    torch.testing.assert_close(log_probabilities.exp()[0], torch.tensor([1, 0.2, 0.5]))
+    assert log_probabilities[0, 0].isnan()  # nothing predicts the first token
+    torch.testing.assert_close(log_probabilities.exp()[0, 1:], torch.tensor([0.2, 0.5]))
     tokens, log_probabilities = answer_scores((logits, None), labels, is_encoder_decoder=True)
     assert tokens.tolist() == [[1, 0, 2]]
     torch.testing.assert_close(log_probabilities.exp()[0], torch.tensor([1, 0.3, 0.2]))
+
+
+def test_of_a_text_the_first_token_is_asked_by_nobody():
+    labels = torch.tensor([[4, 2, 7]])
+    tokens, log_probabilities = answer_scores(torch.zeros(1, 3, 10), labels)
+    scores = EvalPrediction((tokens.numpy(), log_probabilities.numpy()), labels.numpy())
+    losses, lengths = TokenLoss().counts(scores)
+    assert lengths.tolist() == [2] and math.exp(losses[0] / 2) == pytest.approx(10)  # uniform over ten tokens
+    known = torch.nn.functional.one_hot(torch.tensor([[2, 7, 0]]), 10) * 50.0
+    scores = EvalPrediction(tuple(one.numpy() for one in answer_scores(known, labels)), labels.numpy())
+    assert ExactAnswers().counts(scores)[0].tolist() == ExtractionStrength().counts(scores)[0].tolist() == [1]
 
 
 def test_numbers_of_tofu():
@@ -230,6 +244,44 @@ def test_encoder_decoder_is_asked_by_its_encoder(tokenizer, tmp_path):
         logits = trainer.model(input_ids=torch.tensor([prompts[0]]), labels=torch.tensor([[8, 1]])).logits
     expected = torch.log_softmax(logits[0], -1)[[0, 1], [8, 1]].mean().exp().item()
     assert answer_probabilities(trainer, rows)[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_encoder_that_counts_positions_is_padded_behind(tokenizer, tmp_path):
+    set_seed(0)
+    size = {
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+    }
+    config = BartConfig(
+        vocab_size=22, **size, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32, pad_token_id=0,
+        bos_token_id=2, eos_token_id=1, decoder_start_token_id=2, forced_eos_token_id=None, init_std=1.0,
+    )  # fmt: skip
+    prompts = [[3, 4, 5, 6, 7, 8], [6, 7]]
+    rows = Dataset.from_dict({"input_ids": prompts, "attention_mask": [[1] * 6, [1] * 2], "labels": [[8, 1], [9, 1]]})
+    trainer = make_trainer(BartForConditionalGeneration(config), tokenizer, tmp_path)
+    trainer.model.eval()
+    said = generate_answers(trainer, rows, max_new_tokens=5)
+    for prompt, answer in zip(prompts, said, strict=True):
+        alone = trainer.model.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False)[0]
+        assert answer == tokenizer.decode(alone, skip_special_tokens=True)
+
+
+def test_decoding_is_greedy_whatever_the_model_would_do(taught):
+    trainer, known, unknown = taught
+    before = generate_answers(trainer, unknown, max_new_tokens=6), generate_answers(trainer, known, max_new_tokens=5)
+    trainer.model.generation_config.repetition_penalty = 5.0
+    trainer.model.generation_config.num_beams = 3
+    try:
+        assert (
+            generate_answers(trainer, unknown, max_new_tokens=6),
+            generate_answers(trainer, known, max_new_tokens=5),
+        ) == before
+        assert trainer.model.generation_config.num_beams == 3
+    finally:
+        trainer.model.generation_config.repetition_penalty, trainer.model.generation_config.num_beams = None, None
 
 
 def test_rows_without_a_prompt_or_a_trainer_without_a_tokenizer_are_refused(taught, tokenizer, tmp_path):

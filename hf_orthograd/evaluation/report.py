@@ -100,11 +100,12 @@ class UnlearningReport:
     def public(self) -> "UnlearningReport":
         """The edition for others: without per-sample losses, the trainer's log, and names of one's own.
 
-        Names of sets, of attacks and of what is counted under cost may be chosen freely, and so may tell whose data it was.
+        Names of sets, of attacks and of costs may be chosen freely, and so may tell whose data it was. That of a metric stays.
         """
         sets = _numbered((name for one in self.models.values() for name in one), PUBLIC_SETS, "set")
         attacks = _numbered(self._attacks(), PUBLIC_ATTACKS, "attack")
         costs = _numbered(self.cost, PUBLIC_COSTS, "cost")
+        counts = _numbered((name for one in self.cost.values() for name in one), PUBLIC_COUNTS, "count")
         models = {f"{model}, {name}": f"{model}, {shown}" for name, shown in attacks.items() for model in WHOLE_MODELS}
 
         def renamed(values: dict, *names: dict[str, str]) -> dict:
@@ -124,7 +125,7 @@ class UnlearningReport:
             relearning=renamed(self.relearning, attacks),
             recovery_steps=renamed(self.recovery_steps, attacks),
             checks=[replace(check, name=_renamed_end(check.name, attacks)) for check in self.checks],
-            cost=renamed(self.cost, costs),
+            cost=renamed(self.cost, costs, counts),
             history=[],
             losses={},
             audience="everyone",
@@ -257,6 +258,7 @@ WHOLE_MODELS = ("unlearned", "original", "reference")  # all others are one of t
 PUBLIC_SETS = ("forget", "forget_unseen", "forget_reworded", "retain", "test", "validation", "reference")
 PUBLIC_ATTACKS = (r"int\d+", "adapter detached", "relearning")
 PUBLIC_COSTS = ("unlearning", "retraining")
+PUBLIC_COUNTS = ("seconds", "steps", "peak_memory_gib")
 
 AUDIENCES = {
     "owner": "For the owner alone: it names groups and holds per-sample losses. `public()` is the edition for others.",

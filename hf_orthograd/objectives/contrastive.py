@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class FixedNegatives:
-    """The contrastive loss of each pair of image and text against others that are held fixed, for CLIP and its kin.
+    """The contrastive loss of each pair of image and text against others that are held fixed, for CLIP.
 
     In CLIP's own loss (arXiv 2103.00020) the other pairs of the batch are the negatives: it has no gradient of a single
     sample. Here they are embeddings that do not move, of pairs drawn once:
@@ -19,6 +19,9 @@ class FixedNegatives:
 
     Args:
         image_embeds, text_embeds (`torch.Tensor`): Of the fixed pairs, under the starting model, shape (n, d), each of norm 1.
+
+    Raises:
+        ValueError: The shapes differ; or, at its first call, the model's logits have a bias.
     """
 
     def __init__(self, image_embeds: Tensor, text_embeds: Tensor):
@@ -28,6 +31,7 @@ class FixedNegatives:
                 f"{tuple(text_embeds.shape)}."
             )
         self._images, self._texts = image_embeds.detach(), text_embeds.detach()
+        self._checked = False
 
     def __call__(self, outputs, labels=None, num_items_in_batch=None) -> Tensor:
         """Losses of shape (B,), in nats."""
@@ -47,6 +51,13 @@ class FixedNegatives:
         # the temperature, read off the model's own logits by least squares
         diagonal, cosines = outputs.logits_per_image.diagonal().float().detach(), own.detach()[:, 0]
         scale = (diagonal @ cosines) / (cosines @ cosines)
+        if not self._checked:  # once: it waits for the device
+            self._checked = True
+            if not (scale > 0 and torch.allclose(scale * cosines, diagonal, rtol=1e-2, atol=1e-2)):
+                raise ValueError(
+                    "The model's `logits_per_image` are not its temperature times the cosines, as CLIP's are: SigLIP adds a bias. "
+                    "Write a `compute_loss_func` for it."
+                )
         sides = (images, self._texts), (texts, self._images)
         found = [torch.cat([own, side @ others.to(side).T], dim=1) for side, others in sides]
         return scale * torch.stack(found)

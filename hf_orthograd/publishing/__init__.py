@@ -5,7 +5,7 @@ from .card import CardOptions, make_card, write_card
 from .files import PUBLIC_FOLDER
 from .history import OldWeights, Retraction, find_weights, retract
 from .push import Publication, prepare_folder, publish, publish_trainer
-from .record import SALT_NAME, UnlearningRecord, load_records, read_salt
+from .record import SALT_NAME, Origin, UnlearningRecord, load_records, read_salt
 from .verification import verify
 
 
@@ -14,6 +14,7 @@ __all__ = [
     "SALT_NAME",
     "CardOptions",
     "OldWeights",
+    "Origin",
     "Publication",
     "Retraction",
     "UnlearningRecord",

@@ -50,10 +50,10 @@ PUBLISHED = (
     SIGNATURE_NAME,
 )
 # in a repository's history anything that may hold weights counts, whoever wrote it
-_ANY_WEIGHTS = (
-    "safetensors bin pt pth ckpt h5 hdf5 keras msgpack gguf ggml onnx onnx_data pkl pickle joblib npz npy distcp nemo tflite zip "
-    "tar gz tgz 7z"
-).split()
+_MODEL_FORMATS = (
+    "safetensors bin pt pth ckpt h5 hdf5 keras msgpack gguf ggml onnx onnx_data distcp nemo tflite".split()
+)
+_ARCHIVES = "pkl pickle joblib npz npy zip tar gz tgz 7z".split()
 # what large file storage holds beside them; all else in it counts
 _HARMLESS = "png jpg jpeg gif webp svg pdf wav flac mp3 ogg mp4 json jsonl txt md csv parquet arrow model spm".split()
 # made anew by the `card` command, or later than the record: their content is not part of it
@@ -72,12 +72,20 @@ def may_hold_weights(path: str, is_large: bool = False) -> bool:
     """
     name = path.rsplit("/", 1)[-1].lower()
     ending = name.rsplit(".", 1)[-1]
-    return name != "training_args.bin" and (ending in _ANY_WEIGHTS or (is_large and ending not in _HARMLESS))
+    known = ending in _MODEL_FORMATS or ending in _ARCHIVES
+    return name != "training_args.bin" and (known or (is_large and ending not in _HARMLESS))
+
+
+def is_of_a_model(path: str) -> bool:
+    """Whether a file on a branch belongs to a model that another one replaces: weights of any folder, and at the root what is
+    published beside them."""
+    is_model = path.rsplit(".", 1)[-1].lower() in _MODEL_FORMATS and not path.endswith("training_args.bin")
+    return is_model or ("/" not in path and is_published(path))
 
 
 def may_be_loaded(path: str) -> bool:
     """Whether a file can change what `from_pretrained` loads: weights, configurations, tokenizers, code."""
-    return is_published(path) or may_hold_weights(path) or path.endswith((".json", ".py"))
+    return ("/" not in path and is_published(path)) or may_hold_weights(path) or path.endswith((".json", ".py"))
 
 
 def is_published(path: str) -> bool:
@@ -109,19 +117,24 @@ def hub_name(name: str | None) -> str | None:
 
 
 def remove_paths(folder: str | Path, base_model: str | None) -> None:
-    """Configurations say from which folder a model or tokenizer was loaded: only a name on the Hub may stay."""
+    """Configurations say from which folder a model, a part of it or a tokenizer was loaded: only a name on the Hub may stay."""
     for path in Path(folder).glob("*.json"):
         if path.name in REPORT_FILES or path.name == RECORD_NAME or path.name.endswith(".index.json"):
             continue
         content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            continue
-        changed = False
-        for key in ("_name_or_path", "name_or_path", "base_model_name_or_path"):
-            if key in content and content[key] != hub_name(content[key]):
-                content[key], changed = base_model or "", True
-        if changed:
+        if _without_paths(content, base_model):
             path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _without_paths(content, base_model: str | None) -> bool:
+    """Replaces them wherever they stand, and says whether there were any."""
+    changed = False
+    if isinstance(content, dict):
+        for key in ("_name_or_path", "name_or_path", "base_model_name_or_path"):
+            if isinstance(content.get(key), str) and content[key] != hub_name(content[key]):
+                content[key], changed = base_model or "", bool(content[key]) or changed
+    inner = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    return any([changed, *(_without_paths(value, base_model) for value in inner)])
 
 
 def sha256_of(path: str | Path) -> str:
@@ -134,5 +147,8 @@ def sha256_of(path: str | Path) -> str:
 
 def git_blob_of(path: str | Path) -> str:
     """Under which name git knows the content of a file that is not in large file storage."""
-    content = Path(path).read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    digest = hashlib.sha1(b"blob %d\0" % Path(path).stat().st_size)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -8,7 +8,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from transformers.utils import logging
 
-from .files import is_published, may_hold_weights
+from .files import is_of_a_model, may_hold_weights
 
 
 logger = logging.get_logger(__name__)
@@ -92,10 +92,9 @@ def weights_in(api: HfApi, repo_id: str, revision: str, token: str | None) -> di
 
 
 def files_of_models(repo_id: str, branch: str, *, token: str | None = None) -> list[str]:
-    """Paths on a branch that are a model's: weights, wherever they lie, and what is published beside them."""
+    """Paths on a branch that are a model's, which another one replaces."""
     tree = HfApi().list_repo_tree(repo_id, recursive=True, revision=branch, token=token)
-    files = [one for one in tree if isinstance(one, RepoFile)]
-    return [one.path for one in files if may_hold_weights(one.path, one.lfs is not None) or is_published(one.path)]
+    return [one.path for one in tree if isinstance(one, RepoFile) and is_of_a_model(one.path)]
 
 
 def squash(repo_id: str, branch: str, *, token: str | None = None) -> None:

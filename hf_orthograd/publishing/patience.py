@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 from transformers.utils import logging
 
 
@@ -35,4 +35,5 @@ def _passes(error: BaseException) -> bool:
         return status in (408, 429) or status >= 500
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):  # there was no answer
         return True
-    return isinstance(error, RuntimeError) and error.__cause__ is not None and _passes(error.__cause__)
+    wraps = isinstance(error, (RuntimeError, LocalEntryNotFoundError)) and error.__cause__ is not None
+    return wraps and _passes(error.__cause__)

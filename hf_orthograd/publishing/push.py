@@ -1,7 +1,6 @@
 """From a trainer to a folder that may be published, and from that folder to the Hub."""
 
 import shutil
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
@@ -40,7 +39,6 @@ from .record import (
     UnlearningRecord,
     append_record,
     commit_all,
-    find_lineage,
     hashes_of,
     owner_salt,
     weights_of,
@@ -146,7 +144,7 @@ def prepare_folder(
     if isinstance(model, PeftModel) and args.merge_adapter and trainer.is_fsdp_enabled:
         raise ValueError(
             "A sharded LoRA model cannot be merged here, and an adapter alone is not published: deleting it brings back what "
-            "was forgotten. Save it by `save_model()`, load it in one process with `AutoPeftModel...from_pretrained`, give it to "
+            "was forgotten. Save it by `save_model()`, load it in one process with `AutoPeftModel...from_pretrained(folder, is_trainable=True)`, give it to "
             "an OrthoGradTrainer with the same arguments and sets, and call its `push_to_hub()` without training."
         )
     folder = Path(args.output_dir, PUBLIC_FOLDER)
@@ -157,7 +155,7 @@ def prepare_folder(
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
         # before anything is replaced: the model may come from the folder that is
-        return find_lineage(getattr(model, "config", None), args.hub_token)
+        return trainer.origin.lineage()
 
     def finish() -> None:
         _complete(partial, trainer, model, lineage, report, request_id, options)
@@ -212,8 +210,9 @@ def make_record(trainer, model: nn.Module, request_id: str | None, lineage: Line
     own = {one.name for one in fields(OrthoGradConfig)} - {one.name for one in fields(Seq2SeqTrainingArguments)}
     forget = trainer.forget_dataset
     columns = read_columns(forget, trainer.per_sample_loss.model)
+    samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return UnlearningRecord(
-        request_id=request_id or uuid.uuid4().hex,
+        request_id=request_id or trainer.origin.request_id,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         goal=None,
         method={"trainer": type(trainer).__name__} | {name: getattr(args, name) for name in sorted(own)},
@@ -221,10 +220,11 @@ def make_record(trainer, model: nn.Module, request_id: str | None, lineage: Line
             "learning_rate": args.learning_rate,
             "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
             "optim": str(getattr(args.optim, "value", args.optim)),
-            "steps": trainer.state.global_step,
-            "retain_samples_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            # a model that was unlearned elsewhere, and is only published here
+            "steps": trainer.state.global_step or None,
+            "retain_samples_per_step": samples if trainer.state.global_step else None,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "processes": args.world_size,
+            "processes": args.world_size if trainer.state.global_step else None,
             "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else _dtype_of(model),
             "seed": args.seed,
         },
@@ -242,7 +242,9 @@ def make_record(trainer, model: nn.Module, request_id: str | None, lineage: Line
 def _count_parameters(model: nn.Module) -> int:
     """As the model is once an adapter is merged; of a sharded one, too."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return sum(p.numel() for name, p in base.named_parameters() if "lora_" not in name)
+    return sum(
+        p.numel() for name, p in base.named_parameters() if "lora_" not in name and ".original_module." not in name
+    )
 
 
 def _dtype_of(model: nn.Module) -> str:

@@ -4,11 +4,12 @@ import hashlib
 import hmac
 import json
 import secrets
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, is_offline_mode
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
@@ -122,7 +123,7 @@ def find_lineage(config, token: str | None = None) -> Lineage:
 
     Raises:
         ValueError: A record that is there cannot be read.
-        HfHubHTTPError: The Hub did not say whether there is one.
+        OSError: The Hub did not say whether there is one.
     """
     source = getattr(config, "_name_or_path", None)
     if source and Path(source).is_dir():
@@ -150,6 +151,41 @@ def find_lineage(config, token: str | None = None) -> Lineage:
     return Lineage(source, revision, weights, _records_on_hub(source, revision, token))
 
 
+class Origin:
+    """Where a trainer's model came from, found before a save replaces it; and a name of the request.
+
+    Args:
+        model (`torch.nn.Module`): Its configuration says from where it was loaded.
+        token (`str`, *optional*): For the Hub.
+        is_first (`bool`): Whether this process is the one that publishes; the others look at nothing.
+
+    Attributes:
+        request_id (`str`): Drawn once: what is published twice is one request.
+    """
+
+    def __init__(self, model, token: str | None = None, *, is_first: bool = True):
+        self._config, self._token, self._is_first = getattr(model, "config", None), token, is_first
+        self._found: Lineage | None = None
+        self.request_id = uuid.uuid4().hex
+
+    def lineage(self) -> Lineage:
+        """As [`find_lineage`], as it was when this was asked for first."""
+        if self._found is None:
+            self._found = find_lineage(self._config, self._token)
+        return self._found
+
+    def before_save(self, folder: str | Path) -> None:
+        """Looks, if the model was loaded from this folder or from within it."""
+        source = getattr(self._config, "_name_or_path", None)
+        if (
+            self._is_first
+            and source
+            and Path(source).is_dir()
+            and Path(source).resolve().is_relative_to(Path(folder).resolve())
+        ):
+            self.lineage()
+
+
 def _cached_snapshots(repo_id: str) -> list[Path]:
     """Folders of the revisions whose weights were downloaded."""
     folder = Path(HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"), "snapshots")
@@ -162,8 +198,10 @@ def _records_on_hub(repo_id: str, revision: str, token: str | None) -> list[Unle
     except RemoteEntryNotFoundError:
         return []
     except LocalEntryNotFoundError:
+        if not is_offline_mode():
+            raise
         logger.warning(
-            f"The Hub cannot be reached: whether {repo_id} went through earlier requests is not known, and the new record starts a "
+            f"The Hub cannot be reached (HF_HUB_OFFLINE): whether {repo_id} went through earlier requests is not known, and the new record starts a "
             "chain."
         )
         return []

@@ -140,7 +140,7 @@ def row_digest(example, columns: frozenset[str] | None) -> bytes:
         if name == "attention_mask" or (columns is not None and name not in {*columns, "labels"}):
             continue
         value = _plain(value)
-        array = np.asarray(value) if isinstance(value, (list, tuple, np.ndarray)) else None
+        array = _as_array(value) if isinstance(value, (list, tuple, np.ndarray)) else None
         if array is not None and array.dtype.kind in "iufb":
             if name == "labels":
                 array = array[array != IGNORED_LABEL]
@@ -150,6 +150,14 @@ def row_digest(example, columns: frozenset[str] | None) -> bytes:
         digest.update(name.encode())
         _add(digest, value)
     return digest.digest()
+
+
+def _as_array(value) -> np.ndarray | None:
+    """None for lists of unequal lengths."""
+    try:
+        return np.asarray(value)
+    except ValueError:
+        return None
 
 
 def _plain(value):

@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 from rouge_score import rouge_scorer
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import Trainer
+from transformers import GenerationConfig, Trainer
 
 from ...objectives import IGNORED_LABEL
 from ...parallel.sharding import is_sharded
@@ -53,7 +53,9 @@ def generate_answers(
         own = sorted(own, key=lambda numbered: len(numbered[1]))  # little padding
         for start in tqdm(range(0, len(own), size), desc="Generating", disable=quiet, leave=False):
             rows, batch = zip(*own[start : start + size], strict=True)
-            inputs = tokenizer.pad({"input_ids": list(batch)}, padding_side="left", return_tensors="pt")
+            # an encoder may count positions from the left, padding or not
+            side = "right" if model.config.is_encoder_decoder else "left"
+            inputs = tokenizer.pad({"input_ids": list(batch)}, padding_side=side, return_tensors="pt")
             if has_images:
                 inputs["pixel_values"] = torch.stack([torch.as_tensor(dataset[row]["pixel_values"]) for row in rows])
             said = _generate(model, tokenizer, inputs.to(device), max_new_tokens, trainer)
@@ -86,13 +88,18 @@ def tokenizer_of(trainer: Trainer):
 
 
 def _generate(model, tokenizer, inputs, max_new_tokens: int, trainer) -> list[str]:
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        tokens = model.generate(
-            **{name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values") if name in inputs},
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    own = model.generation_config
+    special = {name: value for name, value in own.to_dict().items() if name.endswith("_token_id")}
+    settings = {**special, "pad_token_id": tokenizer.pad_token_id, "max_new_tokens": max_new_tokens}
+    # beams and penalties of the model's own would say something else than its most likely tokens
+    model.generation_config = GenerationConfig(**settings, do_sample=False, num_beams=1)
+    try:
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            tokens = model.generate(
+                **{name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values") if name in inputs}
+            )
+    finally:
+        model.generation_config = own
     if not model.config.is_encoder_decoder:
         tokens = tokens[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]

@@ -25,7 +25,8 @@ def answer_scores(
 
     Returns:
         Shape (n, length) each, at the place of the label: the most likely token, given all tokens before it; and the
-        log-probability of the label, in nats, 0 where nothing is asked.
+        log-probability of the label, in nats, 0 where nothing is asked. It is NaN for the first token of a causal model's
+        row, which nothing predicts: the metrics leave it out.
     """
     logits = logits[0] if isinstance(logits, tuple) else logits
     logits = logits[:, -labels.shape[1] :]  # before the text there may be tokens of an image
@@ -40,7 +41,7 @@ def answer_scores(
         logits.float().transpose(1, 2), targets, reduction="none", ignore_index=IGNORED_LABEL
     )
     if not is_encoder_decoder:
-        losses = torch.cat([losses.new_zeros(len(losses), 1), losses], dim=1)
+        losses = torch.cat([losses.new_full((len(losses), 1), torch.nan), losses], dim=1)
     return tokens, -losses
 
 
@@ -66,8 +67,7 @@ def _answers(prediction: EvalPrediction):
             "Metrics of answers need tokens and their log-probabilities: pass `preprocess_logits_for_metrics=answer_scores` to the "
             "trainer."
         )
-    for row, asked in enumerate(labels != IGNORED_LABEL):
-        # of causal models nothing predicts the first token of a text
+    for row, asked in enumerate((labels != IGNORED_LABEL) & ~np.isnan(found[1])):
         yield found[0][row][asked], found[1][row][asked], labels[row][asked]
 
 
