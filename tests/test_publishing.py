@@ -173,7 +173,9 @@ def test_card_says_what_was_measured(hub, unlearned):
     }
     assert card.data.datasets == "owner/pictures" or card.data.datasets == ["owner/pictures"]
     assert "no certificate of erasure" in card.text and "r-1" in card.text
-    assert "**not** run: rounding the weights to 8 bits" in card.text
+    assert "**not** run: rounding the weights to 8 bits" in card.text and "prompting" not in card.text
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    assert f"`ViTForImageClassification` with {parameters:,} parameters" in card.text
     assert f'pipeline("image-classification", model="{REPO}")' in card.text
 
 
@@ -197,7 +199,7 @@ def test_card_without_a_report_claims_nothing(hub, unlearned, tmp_path):
     unlearned().create_model_card()
     card = ModelCard.load(tmp_path / "out" / "public" / "README.md")
     assert "Quality: not measured. Privacy: not measured." in card.text
-    assert card.data.eval_results is None and "checks hold" not in card.text
+    assert card.data.eval_results is None and "comparisons with" not in card.text
 
 
 # ---- What never arrives ----

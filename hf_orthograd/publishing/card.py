@@ -46,7 +46,7 @@ _ATTACKS = (
     ("fine-tuning on related data (relearning)", lambda report: bool(report.relearning)),
     ("membership inference by loss", lambda report: "unlearned" in report.membership),
     ("membership inference with shadow models (U-LiRA)", lambda report: False),
-    ("comparison with the model before unlearning", lambda report: False),
+    ("telling the data from the difference to the model before", lambda report: False),
 )
 _ATTACKS_ON_TEXT = (("extraction of training data by prompting", lambda report: False),)
 
@@ -130,7 +130,9 @@ def make_card(
         checks=[] if report is None else [_check_row(check) for check in report.checks],
         **{name: _named(report, holds) for name, holds in (("holding", True), ("failing", False), ("unknown", None))},
         qualities=[] if report is None else _quality_rows(report),
-        set_names=[] if report is None else [_SETS.get(n, n) for n in report.models["unlearned"]],
+        set_names=[] if report is None else _set_heads(report),
+        answers_prompts=task not in _WITHOUT_PROMPTS,
+        reworded=report is not None and "forget_reworded" in report.models["unlearned"],
         costs=[] if report is None else [(w, n, show(v)) for w, own in report.cost.items() for n, v in own.items()],
         attacks_run=[what for what, was_run in tried if was_run],
         attacks_not_run=[what for what, was_run in tried if not was_run],
@@ -255,14 +257,18 @@ def _quality_rows(report: UnlearningReport) -> list[tuple[str, list[str]]]:
 
 
 def _changes(report: UnlearningReport) -> list[str]:
-    """What the first screen says where nothing is judged: from before to now, forgotten and test data."""
+    """What the first screen says: from before to now."""
     before, now = report.models.get("original", {}), report.models["unlearned"]
-    both = [name for name in ("forget", "test") if name in before and name in now]
+    both = [name for name in ("forget", "forget_unseen", "forget_reworded", "test") if name in before and name in now]
     return [f"on {_SETS[name]} from {_number(before[name])} to {_number(now[name])}" for name in both]
 
 
 def _number(quality: Quality) -> str:
     return f"{quality.loss if quality.value is None else quality.value:.3f}"
+
+
+def _set_heads(report: UnlearningReport) -> list[str]:
+    return [f"{_SETS.get(name, name)} ({one.size})" for name, one in report.models["unlearned"].items()]
 
 
 def _cell(quality: Quality | None) -> str:
