@@ -90,32 +90,24 @@ def test_corpus_says_the_same_every_time_and_shares_no_sentence():
     assert set(corpus["train"]["speaker"]) == set(SPEAKERS)
 
 
-def test_demo_from_corpus_to_saved_model(tmp_path):
-    printed = run_example(*SHORTENED, "--output_dir", str(tmp_path))
-    results = check_outputs(tmp_path, ["before", 'projection="none"', 'projection="orthogonal"'])
-    assert "| before |" in printed
-    history = results["rows"]['projection="orthogonal"']["history"]
-    assert [entry["step"] for entry in history] == [1, 2]
-    assert 0 < history[0]["kept_signal"] < 1
-    assert results["arguments"]["forget_values"] == ["duncan"]
-    model = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
-    processor = AutoProcessor.from_pretrained(tmp_path)
-    audio = torch.zeros(16000).numpy()
-    features = processor.feature_extractor(audio, sampling_rate=16000, return_tensors="pt").input_features
-    assert model.generate(features).shape[0] == 1
-
-
-def test_two_processes_evaluate_generate_save_and_push_once(tmp_path, hub):
+def test_demo_in_two_processes_from_corpus_to_one_push(tmp_path, hub):
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d")
     launcher += ("--rdzv-endpoint", "localhost:0")
     rule = ("--retain_budget", "5", "--stop_metric", "wer", "--eval_strategy", "steps", "--eval_steps", "2")
     push = ("--push_to_hub", "--hub_model_id", "owner/forgetful", "--output_dir", str(tmp_path))
     online = {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_write"}
-    run_example(*SHORTENED, *rule, "--use_cpu", "1", *push, launcher=launcher, environment=online)
+    printed = run_example(*SHORTENED, *rule, "--use_cpu", "1", *push, launcher=launcher, environment=online)
     results = check_outputs(tmp_path, ["before", 'projection="none"', 'projection="orthogonal"'])
     assert (tmp_path / "checkpoint-0").is_dir()
-    assert results["rows"]['projection="orthogonal"']["history"][0]["projection_rank"] > 28  # of both processes
-    AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
+    assert "| before |" in printed and results["arguments"]["forget_values"] == ["duncan"]
+    history = results["rows"]['projection="orthogonal"']["history"]
+    assert [entry["step"] for entry in history] == [1, 2]
+    assert 0 < history[0]["kept_signal"] < 1 and history[0]["projection_rank"] > 28  # of both processes
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    audio = torch.zeros(16000).numpy()
+    features = processor.feature_extractor(audio, sampling_rate=16000, return_tensors="pt").input_features
+    assert model.generate(features).shape[0] == 1
     assert sum("/commit/" in request for request in hub.requests) == 1
     assert verify("owner/forgetful") == []
     assert "wer, with its 95 % interval" in ModelCard.load("owner/forgetful").text

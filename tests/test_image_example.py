@@ -31,7 +31,7 @@ def run_example(*arguments):
 
 
 def test_demo_forgets_a_class_and_reports(tmp_path):
-    shortened = ("--finetune_epochs", 3, "--max_steps", 3, "--relearning_steps", 4, "--output_dir", tmp_path)
+    shortened = ("--finetune_epochs", 1, "--max_steps", 3, "--relearning_steps", 4, "--output_dir", tmp_path)
     finished = run_example(*shortened)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "## Against a model retrained without the forget set" in finished.stdout
@@ -50,7 +50,18 @@ def test_demo_forgets_a_class_and_reports(tmp_path):
 
 def test_video_model_forgets_a_movement(tmp_path, monkeypatch):
     quiet = ("--video", "--report_to", "none", "--disable_tqdm", 1, "--use_cpu", 1)
-    short = ("--finetune_epochs", 1, "--max_steps", 2, "--relearning_steps", 0, "--output_dir", tmp_path)
+    short = (
+        "--finetune_epochs",
+        0,
+        "--retrain",
+        0,
+        "--max_steps",
+        2,
+        "--relearning_steps",
+        0,
+        "--output_dir",
+        tmp_path,
+    )
     monkeypatch.setattr(sys, "argv", ["unlearn_image.py", *map(str, [*quiet, *short])])
     unlearn_image.main()
     report = UnlearningReport.load(tmp_path)

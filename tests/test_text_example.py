@@ -46,7 +46,7 @@ def test_people_are_invented_and_each_phrasing_is_learned_on_somebody():
 
 
 def test_demo_forgets_people_and_shows_answers(tmp_path):
-    arguments = ("--finetune_epochs", "1", "--relearning_steps", "2", "--output_dir", tmp_path)
+    arguments = ("--finetune_epochs", "0.2", "--relearning_steps", "2", "--output_dir", tmp_path)
     command = [sys.executable, str(EXAMPLE), *SHORT, *map(str, arguments)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert finished.returncode == 0, finished.stderr[-3000:]
@@ -135,7 +135,18 @@ def test_bad_input_is_named_before_training(run_here, tmp_path, arguments, messa
 
 
 def test_captioner_forgets_a_kind_of_image(monkeypatch, tmp_path):
-    own = ("--finetune_epochs", "1", "--relearning_steps", "0", "--num_shown", "1", "--output_dir", tmp_path)
+    own = (
+        "--finetune_epochs",
+        "0",
+        "--retrain",
+        "0",
+        "--relearning_steps",
+        "0",
+        "--num_shown",
+        "1",
+        "--output_dir",
+        tmp_path,
+    )
     monkeypatch.setattr(sys, "argv", ["unlearn_image_text.py", *SHORT, *map(str, own)])
     unlearn_image_text.main()
     report = UnlearningReport.load(tmp_path)
