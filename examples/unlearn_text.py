@@ -40,6 +40,7 @@ from hf_orthograd.evaluation.text import (
     answer_scores,
     generate_answers,
 )
+from hf_orthograd.objectives import IGNORED_LABEL
 from hf_orthograd.publishing import check_access
 
 
@@ -214,7 +215,9 @@ def show_answers(trainer: OrthoGradTrainer, original, sets: dict[str, Dataset], 
     lines = ["| set | before | after |", "|---|---|---|"]
     for name, rows in sets.items():
         rows = rows.select(range(min(count, len(rows))))
-        said = [generate_answers(trainer, rows, model=model) for model in (original, None)]
+        # a model that has forgotten may go on without end
+        longest = max(sum(label != IGNORED_LABEL for label in row["labels"]) for row in rows)
+        said = [generate_answers(trainer, rows, model=model, max_new_tokens=2 * longest) for model in (original, None)]
         lines += [f"| {name} | {before} | {after} |" for before, after in zip(*said, strict=True)]
     return "\n".join(lines)
 
