@@ -260,6 +260,8 @@ def main() -> None:
     arguments, args = parser.parse_args_into_dataclasses()
     if (arguments.model_name_or_path is None) != (arguments.dataset_name is None):
         raise ValueError("Pass both `--model_name_or_path` and `--dataset_name`, or neither for the demo.")
+    if arguments.video and arguments.vary_retain:
+        raise ValueError("`--vary_retain` is set with `--video`, but frames are not varied. Leave it out.")
     check_access(args)  # before training: the trainer that unlearns is made hours later
     transformers.set_seed(args.seed)
     start, processor, corpus = load(arguments)

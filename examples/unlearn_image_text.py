@@ -9,27 +9,24 @@ With no arguments: a small GIT learns to caption handwritten digits and forgets 
 Captioners are taken that read an image and a text alone, as GIT.
 """
 
-import sys
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from datasets import Array3D, Dataset, DatasetDict, Features, Sequence, Value, load_dataset
 from demo_digits import make_captioner, make_captions
-from transformers import AutoModelForImageTextToText, AutoProcessor, DataCollatorForSeq2Seq, HfArgumentParser
+from transformers import AutoModelForImageTextToText, AutoProcessor, DataCollatorForSeq2Seq
 from unlearn_text import DEMO as TEXT_DEMO
-from unlearn_text import ScriptArguments as TextArguments
-from unlearn_text import begin, exact_answers, run, split
+from unlearn_text import RunArguments, exact_answers, parse, run, split
 
-from hf_orthograd import OrthoGradConfig
 from hf_orthograd.data import VaryImages, check_corpus
 from hf_orthograd.evaluation.text import answer_scores
 from hf_orthograd.objectives import IGNORED_LABEL
 
 
 @dataclass
-class ScriptArguments(TextArguments):
-    """As of the text example; and where images and captions are."""
+class ScriptArguments(RunArguments):
+    """And where images and captions are."""
 
     image_column: str = field(default="image", metadata={"help": "Column with the images."})
     caption_column: str = field(default="caption", metadata={"help": "Column with their captions."})
@@ -101,12 +98,7 @@ def collator(tokenizer):
 
 
 def main() -> None:
-    parser = HfArgumentParser((ScriptArguments, OrthoGradConfig))
-    if not any(argument.startswith(("--model_name_or_path", "--dataset_name")) for argument in sys.argv):
-        parser.set_defaults(**DEMO)
-    parser.set_defaults(hub_strategy="end")  # nothing is pushed while unlearning runs
-    arguments, args = parser.parse_args_into_dataclasses()
-    begin(arguments, args)
+    arguments, args = parse(ScriptArguments, DEMO)
     model, processor, corpus = load(arguments)
     corpus = DatasetDict({name: prepare(rows, processor, arguments) for name, rows in corpus.items()})
     shared = {

@@ -45,7 +45,7 @@ from hf_orthograd.publishing import check_access
 
 
 @dataclass
-class ScriptArguments:
+class RunArguments:
     """What to forget, in which model; see [`OrthoGradConfig`] for how."""
 
     model_name_or_path: str | None = field(
@@ -54,11 +54,6 @@ class ScriptArguments:
     dataset_name: str | None = field(
         default=None, metadata={"help": "Hub id or folder with splits train and test; invented people by default."}
     )
-    prompt_column: str | None = field(default=None, metadata={"help": "Column with questions, or other prompts."})
-    answer_column: str | None = field(default=None, metadata={"help": "Column with their answers."})
-    messages_column: str | None = field(default=None, metadata={"help": "Or column with chats, role and content."})
-    text_column: str | None = field(default=None, metadata={"help": "Or column with texts, which are learned whole."})
-    max_length: int | None = field(default=None, metadata={"help": "Most tokens of a row; longer ones are refused."})
     forget_column: str | None = field(default=None, metadata={"help": "Column that says whose a row is."})
     forget_values: list[str] = field(default_factory=list, metadata={"help": "Its values to forget."})
     forget_dataset_name: str | None = field(
@@ -85,6 +80,17 @@ class ScriptArguments:
     lora_rank: int = field(default=16, metadata={"help": "Its rank."})
     relearning_steps: int = field(default=10, metadata={"help": "Steps of the relearning attack; 0 for none."})
     num_shown: int = field(default=3, metadata={"help": "Answers shown before and after, of each set."})
+
+
+@dataclass
+class ScriptArguments(RunArguments):
+    """And what a row is."""
+
+    prompt_column: str | None = field(default=None, metadata={"help": "Column with questions, or other prompts."})
+    answer_column: str | None = field(default=None, metadata={"help": "Column with their answers."})
+    messages_column: str | None = field(default=None, metadata={"help": "Or column with chats, role and content."})
+    text_column: str | None = field(default=None, metadata={"help": "Or column with texts, which are learned whole."})
+    max_length: int | None = field(default=None, metadata={"help": "Most tokens of a row; longer ones are refused."})
 
 
 DEMO = {
@@ -123,12 +129,18 @@ WITHOUT_RULE = {
 }
 
 
-def begin(arguments: ScriptArguments, args: OrthoGradConfig) -> None:
-    """What is checked before anything is loaded."""
+def parse(script_arguments: type, demo: dict):
+    """The arguments of the script and of the run, checked before anything is loaded; the demo's without model and data."""
+    parser = HfArgumentParser((script_arguments, OrthoGradConfig))
+    if not any(argument.startswith(("--model_name_or_path", "--dataset_name")) for argument in sys.argv):
+        parser.set_defaults(**demo)
+    parser.set_defaults(hub_strategy="end")  # nothing is pushed while unlearning runs
+    arguments, args = parser.parse_args_into_dataclasses()
     if (arguments.model_name_or_path is None) != (arguments.dataset_name is None):
         raise ValueError("Pass both `--model_name_or_path` and `--dataset_name`, or neither for the demo.")
     check_access(args)  # before training: the trainer that unlearns is made hours later
     transformers.set_seed(args.seed)
+    return arguments, args
 
 
 def load(arguments: ScriptArguments):
@@ -154,7 +166,7 @@ def load(arguments: ScriptArguments):
     return model, tokenizer, corpus
 
 
-def split(corpus: DatasetDict, arguments: ScriptArguments, seed: int) -> dict[str, Dataset]:
+def split(corpus: DatasetDict, arguments: RunArguments, seed: int) -> dict[str, Dataset]:
     """Training rows to forget, still at hand and lost; test rows of others and of the forgotten."""
     column, values, size = arguments.forget_column, arguments.forget_values, arguments.retain_size
     if (arguments.forget_dataset_name is None) != bool(values) or bool(values) != (column is not None):
@@ -180,7 +192,7 @@ def exact_answers(prediction) -> dict[str, float]:
     return {"exact_answers": float(ExactAnswers().counts(prediction)[0].mean())}
 
 
-def finetune(model, rows: Dataset, args: OrthoGradConfig, arguments: ScriptArguments, shared: dict):
+def finetune(model, rows: Dataset, args: OrthoGradConfig, arguments: RunArguments, shared: dict):
     """A copy of the model, trained on these rows by the plain Trainer."""
     model = copy.deepcopy(model)
     args = replace(
@@ -200,7 +212,7 @@ def finetune(model, rows: Dataset, args: OrthoGradConfig, arguments: ScriptArgum
     return model
 
 
-def stopping_in_time(args: OrthoGradConfig, reference, sets: dict, arguments: ScriptArguments, shared: dict):
+def stopping_in_time(args: OrthoGradConfig, reference, sets: dict, arguments: RunArguments, shared: dict):
     """The arguments with a rule that stops where a model would be that never read the forget set, if one is known."""
     if not arguments.stop_in_time or args.forget_target is not None or reference is None:
         return args
@@ -218,14 +230,15 @@ def show_answers(trainer: OrthoGradTrainer, original, sets: dict[str, Dataset], 
         # a model that has forgotten may go on without end
         longest = max(sum(label != IGNORED_LABEL for label in row["labels"]) for row in rows)
         said = [generate_answers(trainer, rows, model=model, max_new_tokens=2 * longest) for model in (original, None)]
-        lines += [f"| {name} | {before} | {after} |" for before, after in zip(*said, strict=True)]
+        cells = [[" ".join(text.replace("|", "\\|").split()) for text in one] for one in said]
+        lines += [f"| {name} | {before} | {after} |" for before, after in zip(*cells, strict=True)]
     return "\n".join(lines)
 
 
 def run(
     start,
     sets: dict[str, Dataset],
-    arguments: ScriptArguments,
+    arguments: RunArguments,
     args: OrthoGradConfig,
     shared: dict,
     vary: Callable | None = None,
@@ -290,12 +303,7 @@ def run(
 
 
 def main() -> None:
-    parser = HfArgumentParser((ScriptArguments, OrthoGradConfig))
-    if not any(argument.startswith(("--model_name_or_path", "--dataset_name")) for argument in sys.argv):
-        parser.set_defaults(**DEMO)
-    parser.set_defaults(hub_strategy="end")  # nothing is pushed while unlearning runs
-    arguments, args = parser.parse_args_into_dataclasses()
-    begin(arguments, args)
+    arguments, args = parse(ScriptArguments, DEMO)
     start, tokenizer, corpus = load(arguments)
     encoder_decoder = start.config.is_encoder_decoder
     prepare = partial(

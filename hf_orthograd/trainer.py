@@ -40,13 +40,13 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             sample, must return shape (batch size,).
         forget_dataset (`torch.utils.data.Dataset` or `datasets.Dataset`, *optional*): What to forget, with the columns
             of `train_dataset`.
-        compute_divergence_func (`Callable`, *optional*): For `retain_loss="kl"` beside a `compute_loss_func`: maps outputs
-            of the model, those of the starting model, and labels to shape (batch size,).
+        compute_divergence_func (`Callable`, *optional*): Beside it for `retain_loss="kl"`: of outputs, the start's, labels: (batch size,).
 
     Attributes:
         per_sample_loss ([`PerSampleLoss`]): The losses of a batch's samples; there is one with a forget set.
         retain_term (`RetainTerm`, *optional*): While it trains under `retain_loss="kl"`, what is descended on retain samples.
         group ([`ProcessGroup`]): The processes of the run.
+        origin (`Origin`): Where the model came from, for the record of the request.
         gradient_engine ([`GradientEngine`], *optional*): While it trains, where inner products come from.
 
     Raises:
@@ -237,7 +237,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
 
         Args:
             model (`torch.nn.Module`): In training mode, wrapped as the launch has it.
-            forget, retain (`list[Batch]`): This process' samples: with a projection of all micro-batches, else of one; retain may be none.
+            forget, retain (`list[Batch]`): This process' samples: of all micro-batches with a projection, else of one. `retain` may be empty.
         """
         args, scaler = self.args, self.accelerator.scaler if self.args.projection != "none" else None
         loss_scale = 1.0 if scaler is None else scaler.get_scale()
@@ -247,18 +247,18 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         for observer in observers:
             observer.begin_step(model, retain)
         options = {"group": self.group, "loss_scale": loss_scale, "keep_gradients": bool(observers)}
-        options |= {"per_parameter": args.projection_scope == "per_tensor", "retain_term": (term := self.retain_term)}
+        options |= {"per_parameter": args.projection_scope == "per_tensor", "retain_term": self.retain_term}
         step = self.gradient_engine.measure(model, ascended, retain, **options)
         summary = summarize_step(step)
         check_finite(step, summary, forget, retain, can_back_off=loss_scale > 1)
         projection = solve_projections(summary.grams, **args.solver_settings) if summary.grams else None
-        names, where = step.parameters.projected, {"device": args.device, "has_term": term is not None}
+        names, where = step.parameters.projected, {"device": args.device, "has_term": self.retain_term is not None}
         loss = step.combine(update_weights(args.alpha, projection, names, **where)) / loss_scale
         for observer in observers:
             observer.take_gradients(step)
         for name, value in {**summary.losses, **(projection.metrics if projection is not None else {})}.items():
             self.record(name, value)
-        if term is not None:
+        if self.retain_term is not None:
             self.record("retain_divergence", mean_retain_term(step))
         # the value is for the log; the gradient is that of the combination
         return loss + value_of(step, forget, objectives, args.alpha)

@@ -1,3 +1,5 @@
+from functools import partial
+
 import hub_server  # sets what the client reads when it is imported
 
 
@@ -7,6 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from published import report_of, unlearned_trainer
 from torch.utils.data import Dataset
 
 
@@ -151,3 +154,19 @@ def hub(running_hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_write")
     return running_hub
+
+
+@pytest.fixture
+def unlearned(make_model, make_samples, tmp_path):
+    """Makes trainers that have made one step, with all they write in `out`."""
+    return partial(unlearned_trainer, make_model, make_samples, tmp_path / "out")
+
+
+@pytest.fixture
+def folder(hub, unlearned, tmp_path, monkeypatch):
+    """A prepared folder, and no waiting between tries."""
+    trainer = unlearned()
+    trainer.create_model_card(report=report_of(trainer))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.clear()
+    return tmp_path / "out" / "public"

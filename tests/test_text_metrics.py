@@ -226,47 +226,37 @@ def test_report_on_text(taught):
     assert set(found.public().models["unlearned"]) == set(sets)
 
 
-def test_encoder_decoder_is_asked_by_its_encoder(tokenizer, tmp_path):
-    set_seed(0)
-    config = T5Config(
-        vocab_size=22, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0, eos_token_id=1,
-        pad_token_id=0,
-    )  # fmt: skip
-    prompts = [[3, 4, 5], [6, 7]]
-    rows = Dataset.from_dict({"input_ids": prompts, "attention_mask": [[1] * 3, [1] * 2], "labels": [[8, 1], [9, 1]]})
-    trainer = make_trainer(T5ForConditionalGeneration(config), tokenizer, tmp_path)
-    trainer.model.eval()
-    said = generate_answers(trainer, rows, max_new_tokens=3)
-    for prompt, answer in zip(prompts, said, strict=True):
-        alone = trainer.model.generate(torch.tensor([prompt]), max_new_tokens=3, do_sample=False)[0]
-        assert answer == tokenizer.decode(alone, skip_special_tokens=True)
-    with torch.no_grad():
-        logits = trainer.model(input_ids=torch.tensor([prompts[0]]), labels=torch.tensor([[8, 1]])).logits
-    expected = torch.log_softmax(logits[0], -1)[[0, 1], [8, 1]].mean().exp().item()
-    assert answer_probabilities(trainer, rows)[0] == pytest.approx(expected, rel=1e-4)
+ENCODER_DECODERS = {
+    "positions relative": T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=22, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0,
+            eos_token_id=1, pad_token_id=0,
+        )
+    ),
+    "positions counted": BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=22, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32, pad_token_id=0,
+            bos_token_id=2, eos_token_id=1, decoder_start_token_id=2, forced_eos_token_id=None, init_std=1.0,
+        )
+    ),
+}  # fmt: skip
 
 
-def test_encoder_that_counts_positions_is_padded_behind(tokenizer, tmp_path):
-    set_seed(0)
-    size = {
-        "d_model": 16,
-        "encoder_layers": 1,
-        "decoder_layers": 1,
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
-    }
-    config = BartConfig(
-        vocab_size=22, **size, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32, pad_token_id=0,
-        bos_token_id=2, eos_token_id=1, decoder_start_token_id=2, forced_eos_token_id=None, init_std=1.0,
-    )  # fmt: skip
+@pytest.mark.parametrize("kind", ENCODER_DECODERS)
+def test_encoder_decoder_is_asked_by_its_encoder(kind, tokenizer, tmp_path):
     prompts = [[3, 4, 5, 6, 7, 8], [6, 7]]
     rows = Dataset.from_dict({"input_ids": prompts, "attention_mask": [[1] * 6, [1] * 2], "labels": [[8, 1], [9, 1]]})
-    trainer = make_trainer(BartForConditionalGeneration(config), tokenizer, tmp_path)
+    trainer = make_trainer(ENCODER_DECODERS[kind], tokenizer, tmp_path)
     trainer.model.eval()
     said = generate_answers(trainer, rows, max_new_tokens=5)
     for prompt, answer in zip(prompts, said, strict=True):
         alone = trainer.model.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False)[0]
         assert answer == tokenizer.decode(alone, skip_special_tokens=True)
+    with torch.no_grad():
+        logits = trainer.model(input_ids=torch.tensor([prompts[0]]), labels=torch.tensor([[8, 1]])).logits
+    expected = torch.log_softmax(logits[0], -1)[[0, 1], [8, 1]].mean().exp().item()
+    assert answer_probabilities(trainer, rows)[0] == pytest.approx(expected, rel=1e-4)
 
 
 def test_decoding_is_greedy_whatever_the_model_would_do(taught):

@@ -1,7 +1,7 @@
 """The loss of each sample of a batch, what is ascended on the forget set, and what holds the retain set."""
 
 from .contrastive import FixedNegatives
-from .families import IGNORED_LABEL, causal_token_losses, kl_divergence, mean_where, token_losses
+from .families import IGNORED_LABEL, kl_divergence, mean_where
 from .forget import (
     FORGET_LOSSES,
     Ascent,
@@ -24,9 +24,7 @@ __all__ = [
     "PerSampleLoss",
     "PerSampleLosses",
     "SimpleNegativePreference",
-    "causal_token_losses",
     "forget_objective",
     "kl_divergence",
     "mean_where",
-    "token_losses",
 ]

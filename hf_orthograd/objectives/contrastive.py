@@ -52,12 +52,12 @@ class FixedNegatives:
         diagonal, cosines = outputs.logits_per_image.diagonal().float().detach(), own.detach()[:, 0]
         scale = (diagonal @ cosines) / (cosines @ cosines)
         if not self._checked:  # once: it waits for the device
-            self._checked = True
             if not (scale > 0 and torch.allclose(scale * cosines, diagonal, rtol=1e-2, atol=1e-2)):
                 raise ValueError(
                     "The model's `logits_per_image` are not its temperature times the cosines, as CLIP's are: SigLIP adds a bias. "
                     "Write a `compute_loss_func` for it."
                 )
+            self._checked = True
         sides = (images, self._texts), (texts, self._images)
         found = [torch.cat([own, side @ others.to(side).T], dim=1) for side, others in sides]
         return scale * torch.stack(found)

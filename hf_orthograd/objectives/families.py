@@ -113,11 +113,6 @@ class CausalTokens(Family):
         return outputs.logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
 
 
-def causal_token_losses(outputs, inputs: Mapping, model: nn.Module) -> Tensor:
-    """As [`CausalTokens`]; a function, for use as an example of a loss of one's own."""
-    return CausalTokens().losses(outputs, inputs, model)
-
-
 class ClassHead(Family):
     """Classifiers of whole samples: one class, several, or numbers, as `problem_type` and labels say."""
 
@@ -151,16 +146,12 @@ class ClassHead(Family):
         logits, start = outputs.logits.float(), start_outputs.logits.float()
         if problem == "regression":  # in the units of the loss: zero where no prediction has moved
             return (logits - start).square().mean(dim=1)
-        return _both(kl_divergence, logits, start)
+        # of several labels yes or no for each, whose logits are log-odds
+        pairs = [torch.stack([value, torch.zeros_like(value)], dim=-1) for value in (logits, start)]
+        return kl_divergence(*pairs, torch.ones_like(logits, dtype=torch.bool))
 
     def num_classes(self, config):
         return getattr(config, "num_labels", None)
-
-
-def _both(divergence, logits: Tensor, start: Tensor) -> Tensor:
-    """KL of yes and no for each label, the mean over labels; (B,). Logits are log-odds, (B, labels)."""
-    pairs = [torch.stack([value, torch.zeros_like(value)], dim=-1) for value in (logits, start)]
-    return divergence(*pairs, torch.ones_like(logits, dtype=torch.bool))
 
 
 class Spans(Family):

@@ -131,6 +131,7 @@ def make_card(
         **{name: _named(report, holds) for name, holds in (("holding", True), ("failing", False), ("unknown", None))},
         qualities=[] if report is None else _quality_rows(report),
         set_names=[] if report is None else _set_heads(report),
+        retrained=report is not None and "reference" in report.models,
         answers_prompts=task not in _WITHOUT_PROMPTS,
         reworded=report is not None and "forget_reworded" in report.models["unlearned"],
         costs=[] if report is None else [(w, n, show(v)) for w, own in report.cost.items() for n, v in own.items()],

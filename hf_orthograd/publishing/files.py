@@ -65,33 +65,35 @@ def is_weights(name: str) -> bool:
 
 
 def may_hold_weights(path: str, is_large: bool = False) -> bool:
-    """Whether a file of a repository may hold a model; Trainer's own arguments, a pickle too, do not.
+    """Whether a file of a repository may hold a model.
 
     Args:
         is_large (`bool`): Whether it lies in large file storage, where weights of any name would lie.
     """
-    name = path.rsplit("/", 1)[-1].lower()
-    ending = name.rsplit(".", 1)[-1]
-    known = ending in _MODEL_FORMATS or ending in _ARCHIVES
-    return name != "training_args.bin" and (known or (is_large and ending not in _HARMLESS))
+    ending = _ending(path)
+    return ending in (*_MODEL_FORMATS, *_ARCHIVES) or (is_large and ending not in _HARMLESS)
 
 
 def is_of_a_model(path: str) -> bool:
     """Whether a file on a branch belongs to a model that another one replaces: weights of any folder, and at the root what is
     published beside them."""
-    is_model = path.rsplit(".", 1)[-1].lower() in _MODEL_FORMATS and not path.endswith("training_args.bin")
-    return is_model or ("/" not in path and is_published(path))
+    return _ending(path) in _MODEL_FORMATS or is_published(path)
 
 
 def may_be_loaded(path: str) -> bool:
     """Whether a file can change what `from_pretrained` loads: weights, configurations, tokenizers, code."""
-    return ("/" not in path and is_published(path)) or may_hold_weights(path) or path.endswith((".json", ".py"))
+    return is_published(path) or may_hold_weights(path) or path.endswith((".json", ".py"))
+
+
+def _ending(path: str) -> str:
+    """Tells what a file holds; that of Trainer's own arguments, a pickle named as weights, tells nothing of a model."""
+    name = path.rsplit("/", 1)[-1].lower()
+    return "json" if name == "training_args.bin" else name.rsplit(".", 1)[-1]
 
 
 def is_published(path: str) -> bool:
-    """Whether a file of this name is on the list."""
-    name = path.rsplit("/", 1)[-1]
-    return any(fnmatch(name, pattern) for pattern in PUBLISHED)
+    """Whether a file is on the list, which is of names at the root."""
+    return "/" not in path and any(fnmatch(path, pattern) for pattern in PUBLISHED)
 
 
 def published_files(folder: str | Path) -> list[str]:
@@ -122,11 +124,11 @@ def remove_paths(folder: str | Path, base_model: str | None) -> None:
         if path.name in REPORT_FILES or path.name == RECORD_NAME or path.name.endswith(".index.json"):
             continue
         content = json.loads(path.read_text())
-        if _without_paths(content, base_model):
+        if _replace_paths(content, base_model):
             path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def _without_paths(content, base_model: str | None) -> bool:
+def _replace_paths(content, base_model: str | None) -> bool:
     """Replaces them wherever they stand, and says whether there were any."""
     changed = False
     if isinstance(content, dict):
@@ -134,20 +136,20 @@ def _without_paths(content, base_model: str | None) -> bool:
             if isinstance(content.get(key), str) and content[key] != hub_name(content[key]):
                 content[key], changed = base_model or "", bool(content[key]) or changed
     inner = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
-    return any([changed, *(_without_paths(value, base_model) for value in inner)])
+    return any([changed, *(_replace_paths(value, base_model) for value in inner)])
 
 
 def sha256_of(path: str | Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return _hash(path, hashlib.sha256())
 
 
 def git_blob_of(path: str | Path) -> str:
     """Under which name git knows the content of a file that is not in large file storage."""
-    digest = hashlib.sha1(b"blob %d\0" % Path(path).stat().st_size)
+    return _hash(path, hashlib.sha1(b"blob %d\0" % Path(path).stat().st_size))
+
+
+def _hash(path: str | Path, digest) -> str:
+    """Block by block: files of weights are larger than memory."""
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)

@@ -144,8 +144,8 @@ def prepare_folder(
     if isinstance(model, PeftModel) and args.merge_adapter and trainer.is_fsdp_enabled:
         raise ValueError(
             "A sharded LoRA model cannot be merged here, and an adapter alone is not published: deleting it brings back what "
-            "was forgotten. Save it by `save_model()`, load it in one process with `AutoPeftModel...from_pretrained(folder, is_trainable=True)`, give it to "
-            "an OrthoGradTrainer with the same arguments and sets, and call its `push_to_hub()` without training."
+            "was forgotten. Save it by `save_model()`, load it in one process with `AutoPeftModel...from_pretrained(folder, "
+            "is_trainable=True)`, give it to an OrthoGradTrainer with the same arguments and sets, and call its `push_to_hub()` without training."
         )
     folder = Path(args.output_dir, PUBLIC_FOLDER)
     partial = folder.with_name(f"{PUBLIC_FOLDER}.partial")
@@ -268,11 +268,17 @@ def publish(
     """Pushes a folder that [`prepare_folder`] wrote; again, after a push that failed.
 
     Args:
+        folder, repo_id (`str`): From where to where; without an owner the repository is the user's.
+        token, private, revision, commit_message: As in [`~huggingface_hub.HfApi.create_repo`] and `upload_folder`.
         squash_history (`bool`): Rewrite the branch after the push, so that no earlier revision of it holds weights.
+
+    Returns:
+        [`Publication`].
 
     Raises:
         ValueError: The folder is not as it was recorded; or the repository holds other weights.
-        HfHubHTTPError: The Hub refused; the folder is whole, and can be pushed again.
+        HfHubHTTPError: The Hub refused, or for a large file the client's RuntimeError; the folder is whole, and can be pushed
+            again.
     """
     folder = Path(folder)
     if problems := verify_folder(folder):

@@ -201,8 +201,8 @@ def _records_on_hub(repo_id: str, revision: str, token: str | None) -> list[Unle
         if not is_offline_mode():
             raise
         logger.warning(
-            f"The Hub cannot be reached (HF_HUB_OFFLINE): whether {repo_id} went through earlier requests is not known, and the new record starts a "
-            "chain."
+            f"The Hub cannot be reached (HF_HUB_OFFLINE): whether {repo_id} went through earlier requests is not known, and the "
+            "new record starts a chain."
         )
         return []
     return load_records(Path(path).parent)

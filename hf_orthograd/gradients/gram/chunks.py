@@ -102,8 +102,9 @@ def check_images(batches: list[Batch], model: nn.Module, trainable: Iterable[str
         if not packed:
             continue
         config = getattr(model, "module", model).config
-        for token in (getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")):
-            counts = (batch.inputs["input_ids"] == token).sum(dim=1) if token is not None else torch.zeros(1)
+        tokens = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
+        for token in (token for token in tokens if token is not None):
+            counts = (batch.inputs["input_ids"] == token).sum(dim=1)
             if (counts != counts[0]).any():
                 raise UnsupportedModelError(
                     f"The images of a batch have unequal sizes (`{packed[0]}`), and their patches belong to no sample by their "
