@@ -15,7 +15,9 @@ from hf_orthograd.baselines import (
     BASELINES,
     BadTeacherTrainer,
     RandomLabelTrainer,
+    RmuTrainer,
     ScrubTrainer,
+    UndialTrainer,
     dampen_synapses,
 )
 from hf_orthograd.evaluation import Quantization, Relearning, evaluate_unlearning, membership_inference
@@ -31,7 +33,7 @@ class Method:
         trainer (`Callable`): Its class.
         rule (`bool`): Whether it ends by the study's stopping rule. A method with a schedule of its own does not.
         steps (`int`): How many times the study's steps it takes.
-        compared (`bool`): Whether it is in the studies' tables, or only among the ablations.
+        compared (`bool`): Whether it is in the tables of images and speech, or only in ablations or on text.
     """
 
     label: str
@@ -56,6 +58,8 @@ METHODS = {
     # a pair of its alternating steps sees as many samples as one step of the others
     "scrub": Method("SCRUB", trainer=ScrubTrainer, rule=False, steps=2),
     "bad_teacher": Method("Bad Teacher", trainer=BadTeacherTrainer),
+    "undial": Method("UNDIAL", trainer=UndialTrainer, compared=False),
+    "rmu": Method("RMU", trainer=RmuTrainer, compared=False),
     "random_labels": Method("random labels", trainer=RandomLabelTrainer),
     "salun": Method("SalUn", trainer=_salun),
     "ssd": Method("SSD", rule=False),

@@ -2,10 +2,10 @@
 
 from .access import check_access, refuse_owner_files
 from .card import CardOptions, make_card, write_card
-from .files import PUBLIC_FOLDER
+from .files import PUBLIC_FOLDER, is_weights, published_files
 from .history import OldWeights, Retraction, find_weights, retract
 from .push import Publication, prepare_folder, publish, publish_trainer
-from .record import SALT_NAME, Origin, UnlearningRecord, load_records, read_salt
+from .record import SALT_NAME, Origin, UnlearningRecord, load_records, owner_salt, read_salt
 from .verification import verify
 
 
@@ -20,11 +20,14 @@ __all__ = [
     "UnlearningRecord",
     "check_access",
     "find_weights",
+    "is_weights",
     "load_records",
     "make_card",
+    "owner_salt",
     "prepare_folder",
     "publish",
     "publish_trainer",
+    "published_files",
     "read_salt",
     "refuse_owner_files",
     "retract",

@@ -1,0 +1,8 @@
+"""Requests over time: a model's history, what is checked before it is trained on again, and what keeps it from coming back."""
+
+from .checks import CheckedRequest
+from .history import RequestHistory
+from .request import Request
+
+
+__all__ = ["CheckedRequest", "Request", "RequestHistory"]

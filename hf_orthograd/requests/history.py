@@ -1,0 +1,366 @@
+"""A model and the requests that it went through, in one folder of plain files.
+
+    history.json            the original model
+    original/               a copy of it, if it was a folder
+    requests/0001/
+      request.json          what was asked, without names or rows
+      plan.json             what its run carries out
+      private/              forget set, retain set, salt, report, metrics: for the owner alone
+      run/                  output_dir of the run, until it is over
+      model/                weights, card, public report and record: may be published
+
+A request is done once `model/` is there, which appears in one step: a kill leaves it undone or done, never half done.
+"""
+
+import json
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets
+from transformers.utils import logging
+
+from .. import publishing
+from ..checkpoints import find_last_checkpoint
+from ..evaluation import UnlearningReport
+from ..trainer import OrthoGradTrainer
+from ..trials import preserved_random_state
+from .checks import CheckedRequest, check_record
+from .request import MEASURED_NAME, PLAN_NAME, Request, write_json
+
+
+logger = logging.get_logger(__name__)
+
+MakeTrainer = Callable[[str, Dataset, Dataset | None, str], OrthoGradTrainer]
+GOALS = (None, "retrained", "erased")
+_HISTORY_NAME, _ORIGINAL, _REQUESTS = "history.json", "original", "requests"
+
+
+class RequestHistory:
+    """What a model was asked to forget, and what became of it.
+
+    Args:
+        folder (`str`): That [`create`] made.
+
+    Attributes:
+        folder (`Path`): The same.
+
+    Raises:
+        ValueError: The folder holds no history.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not (self.folder / _HISTORY_NAME).exists():
+            raise ValueError(
+                f"`folder` {str(folder)!r} holds no {_HISTORY_NAME}: `RequestHistory.create(folder, model)` begins a history."
+            )
+
+    @classmethod
+    def create(cls, folder: str | Path, model: str | Path) -> "RequestHistory":
+        """Begins a history.
+
+        Args:
+            folder (`str`): A new folder.
+            model (`str`): The original: a folder, which is copied, or a model's name on the Hub.
+
+        Raises:
+            ValueError: There is something in the folder already, or the model's folder holds no weights.
+        """
+        folder, source = Path(folder), Path(model)
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"`folder` {str(folder)!r} is not empty. Name a new one for the history.")
+        partial = folder.with_name(f"{folder.name}.partial")
+        if partial.exists():
+            shutil.rmtree(partial)
+        (partial / _REQUESTS).mkdir(parents=True)
+        if source.is_dir():
+            names = publishing.published_files(source)
+            if not any(map(publishing.is_weights, names)):
+                raise ValueError(
+                    f"`model` {str(model)!r} holds no weights in safetensors: save it by `save_pretrained`."
+                )
+            (partial / _ORIGINAL).mkdir()
+            for name in names:
+                shutil.copy2(source / name, partial / _ORIGINAL / name)
+        write_json(partial / _HISTORY_NAME, {"original": None if source.is_dir() else str(model)})
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+        return cls(folder)
+
+    # ---- What is there ----
+
+    @property
+    def requests(self) -> list[Request]:
+        """All, the oldest first."""
+        return [Request.read(path) for path in sorted((self.folder / _REQUESTS).glob("[0-9]" * 4))]
+
+    @property
+    def original(self) -> str:
+        """The model before any request, as `from_pretrained` takes it."""
+        name = json.loads((self.folder / _HISTORY_NAME).read_text())["original"]
+        return name or str(self.folder / _ORIGINAL)
+
+    @property
+    def model(self) -> str:
+        """The model after all that was done, as `from_pretrained` takes it."""
+        done = [request for request in self.requests if request.model.exists()]
+        return str(done[-1].model) if done else self.original
+
+    def carrier(self, request: Request) -> Request | None:
+        """The request whose run carried this one out: itself, or a later one that it was merged into."""
+        for other in self.requests:
+            if other.model.exists() and request.number in other.plan["numbers"]:
+                return other
+        return None
+
+    def pending(self) -> list[Request]:
+        """Those that no run has carried out."""
+        return [request for request in self.requests if self.carrier(request) is None]
+
+    # ---- What is done ----
+
+    def add(
+        self,
+        forget_dataset: Dataset,
+        *,
+        retain_dataset: Dataset | None = None,
+        goal: str | None = None,
+        request_id: str | None = None,
+    ) -> Request:
+        """Takes a request in, to be carried out by [`run`].
+
+        Args:
+            forget_dataset (`Dataset`): Rows as the trainer will take them; a copy is kept until [`delete_data`].
+            retain_dataset (`Dataset`, *optional*): To be kept with it; without, the trainer's maker brings its own.
+            goal (`str`, *optional*): "retrained" or "erased".
+            request_id (`str`, *optional*): Random by default. No name of a person belongs here: it is published.
+
+        Raises:
+            ValueError: No rows, another goal, a name that is taken.
+        """
+        for name, rows in (("forget_dataset", forget_dataset), ("retain_dataset", retain_dataset)):
+            if rows is not None and not isinstance(rows, Dataset):
+                raise ValueError(
+                    f"`{name}` is a {type(rows).__name__}, but is kept as files: pass a datasets.Dataset."
+                )
+        if len(forget_dataset) == 0:
+            raise ValueError("`forget_dataset` is empty: there is nothing to forget.")
+        if goal not in GOALS:
+            raise ValueError(f"`goal` must be 'retrained' or 'erased', or left out, but is {goal!r}.")
+        earlier = self.requests
+        request_id = request_id or uuid.uuid4().hex
+        if request_id in {request.request_id for request in earlier}:
+            raise ValueError(f"`request_id` {request_id!r} is that of an earlier request. Choose another.")
+        number = earlier[-1].number + 1 if earlier else 1
+        folder = self.folder / _REQUESTS / f"{number:04d}"
+        return Request.write(folder, number, request_id, goal, forget_dataset, retain_dataset)
+
+    def run(
+        self,
+        make_trainer: MakeTrainer,
+        *,
+        merge: bool = False,
+        hold_earlier: bool = False,
+        make_report: Callable[[OrthoGradTrainer], UnlearningReport] | None = None,
+    ) -> list[Request]:
+        """Carries out what is pending, one request after the other; a run that was killed goes on first, as it was planned.
+
+        Args:
+            make_trainer (`Callable`): `make_trainer(model, forget, retain, output_dir)` returns an [`OrthoGradTrainer`] of the
+                model in that folder with those sets and `OrthoGradConfig(output_dir, ...)`. The same call must give the same
+                trainer. With checkpoints a run that was killed goes on from the last one.
+            merge (`bool`): All in one run.
+            hold_earlier (`bool`): Retain rows are joined by the rows that earlier requests forgot, whose predictions are
+                held to the last model's, so that they do not come back. It needs their data, and `retain_loss="kl"`.
+            make_report (`Callable`, *optional*): From the trainer after training to a report, such as
+                [`~hf_orthograd.evaluation.evaluate_unlearning`]. Its public edition is published with the model.
+
+        Returns:
+            `list[Request]`: Those carried out.
+
+        Raises:
+            ValueError: The model of today is not as it was recorded, or the trainer is not of this request.
+        """
+        in_first_process(self._tidy)
+        done = []
+        while pending := self.pending():
+            begun = next((request for request in pending if request.plan is not None), None)
+            if begun is None:
+                numbers = [request.number for request in pending] if merge else [pending[0].number]
+                begun = self.requests[numbers[-1] - 1]
+                plan = {"numbers": numbers, "hold_earlier": hold_earlier}
+                in_first_process(lambda begun=begun, plan=plan: write_json(begun.folder / PLAN_NAME, plan))
+            self._carry_out(begun, make_trainer, make_report)
+            done += [self.requests[number - 1] for number in begun.plan["numbers"]]
+        return done
+
+    def check(self, make_trainer: MakeTrainer | None = None) -> list[CheckedRequest]:
+        """All requests that were carried out, against the model of today.
+
+        Args:
+            make_trainer (`Callable`, *optional*): As in [`run`]: then each request's forget set, if it is kept, is measured again.
+
+        Returns:
+            [`CheckedRequest`] for each: what differs from the records, and metrics before, after and now.
+        """
+        problems = publishing.verify(self.model) if self.model != self.original else []
+        checked = []
+        for request in self.requests:
+            carrier = self.carrier(request)
+            if carrier is None:
+                continue
+            found = [*problems, *check_record(request, carrier, Path(self.model))]
+            now, forget = None, request.rows("forget")
+            if make_trainer is not None and forget is not None:
+                trainer = make_trainer(self.model, forget, request.rows("retain"), str(request.run_folder))
+                now = _metrics(trainer, forget)
+            checked.append(CheckedRequest(request.number, request.request_id, found, request.measured, now))
+        in_first_process(self._tidy)
+        return checked
+
+    def roll_back(self, number: int) -> list[Request]:
+        """Makes the model after request `number` that of today, 0 for the original; later requests are pending again.
+
+        Models of later requests are deleted. What they had forgotten is in the model again, until [`run`].
+
+        Raises:
+            ValueError: No model was kept after that request.
+        """
+        known = {request.number for request in self.requests if request.model.exists()}
+        if number != 0 and number not in known:
+            raise ValueError(
+                f"`number` is {number}, but models are kept after {sorted(known)}, and 0 for the original."
+            )
+        undone = []
+        for request in reversed(self.requests):  # the newest first: what is left is a history at any moment
+            if request.number > number and request.plan is not None:
+                undone += request.plan["numbers"] if request.model.exists() else []
+                _remove(request.model)
+                (request.folder / PLAN_NAME).unlink()
+                _remove(request.run_folder)
+        return [request for request in self.requests if request.number in undone]
+
+    def delete_data(self, number: int, *, salt: bool = False) -> None:
+        """Deletes the rows of a request that was carried out, and with `salt` what its commitments can be checked by.
+
+        Raises:
+            ValueError: There is no such request, or it is pending.
+        """
+        request = next((one for one in self.requests if one.number == number), None)
+        if request is None or self.carrier(request) is None:
+            raise ValueError(f"`number` is {number}, which is no request that was carried out: its data are needed.")
+        for name in ("forget", "retain"):
+            _remove(request.private / name)
+        if salt:
+            (request.private / publishing.SALT_NAME).unlink(missing_ok=True)
+
+    # ---- One run ----
+
+    def _carry_out(self, carrier: Request, make_trainer: MakeTrainer, make_report) -> None:
+        numbers = carrier.plan["numbers"]
+        requests, source = [self.requests[number - 1] for number in numbers], self.model
+        if source != self.original and (problems := publishing.verify(source)):
+            raise ValueError(f"The model to start from, {source!r}, is not as it was recorded: {'; '.join(problems)}.")
+        forget = _joined([request.rows("forget") for request in requests])
+        retain = _joined([request.rows("retain") for request in requests])
+        trainer = make_trainer(source, forget, retain, str(carrier.run_folder))
+        _check_trainer(trainer, forget, carrier)
+        if carrier.plan["hold_earlier"]:
+            self._hold_earlier(trainer)
+        sets = {request.number: request.rows("forget") for request in requests}
+        before = {number: _metrics(trainer, rows) for number, rows in sets.items()}
+        begun = any(carrier.run_folder.glob("checkpoint-*"))
+        trainer.train(resume_from_checkpoint=find_last_checkpoint(str(carrier.run_folder)) if begun else None)
+        after = {number: _metrics(trainer, rows) for number, rows in sets.items()}
+        report = None if make_report is None else make_report(trainer)
+
+        def keep() -> None:
+            shutil.copy2(carrier.private / publishing.SALT_NAME, carrier.run_folder)
+            for request in requests:
+                measured = {"before": before[request.number], "after": after[request.number]}
+                write_json(request.private / MEASURED_NAME, measured)
+            if report is not None:
+                report.save(carrier.private)
+
+        in_first_process(keep)
+        name = ", ".join(request.request_id for request in requests)
+        public = publishing.prepare_folder(trainer, report=report, request_id=name)
+        in_first_process(lambda: public.rename(carrier.model))
+        in_first_process(self._tidy)
+
+    def _hold_earlier(self, trainer: OrthoGradTrainer) -> None:
+        """Adds the forgotten rows of earlier requests to what the trainer keeps as it is."""
+        if not trainer.args.keeps_predictions:
+            raise ValueError(
+                "`hold_earlier` is True, which holds what earlier requests forgot by `retain_loss`='kl' with `alpha` above 0; other "
+                f"settings would teach it again. They are {trainer.args.retain_loss!r} and {trainer.args.alpha}."
+            )
+        earlier = [request for request in self.requests if self.carrier(request) is not None]
+        rows = [request.rows("forget") for request in earlier]
+        missing = [request.number for request, own in zip(earlier, rows, strict=True) if own is None]
+        if missing:
+            raise ValueError(f"`hold_earlier` is True, but the rows of requests {missing} were deleted. Leave it out.")
+        if earlier:
+            retain, shown = trainer.train_dataset, trainer.train_dataset.format
+            joined = [own.with_format(None) for own in (retain, *(own.cast(retain.features) for own in rows))]
+            shown = {**shown.pop("format_kwargs"), **shown}  # as the retain rows are shown, or varied
+            trainer.train_dataset = concatenate_datasets(joined).with_format(**shown)
+
+    def _tidy(self) -> None:
+        """Removes what a run that is over, or was killed, left behind."""
+        for path in (self.folder / _REQUESTS).glob("*.partial"):
+            shutil.rmtree(path)
+        for request in self.requests:
+            _remove(request.folder / f"{request.model.name}.removed")
+            if request.model.exists() or request.plan is None:
+                _remove(request.run_folder)
+
+
+def in_first_process(call: Callable[[], object]) -> None:
+    """Makes the call in one process; all others wait for it."""
+    state = PartialState()
+    if state.is_main_process:
+        call()
+    state.wait_for_everyone()
+
+
+def _joined(sets: list[Dataset | None]) -> Dataset | None:
+    found = [rows for rows in sets if rows is not None]
+    return concatenate_datasets(found) if found else None
+
+
+def _metrics(trainer: OrthoGradTrainer, rows: Dataset) -> dict[str, float]:
+    """The trainer's metrics on the rows, the loss among them, without what tells of time."""
+    with preserved_random_state():
+        found = trainer.evaluate(rows, metric_key_prefix="forget")
+    slow = ("_runtime", "_per_second", "_preparation_time")
+    return {name: value for name, value in found.items() if not name.endswith(slow)}
+
+
+def _check_trainer(trainer: OrthoGradTrainer, forget: Dataset, carrier: Request) -> None:
+    if Path(trainer.args.output_dir) != carrier.run_folder:
+        raise ValueError(
+            f"`make_trainer` returned a trainer whose `output_dir` is {trainer.args.output_dir!r}, not the one that it was given, "
+            f"{str(carrier.run_folder)!r}."
+        )
+    found = 0 if trainer.forget_dataset is None else len(trainer.forget_dataset)
+    if found != len(forget):
+        raise ValueError(
+            f"`make_trainer` returned a trainer that forgets {found} rows, but the request has {len(forget)}. Pass it `forget` "
+            "as `forget_dataset`."
+        )
+
+
+def _remove(folder: Path) -> None:
+    """Takes a folder away in one step, then deletes it."""
+    if folder.exists():
+        gone = folder.with_name(f"{folder.name}.removed")
+        if gone != folder and not folder.name.endswith(".removed"):
+            if gone.exists():
+                shutil.rmtree(gone)
+            folder = folder.rename(gone)
+        shutil.rmtree(folder)

@@ -1,0 +1,236 @@
+"""A model's history of requests: what is carried out, checked, taken back, and what a kill leaves."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from published import rows
+from safetensors.torch import load_file
+from transformers import ViTForImageClassification
+
+from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, publishing
+from hf_orthograd.data import VaryImages
+from hf_orthograd.evaluation import evaluate_unlearning
+from hf_orthograd.requests import RequestHistory
+
+
+RETAIN_ROWS = 8
+
+
+@pytest.fixture
+def sets(make_samples):
+    """Three forget sets and a retain set."""
+    own = {f"forget {n}": rows(make_samples("vit", 4, seed=n)) for n in (1, 2, 3)}
+    return own | {"retain": rows(make_samples("vit", RETAIN_ROWS, seed=9))}
+
+
+@pytest.fixture
+def history(tmp_path, make_model):
+    make_model("vit").save_pretrained(tmp_path / "original")
+    return RequestHistory.create(tmp_path / "history", tmp_path / "original")
+
+
+def maker(retain_rows, **config):
+    """A trainer's maker that brings its own retain rows where the request has none."""
+
+    def make(model, forget, retain, output_dir):
+        settings = {"max_steps": 3, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1} | config
+        args = OrthoGradConfig(
+            output_dir, per_device_train_batch_size=4, per_device_forget_batch_size=4, report_to="none", use_cpu=True,
+            disable_tqdm=True, **settings,
+        )  # fmt: skip
+        return OrthoGradTrainer(
+            ViTForImageClassification.from_pretrained(model),
+            args,
+            train_dataset=retain_rows if retain is None else retain,
+            forget_dataset=forget,
+        )
+
+    return make
+
+
+def weights(folder):
+    return load_file(Path(folder, "model.safetensors"))
+
+
+def same(one, other):
+    one, other = weights(one), weights(other)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_requests_are_carried_out_one_after_the_other(history, sets):
+    for number in (1, 2):
+        history.add(sets[f"forget {number}"], goal="erased", request_id=f"case-{number}")
+    assert [request.request_id for request in history.pending()] == ["case-1", "case-2"]
+    assert history.model == history.original
+    make = maker(sets["retain"])
+    report = lambda trainer: evaluate_unlearning(trainer, datasets={"forget": trainer.forget_dataset})  # noqa: E731
+    done = history.run(make, make_report=report)
+
+    assert [request.number for request in done] == [1, 2] and history.pending() == []
+    assert history.run(make) == []
+    first, second = history.requests
+    assert history.model == str(second.model)
+    assert not second.run_folder.exists()
+    assert (second.private / "unlearning_report.json").exists()
+    for request in (first, second):  # each run took its request's loss up
+        assert request.measured["after"]["forget_loss"] > request.measured["before"]["forget_loss"]
+
+    records = publishing.load_records(second.model)
+    assert [record.request_id for record in records] == ["case-1", "case-2"]
+    assert publishing.verify(second.model, salt=second.salt()) == []
+    assert records[1].previous == records[0].digest()
+    # nothing of the owner's lies where it could be published
+    assert {path.name for path in second.model.iterdir()} <= set(publishing.published_files(second.model))
+
+    checked = history.check(make)
+    assert [one.problems for one in checked] == [[], []]
+    assert checked[1].came_back == pytest.approx(0, abs=1e-5)
+    assert checked[0].came_back != pytest.approx(0, abs=1e-5)  # the second run moved the first request's loss
+    assert "came back" in str(checked[0])
+
+    # the same without a history
+    plain = make(history.original, sets["forget 1"], None, str(history.folder.parent / "plain"))
+    plain.train()
+    plain.save_model()
+    assert same(plain.args.output_dir, first.model)
+
+
+def test_requests_are_merged_into_one_run(history, sets):
+    for number in (1, 2, 3):
+        history.add(sets[f"forget {number}"], request_id=f"case-{number}", retain_dataset=None)
+    seen = []
+
+    def make(model, forget, retain, output_dir):
+        seen.append(len(forget))
+        return maker(sets["retain"])(model, forget, retain, output_dir)
+
+    assert [request.number for request in history.run(make, merge=True)] == [1, 2, 3]
+    assert seen == [12]
+    carriers = [history.carrier(request).number for request in history.requests]
+    assert carriers == [3, 3, 3]
+    (record,) = publishing.load_records(history.model)
+    assert record.request_id == "case-1, case-2, case-3" and len(record.commitments) == 12
+    assert [one.problems for one in history.check()] == [[], [], []]
+
+
+def test_earlier_requests_are_held(history, sets):
+    make = maker(sets["retain"].with_transform(VaryImages()), retain_loss="kl")
+    seen = []
+
+    def watched(*arguments):
+        seen.append(make(*arguments))
+        return seen[-1]
+
+    for number in (1, 2):
+        history.add(sets[f"forget {number}"])
+    history.run(watched, hold_earlier=True)
+    assert [len(trainer.train_dataset) for trainer in seen] == [RETAIN_ROWS, RETAIN_ROWS + 4]
+    one, again = seen[1].train_dataset[RETAIN_ROWS], seen[1].train_dataset[RETAIN_ROWS]
+    assert not torch.equal(torch.as_tensor(one["pixel_values"]), torch.as_tensor(again["pixel_values"]))  # varied, too
+    history.add(sets["forget 3"])
+    with pytest.raises(ValueError, match="`hold_earlier` is True, which holds.*'nll' and 0.5"):
+        history.run(maker(sets["retain"]), hold_earlier=True)
+    history.roll_back(2)
+    history.delete_data(1)
+    with pytest.raises(ValueError, match=r"rows of requests \[1\] were deleted"):
+        history.run(make, hold_earlier=True)
+
+
+def test_a_roll_back_makes_later_requests_pending(history, sets):
+    for number in (1, 2, 3):
+        history.add(sets[f"forget {number}"])
+    make = maker(sets["retain"])
+    history.run(make)
+    last = weights(history.model)
+    with pytest.raises(ValueError, match="`number` is 7, but models are kept after \\[1, 2, 3\\]"):
+        history.roll_back(7)
+    assert [request.number for request in history.roll_back(1)] == [2, 3]
+    assert history.model == str(history.requests[0].model)
+    assert [one.number for one in history.check()] == [1]
+    history.run(make)  # ends where it ended
+    assert all(torch.equal(value, last[name]) for name, value in weights(history.model).items())
+    assert [request.number for request in history.roll_back(0)] == [1, 2, 3]
+    assert history.model == history.original
+
+
+def test_what_was_changed_is_found(history, sets):
+    for number in (1, 2):
+        history.add(sets[f"forget {number}"], request_id=f"case-{number}")
+    make = maker(sets["retain"])
+    history.run(make)
+    path = Path(history.model, publishing.files.RECORD_NAME)
+    content = json.loads(path.read_text())
+    content["records"][0]["commitments"].pop()
+    path.write_text(json.dumps(content))
+    found = history.check()
+    assert "the chain is broken" in found[0].problems[0]
+    assert {"its record does not carry the seal of its salt", "1 of its 4 rows are in no commitment"} < set(
+        found[0].problems
+    )
+    history.add(sets["forget 3"])
+    with pytest.raises(ValueError, match="The model to start from.*is not as it was recorded: the chain is broken"):
+        history.run(make)
+    # without rows and salt there is less to check
+    history.delete_data(1, salt=True)
+    assert len(history.check()[0].problems) == 1
+    assert history.requests[0].rows("forget") is None and history.requests[0].salt() is None
+
+
+BAD = {
+    "no rows": (
+        lambda history, rows: history.add(rows.select([])),
+        "`forget_dataset` is empty",
+    ),
+    "a list": (
+        lambda history, rows: history.add([1]),
+        "`forget_dataset` is a list, but is kept as files: pass a datasets.Dataset",
+    ),
+    "goal": (
+        lambda history, rows: history.add(rows, goal="gone"),
+        "`goal` must be 'retrained' or 'erased', or left out, but is 'gone'",
+    ),
+    "name": (
+        lambda history, rows: [history.add(rows, request_id="a") for _ in range(2)],
+        "`request_id` 'a' is that of an earlier request",
+    ),
+    "folder": (
+        lambda history, rows: RequestHistory(history.folder / "requests"),
+        "holds no history.json: `RequestHistory.create",
+    ),
+    "created twice": (
+        lambda history, rows: RequestHistory.create(history.folder, history.original),
+        "is not empty. Name a new one for the history",
+    ),
+    "no weights": (
+        lambda history, rows: RequestHistory.create(history.folder / "new", history.folder),
+        "holds no weights in safetensors",
+    ),
+    "other rows": (
+        lambda history, rows: (
+            history.add(rows),
+            history.run(lambda m, f, r, o: maker(rows, check_overlap=False)(m, f.select([0]), r, o)),
+        ),
+        "a trainer that forgets 1 rows, but the request has 4. Pass it `forget`",
+    ),
+    "other folder": (
+        lambda history, rows: (
+            history.add(rows),
+            history.run(lambda m, f, r, o: maker(rows, check_overlap=False)(m, f, r, f"{o}x")),
+        ),
+        "whose `output_dir` is .*runx', not the one that it was given",
+    ),
+    "pending data": (
+        lambda history, rows: (history.add(rows), history.delete_data(1)),
+        "`number` is 1, which is no request that was carried out",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(history, sets, name):
+    act, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        act(history, Dataset.from_dict(sets["forget 1"].with_format(None).to_dict()).with_format("torch"))
