@@ -39,7 +39,7 @@ from hf_orthograd.evaluation.text import (
 )
 
 
-EPOCHS = 6
+EPOCHS = 5
 RATES = {"full": 2e-5, "lora": 2e-4}
 RANK = 16
 STEPS = 40
@@ -327,8 +327,8 @@ if __name__ == "__main__":
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data_folder", type=Path, required=True)
     parser.add_argument("--work_folder", type=Path, default=Path("out/studies/text"), help="for trained models")
-    parser.add_argument("--authors", type=int, default=10, help="that are learned, at most 20")
-    parser.add_argument("--asked", type=int, default=30, help="most questions of each set that are asked in the end")
+    parser.add_argument("--authors", type=int, default=6, help="that are learned, at most 20")
+    parser.add_argument("--asked", type=int, default=20, help="most questions of each set that are asked in the end")
     parser.add_argument("--train", choices=list(RATES), default="full")
     parser.add_argument(
         "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT", help="run now"

@@ -5,7 +5,7 @@ from .card import CardOptions, make_card, write_card
 from .files import PUBLIC_FOLDER, is_weights, published_files
 from .history import OldWeights, Retraction, find_weights, retract
 from .push import Publication, prepare_folder, publish, publish_trainer
-from .record import SALT_NAME, Origin, UnlearningRecord, load_records, owner_salt, read_salt
+from .record import SALT_NAME, Origin, UnlearningRecord, commit, load_records, owner_salt, read_salt
 from .verification import verify
 
 
@@ -19,6 +19,7 @@ __all__ = [
     "Retraction",
     "UnlearningRecord",
     "check_access",
+    "commit",
     "find_weights",
     "is_weights",
     "load_records",

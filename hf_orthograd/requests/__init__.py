@@ -1,8 +1,9 @@
 """Requests over time: a model's history, what is checked before it is trained on again, and what keeps it from coming back."""
 
 from .checks import CheckedRequest
+from .duplicates import Found, Sketches, check_dataset
 from .history import RequestHistory
 from .request import Request
 
 
-__all__ = ["CheckedRequest", "Request", "RequestHistory"]
+__all__ = ["CheckedRequest", "Found", "Request", "RequestHistory", "Sketches", "check_dataset"]

@@ -15,7 +15,7 @@ A request is done once `model/` is there, which appears in one step: a kill leav
 import json
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from accelerate import PartialState
@@ -28,6 +28,7 @@ from ..evaluation import UnlearningReport
 from ..trainer import OrthoGradTrainer
 from ..trials import preserved_random_state
 from .checks import CheckedRequest, check_record
+from .duplicates import Found, check_dataset
 from .request import MEASURED_NAME, PLAN_NAME, Request, write_json
 
 
@@ -130,6 +131,7 @@ class RequestHistory:
         retain_dataset: Dataset | None = None,
         goal: str | None = None,
         request_id: str | None = None,
+        sketch: Iterable | None = None,
     ) -> Request:
         """Takes a request in, to be carried out by [`run`].
 
@@ -138,6 +140,8 @@ class RequestHistory:
             retain_dataset (`Dataset`, *optional*): To be kept with it; without, the trainer's maker brings its own.
             goal (`str`, *optional*): "retrained" or "erased".
             request_id (`str`, *optional*): Random by default. No name of a person belongs here: it is published.
+            sketch (`Iterable`, *optional*): A column with text, tokens or audio, by whose [`Sketches`] near duplicates are found
+                later, also when the rows were deleted.
 
         Raises:
             ValueError: No rows, another goal, a name that is taken.
@@ -157,7 +161,7 @@ class RequestHistory:
             raise ValueError(f"`request_id` {request_id!r} is that of an earlier request. Choose another.")
         number = earlier[-1].number + 1 if earlier else 1
         folder = self.folder / _REQUESTS / f"{number:04d}"
-        return Request.write(folder, number, request_id, goal, forget_dataset, retain_dataset)
+        return Request.write(folder, number, request_id, goal, forget_dataset, retain_dataset, sketch)
 
     def run(
         self,
@@ -221,6 +225,31 @@ class RequestHistory:
             checked.append(CheckedRequest(request.number, request.request_id, found, request.measured, now))
         in_first_process(self._tidy)
         return checked
+
+    def check_dataset(self, dataset: Dataset, *, column: Iterable | None = None) -> list[Found]:
+        """Rows that any request, carried out or not, asked to forget, before a model is trained on them.
+
+        Args:
+            dataset (`Dataset`): Prepared as the forget sets were. Exact rows are found of requests that were carried out, whose
+                salt is kept.
+            column (`Iterable`, *optional*): Of the same rows: near duplicates are looked for where a request has sketches.
+
+        Returns:
+            [`Found`] for each row and request, the most similar first.
+        """
+        found: dict[tuple[int, str], Found] = {}
+        records = publishing.load_records(self.model)
+        for request in self.requests:
+            carrier, salt, sketches = self.carrier(request), request.salt(), request.sketches()
+            exact = []
+            if carrier is request and salt is not None:
+                exact = check_dataset(dataset, [one for one in records if one.is_sealed_by(salt)], salt)
+            if column is not None and salt is not None and sketches is not None:
+                exact += [Found(row, request.request_id, score) for row, score in sketches.find(column, salt)]
+            for one in exact:
+                known = found.setdefault((one.row, one.request_id), one)
+                found[one.row, one.request_id] = max(known, one, key=lambda each: each.similarity)
+        return sorted(found.values(), key=lambda one: (-one.similarity, one.row))
 
     def roll_back(self, number: int) -> list[Request]:
         """Makes the model after request `number` that of today, 0 for the original; later requests are pending again.

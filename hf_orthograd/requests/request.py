@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -10,9 +10,11 @@ from pathlib import Path
 from datasets import Dataset, load_from_disk
 
 from ..publishing import SALT_NAME, owner_salt, read_salt
+from .duplicates import Sketches
 
 
-REQUEST_NAME, PLAN_NAME, MEASURED_NAME = "request.json", "plan.json", "measured.json"
+REQUEST_NAME, PLAN_NAME = "request.json", "plan.json"
+MEASURED_NAME, SKETCHES_NAME = "measured.json", "sketches.npz"
 PRIVATE, RUN, MODEL = "private", "run", "model"
 
 
@@ -38,9 +40,16 @@ class Request:
 
     @classmethod
     def write(
-        cls, folder: Path, number: int, request_id: str, goal: str | None, forget: Dataset, retain: Dataset | None
+        cls,
+        folder: Path,
+        number: int,
+        request_id: str,
+        goal: str | None,
+        forget: Dataset,
+        retain: Dataset | None,
+        sketched: Iterable | None,
     ) -> "Request":
-        """Makes the folder, whole or not at all."""
+        """Makes the folder, whole or not at all; of `sketched`, a column, it keeps what finds near duplicates."""
         partial = folder.with_name(f"{folder.name}.partial")
         if partial.exists():
             shutil.rmtree(partial)
@@ -49,7 +58,9 @@ class Request:
         forget.save_to_disk(private / "forget")
         if retain is not None:
             retain.save_to_disk(private / "retain")
-        owner_salt(private)
+        salt = owner_salt(private)
+        if sketched is not None:
+            Sketches.of(sketched, salt).save(private / SKETCHES_NAME)
         sizes = {"forget": len(forget), "retain": 0 if retain is None else len(retain)}
         added = datetime.now(timezone.utc).isoformat(timespec="seconds")
         request = cls(number, request_id, goal, added, sizes, folder)
@@ -93,6 +104,11 @@ class Request:
         """Its "forget" or "retain" set; `None` if there was none, or it was deleted."""
         path = self.private / name
         return load_from_disk(str(path)) if path.exists() else None
+
+    def sketches(self) -> Sketches | None:
+        """What finds near duplicates of its rows, if it was kept."""
+        path = self.private / SKETCHES_NAME
+        return Sketches.load(path) if path.exists() else None
 
     def salt(self) -> bytes | None:
         """That its rows are committed to with, if it was not deleted."""

@@ -1,0 +1,235 @@
+"""New data before a model is trained on it: does it hold rows that it was asked to forget, as they were or nearly?
+
+Exact rows are found by the record's commitments, which need the owner's salt and no forgotten data. What is nearly the same
+is found by sketches, which the owner keeps in place of the data: hashes of word sequences under the salt for text, a coarse
+spectrogram for audio. A sketch is no secret to who holds both it and the salt: it stays where the salt is.
+"""
+
+import hashlib
+import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+
+from ..data.speech import decode_audio
+from ..publishing import UnlearningRecord, commit
+from ..validation import row_digests
+
+
+WORDS = 3  # in a row: few enough that a changed word leaves most of a sentence, enough that other sentences share few
+TEXT_SIMILARITY, AUDIO_SIMILARITY = 0.3, 0.7
+# of an audio sketch: mel bands up to a frequency that telephones keep, in steps that are means of ten frames
+_BANDS, _HIGHEST, _RATE = 16, 3800.0, 16_000  # the last two in Hz
+_FRAME, _HOP, _MEAN_OF = 0.025, 0.010, 10  # seconds, seconds, frames
+_QUIET = 30.0  # dB
+_LEAST_OVERLAP = 0.7  # of the shorter of two recordings
+
+
+@dataclass(frozen=True)
+class Found:
+    """A row that was asked to be forgotten.
+
+    Attributes:
+        row (`int`): Its number in the set that was checked.
+        request_id (`str`): Of the request.
+        similarity (`float`): 1 for an exact row; of a near duplicate as [`Sketches.find`] has it.
+    """
+
+    row: int
+    request_id: str
+    similarity: float
+
+
+def check_dataset(dataset, records: UnlearningRecord | Sequence[UnlearningRecord], salt: bytes) -> list[Found]:
+    """Rows of a data set that a record commits to.
+
+    A row counts as the same if what the model reads of it and its labels are, whatever its other columns: the set has to be
+    prepared as the forget set was.
+
+    Args:
+        dataset (`Dataset`): New data.
+        records ([`UnlearningRecord`] or a sequence of them): As `load_records(folder)` gives them.
+        salt (`bytes`): The owner's, of these records; from `read_salt(path)`.
+
+    Raises:
+        ValueError: No record carries the seal of this salt; or the set lacks columns that the record commits to.
+    """
+    records = [records] if isinstance(records, UnlearningRecord) else list(records)
+    sealed = [record for record in records if record.is_sealed_by(salt)]
+    if not sealed:
+        raise ValueError("`salt` is not that of these records: none carries its seal. Pass the salt of the request.")
+    found = []
+    digests: dict[tuple[str, ...] | None, list[str]] = {}
+    for record in sealed:
+        columns = None if record.committed_columns is None else tuple(record.committed_columns)
+        missing = set(columns or ()) - set(dataset.column_names)
+        if missing:
+            raise ValueError(
+                f"`dataset` has no column {', '.join(sorted(missing))}, by which request {record.request_id!r} knows its rows: "
+                "prepare it as the forget set was."
+            )
+        if columns not in digests:
+            chosen = None if columns is None else frozenset(columns)
+            digests[columns] = [commit(digest, salt) for digest in row_digests(dataset, chosen)]
+        known = set(record.commitments)
+        found += [Found(row, record.request_id, 1.0) for row, one in enumerate(digests[columns]) if one in known]
+    return sorted(found, key=lambda one: one.row)
+
+
+class Sketches:
+    """What tells near duplicates of some rows, without the rows.
+
+    Args:
+        texts (`list[np.ndarray]`): Of each text row the hashes of its word sequences, sorted, uint64; empty without text.
+        audio (`list[np.ndarray]`): Of each audio row its coarse spectrogram, shape (steps, bands).
+    """
+
+    def __init__(self, texts: list[np.ndarray], audio: list[np.ndarray]):
+        self._texts, self._audio = texts, audio
+
+    @classmethod
+    def of(cls, rows: Iterable, salt: bytes) -> "Sketches":
+        """Of a column.
+
+        Args:
+            rows (`Iterable`): Strings, or lists of tokens, for text; for audio dicts of an `Audio(decode=False)` column,
+                or with "array" and "sampling_rate".
+            salt (`bytes`): The owner's.
+
+        Raises:
+            ValueError: A row is none of these.
+        """
+        texts, audio = [], []
+        for number, row in enumerate(rows):
+            if isinstance(row, Mapping):
+                audio.append(_coarse_spectrogram(decode_audio(row, _RATE)))
+            elif isinstance(row, str) or (isinstance(row, Sequence | np.ndarray) and np.ndim(row) == 1):
+                texts.append(_hashes(row, salt))
+            else:
+                raise ValueError(f"Row {number} is a {type(row).__name__}, neither text, tokens nor audio of an `Audio` column.")
+        if texts and audio:
+            raise ValueError("Some rows are text and some are audio: make a sketch of each column.")
+        return cls(texts, audio)
+
+    def __len__(self) -> int:
+        return len(self._texts) or len(self._audio)
+
+    def find(self, rows: Iterable, salt: bytes, similarity: float | None = None) -> list[tuple[int, float]]:
+        """Numbers of rows that are nearly one of the sketched, with the highest similarity.
+
+        Of text: the share of the sketched row's sequences of three words that stand in the new row, so that a longer text which
+        contains it counts. Of audio: the correlation of both spectrograms in steps of 0.1 s, each band's mean removed, at the shift
+        where it is highest. Other words for the same, or the same words read again, are no near duplicates.
+
+        Args:
+            rows (`Iterable`): As [`of`] takes them.
+            salt (`bytes`): That of the sketches.
+            similarity (`float`, *optional*): From which on a row counts: 0.3 of text, 0.7 of audio by default.
+        """
+        new = Sketches.of(rows, salt)
+        if len(new) == 0 or len(self) == 0:
+            return []
+        if bool(self._texts) != bool(new._texts):
+            raise ValueError("Text is compared with text and audio with audio, but `rows` are not what was sketched.")
+        scores = self._text_scores(new) if self._texts else self._audio_scores(new)
+        least = similarity if similarity is not None else TEXT_SIMILARITY if self._texts else AUDIO_SIMILARITY
+        return [(int(row), float(scores[row])) for row in np.flatnonzero(scores >= least)]
+
+    def _text_scores(self, new: "Sketches") -> np.ndarray:
+        holders = defaultdict(list)
+        for number, hashes in enumerate(self._texts):
+            for one in hashes.tolist():
+                holders[one].append(number)
+        scores = np.zeros(len(new))
+        for row, hashes in enumerate(new._texts):
+            shared = Counter(number for one in hashes.tolist() for number in holders.get(one, ()))
+            scores[row] = max((count / len(self._texts[number]) for number, count in shared.items()), default=0.0)
+        return scores
+
+    def _audio_scores(self, new: "Sketches") -> np.ndarray:
+        return np.array([_best_correlations(self._audio, one) for one in new._audio])
+
+    def save(self, path: str | Path) -> None:
+        """Writes an `.npz` file, for the owner."""
+        content = {}
+        for name, parts in (("texts", self._texts), ("audio", self._audio)):
+            content[f"{name}_lengths"] = np.array([len(one) for one in parts], dtype=np.int64)
+            content[name] = np.concatenate(parts) if parts else np.zeros(0)
+        np.savez_compressed(path, **content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Sketches":
+        """Reads what [`save`] wrote.
+
+        Raises:
+            ValueError: The file holds no sketches.
+        """
+        try:
+            with np.load(path) as content:
+                return cls(*(_split(content[name], content[f"{name}_lengths"]) for name in ("texts", "audio")))
+        except (KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{str(path)!r} holds no sketches: {error}") from error
+
+
+def _split(joined: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    return np.split(joined, np.cumsum(lengths)[:-1]) if len(lengths) else []
+
+
+def _hashes(row: str | Sequence, salt: bytes) -> np.ndarray:
+    """Of each sequence of words, or tokens; of a row of fewer words that of all. Capitals and marks make no difference."""
+    words = _words(row) if isinstance(row, str) else [str(int(token)) for token in row]
+    count = max(1, len(words) - WORDS + 1)
+    sequences = {" ".join(words[start : start + WORDS]) for start in range(count)}
+    keyed = (hashlib.blake2b(one.encode(), digest_size=8, key=salt[:64]).digest() for one in sequences)
+    return np.sort(np.frombuffer(b"".join(keyed), dtype=np.uint64))
+
+
+def _words(text: str) -> list[str]:
+    return "".join(sign if sign.isalnum() else " " for sign in text.lower()).split()
+
+
+def _coarse_spectrogram(samples: np.ndarray) -> np.ndarray:
+    """Log mel energies in steps of 0.1 s, each band's mean removed, shape (steps, bands), float32.
+
+    What is 30 dB below the loudest counts as silence: noise fills it differently in each copy.
+    """
+    length = round(_FRAME * _RATE)
+    size = 1 << (length - 1).bit_length()
+    filters = mel_filter_bank(1 + size // 2, _BANDS, 0.0, _HIGHEST, _RATE)
+    samples = np.pad(samples.astype(np.float64), (0, max(0, length * _MEAN_OF - len(samples))))
+    energies = spectrogram(
+        samples, window_function(length), length, round(_HOP * _RATE), size, mel_filters=filters, power=2.0
+    ).T
+    steps = len(energies) // _MEAN_OF
+    energies = energies[: steps * _MEAN_OF].reshape(steps, _MEAN_OF, -1).mean(axis=1)
+    levels = 10 * np.log10(np.maximum(energies, 1e-12))
+    levels = np.maximum(levels, levels.max() - _QUIET)
+    return (levels - levels.mean(axis=0)).astype(np.float32)
+
+
+def _best_correlations(spectrograms: list[np.ndarray], new: np.ndarray) -> float:
+    """The highest correlation of a new spectrogram with any of the others, at any shift with enough overlap."""
+    longest = max(map(len, spectrograms))
+    size = 1 << (longest + len(new) - 1).bit_length()
+    padded = np.zeros((len(spectrograms), longest, new.shape[1]), dtype=np.float32)
+    for own, row in zip(padded, spectrograms, strict=True):
+        own[: len(row)] = row
+    lengths = np.array([len(row) for row in spectrograms])
+
+    def correlate(own: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """Sum over bands and time at every shift, shape (rows, shifts); shift s has `own` s steps later."""
+        product = np.fft.rfft(own, size, axis=1) * np.conj(np.fft.rfft(other, size, axis=0))
+        return np.roll(np.fft.irfft(product.sum(axis=2), size), len(new) - 1, axis=1)[:, : longest + len(new) - 1]
+
+    present = (np.arange(longest) < lengths[:, None]).astype(np.float32)[..., None]
+    ones = np.ones((len(new), 1), dtype=np.float32)
+    overlap = np.rint(correlate(present, ones))
+    own_energy = correlate((padded**2).sum(axis=2, keepdims=True), ones)
+    new_energy = correlate(present, (new**2).sum(axis=1, keepdims=True))
+    enough = overlap >= _LEAST_OVERLAP * np.minimum(lengths, len(new))[:, None]
+    scale = np.sqrt(np.maximum(own_energy * new_energy, 1e-6))
+    return float(np.where(enough, correlate(padded, new) / scale, -1.0).max())
