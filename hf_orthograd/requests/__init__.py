@@ -4,6 +4,16 @@ from .checks import CheckedRequest
 from .duplicates import Found, Sketches, check_dataset
 from .history import RequestHistory
 from .request import Request
+from .staying import StaysForgotten, Watched
 
 
-__all__ = ["CheckedRequest", "Found", "Request", "RequestHistory", "Sketches", "check_dataset"]
+__all__ = [
+    "CheckedRequest",
+    "Found",
+    "Request",
+    "RequestHistory",
+    "Sketches",
+    "StaysForgotten",
+    "Watched",
+    "check_dataset",
+]

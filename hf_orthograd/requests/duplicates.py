@@ -110,7 +110,9 @@ class Sketches:
             elif isinstance(row, str) or (isinstance(row, Sequence | np.ndarray) and np.ndim(row) == 1):
                 texts.append(_hashes(row, salt))
             else:
-                raise ValueError(f"Row {number} is a {type(row).__name__}, neither text, tokens nor audio of an `Audio` column.")
+                raise ValueError(
+                    f"Row {number} is a {type(row).__name__}, neither text, tokens nor audio of an `Audio` column."
+                )
         if texts and audio:
             raise ValueError("Some rows are text and some are audio: make a sketch of each column.")
         return cls(texts, audio)

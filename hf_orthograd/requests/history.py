@@ -20,6 +20,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
+from transformers import default_data_collator
 from transformers.utils import logging
 
 from .. import publishing
@@ -30,6 +31,7 @@ from ..trials import preserved_random_state
 from .checks import CheckedRequest, check_record
 from .duplicates import Found, check_dataset
 from .request import MEASURED_NAME, PLAN_NAME, Request, write_json
+from .staying import StaysForgotten
 
 
 logger = logging.get_logger(__name__)
@@ -250,6 +252,23 @@ class RequestHistory:
                 known = found.setdefault((one.row, one.request_id), one)
                 found[one.row, one.request_id] = max(known, one, key=lambda each: each.similarity)
         return sorted(found.values(), key=lambda one: (-one.similarity, one.row))
+
+    def stays_forgotten(self, data_collator: Callable = default_data_collator, **settings) -> StaysForgotten:
+        """A callback for any Trainer that trains the model of today on: it watches, or holds, what all requests forgot.
+
+        Args:
+            data_collator (`Callable`): Makes batches of their rows.
+            settings: As [`StaysForgotten`] takes them.
+
+        Raises:
+            ValueError: No request was carried out whose rows are kept.
+        """
+        rows = _joined([request.rows("forget") for request in self.requests if self.carrier(request) is not None])
+        if rows is None:
+            raise ValueError(
+                "No request was carried out whose rows are kept. Pass other rows to `StaysForgotten` itself."
+            )
+        return StaysForgotten(rows, data_collator, **settings)
 
     def roll_back(self, number: int) -> list[Request]:
         """Makes the model after request `number` that of today, 0 for the original; later requests are pending again.

@@ -1,0 +1,172 @@
+"""Training on after unlearning, without bringing back what was forgotten."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, default_data_collator
+from transformers.utils import logging
+
+from ..objectives import PerSampleLoss
+from ..parallel.sharding import is_sharded
+from ..trials import preserved_modes, preserved_random_state
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What the rows' losses were after a step.
+
+    Attributes:
+        step (`int`): Of the training that goes on.
+        loss (`float`): Their mean, in nats.
+        fallen (`float`): By how much it is below the mean level, as a share of that.
+    """
+
+    step: int
+    loss: float
+    fallen: float
+
+
+class StaysForgotten(TrainerCallback):
+    """Watches what was forgotten while any [`~transformers.Trainer`] trains on, and with `hold` keeps it away.
+
+    Held, each optimizer step's gradient g loses what would lower the mean loss of some forgotten rows,
+    `g - max(0, <g, f>) / <f, f> f`, with f the gradient of that loss; and rows whose loss is below its level are pushed back to
+    it, by the gradient of `mean(max(0, level - loss))`. This takes one more forward and backward pass of `batch_size` rows a
+    step. Momentum and Adam's scaling bend what is left: hence the second part.
+
+    Args:
+        dataset (`Dataset`): Rows that were forgotten; or, if they were deleted, others that tell as much, as paraphrases.
+        data_collator (`Callable`, *optional*): Makes batches of rows; [`~transformers.default_data_collator`] by default.
+        levels (`float` or array of shape (n,), *optional*): Losses not to fall below, in nats, as they were stored; by default those
+            of the model when training begins.
+        hold (`bool`): Whether to keep the rows' losses up, and not only to watch them.
+        watch_steps (`int`, *optional*): Every how many steps the rows are measured; `logging_steps` by default.
+        tolerance (`float`): Share of the mean level that the mean loss may lose before a warning.
+        batch_size (`int`): Rows that a step holds, and that are measured at once.
+        compute_loss_func (`Callable`, *optional*): As in [`OrthoGradTrainer`], for a model whose loss per sample is not known.
+
+    Attributes:
+        history (`list[Watched]`): What was seen.
+
+    Raises:
+        ValueError: There are no rows, or values out of range; at the start of training, the model is sharded and `hold` is set.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        data_collator: Callable = default_data_collator,
+        *,
+        levels: float | np.ndarray | None = None,
+        hold: bool = False,
+        watch_steps: int | None = None,
+        tolerance: float = 0.1,
+        batch_size: int = 8,
+        compute_loss_func: Callable | None = None,
+    ):
+        if len(dataset) == 0:
+            raise ValueError("`dataset` is empty: there is nothing to watch.")
+        for name, value in (("watch_steps", watch_steps), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be 1 or more, but is {value}.")
+        if not 0 <= tolerance <= 1:
+            raise ValueError(f"`tolerance` is a share from 0 to 1, but is {tolerance}.")
+        if levels is not None and not np.all(np.asarray(levels) > 0):
+            raise ValueError(f"`levels` are losses in nats, above 0, but the least is {np.min(levels):g}.")
+        if levels is not None and np.ndim(levels) and len(levels) != len(dataset):
+            raise ValueError(
+                f"`levels` has {len(levels)} losses for {len(dataset)} rows: pass one for each, or one number."
+            )
+        self._dataset, self._collator, self._given = dataset, data_collator, levels
+        self._hold, self._watch_steps, self._tolerance = hold, watch_steps, tolerance
+        self._batch_size, self._loss_func = min(batch_size, len(dataset)), compute_loss_func
+        self._levels: Tensor | None = None
+        self.history: list[Watched] = []
+
+    def on_train_begin(self, args, state, control, model: nn.Module, **kwargs):
+        if self._hold and is_sharded(model):
+            raise ValueError(
+                "`hold` is True, but the model is sharded: each process has a part of the gradient. Leave it out."
+            )
+        if self._hold and args.fp16 and not args.max_grad_norm:
+            raise ValueError(
+                "`hold` is True, but with fp16 and `max_grad_norm`=0 gradients stay scaled. Set `max_grad_norm`, or bf16."
+            )
+        self._losses_of = PerSampleLoss(model, self._loss_func)
+        self._order = torch.randperm(len(self._dataset), generator=torch.Generator().manual_seed(args.seed))
+        found = self._measure(model) if self._given is None else torch.as_tensor(self._given, dtype=torch.float32)
+        self._levels = found.expand(len(self._dataset)).to(args.device)
+        self.history.clear()
+        self._watch(state.global_step, self._measure(model).mean().item())
+
+    def on_pre_optimizer_step(self, args, state, control, model: nn.Module, **kwargs):
+        if not self._hold:
+            return
+        first = state.global_step * self._batch_size
+        rows = [int(self._order[(first + place) % len(self._order)]) for place in range(self._batch_size)]
+        trained = [
+            parameter for parameter in model.parameters() if parameter.requires_grad and parameter.grad is not None
+        ]
+        with preserved_modes(model), preserved_random_state():
+            model.eval()
+            losses = self._losses(model, rows)
+            lifted = (self._levels[rows] - losses).relu().mean()
+            # both from one graph, which the second frees
+            falls = torch.autograd.grad(losses.mean(), trained, retain_graph=True, allow_unused=True)
+            lifts = torch.autograd.grad(lifted, trained, allow_unused=True)
+        _project(trained, falls)
+        for parameter, lift in zip(trained, lifts, strict=True):
+            if lift is not None:
+                parameter.grad.add_(lift)
+
+    def on_step_end(self, args, state, control, model: nn.Module, **kwargs):
+        every = self._watch_steps or max(1, int(state.logging_steps))
+        if state.global_step % every == 0:
+            self._watch(state.global_step, self._measure(model).mean().item())
+
+    def _watch(self, step: int, loss: float) -> None:
+        level = self._levels.mean().item()
+        fallen = (level - loss) / level
+        was_low = bool(self.history) and self.history[-1].fallen > self._tolerance
+        self.history.append(Watched(step, loss, fallen))
+        if fallen > self._tolerance and not was_low:
+            logger.warning(
+                f"What was forgotten is coming back: after step {step} the loss of its rows is {loss:.3f}, {fallen:.0%} below "
+                f"{level:.3f}. Look for them in the new data by `check_dataset`; `hold=True` keeps them away."
+            )
+
+    def _measure(self, model: nn.Module) -> Tensor:
+        """The losses of all rows, shape (n,)."""
+        starts = range(0, len(self._dataset), self._batch_size)
+        with preserved_modes(model), preserved_random_state(), torch.no_grad():
+            model.eval()
+            parts = [
+                self._losses(model, range(start, min(start + self._batch_size, len(self._dataset))))
+                for start in starts
+            ]
+        return torch.cat(parts).float()
+
+    def _losses(self, model: nn.Module, rows) -> Tensor:
+        device = next(model.parameters()).device
+        batch = self._collator([self._dataset[row] for row in rows])
+        inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+        return self._losses_of(model, inputs)
+
+
+def _project(parameters: list[nn.Parameter], falls: tuple[Tensor | None, ...]) -> None:
+    """Takes out of the parameters' gradients what a step along them would lower the loss by that `falls` is the gradient of."""
+    pairs = [(own.grad, fall) for own, fall in zip(parameters, falls, strict=True) if fall is not None]
+    if not pairs:
+        return
+    gradients, directions = map(list, zip(*pairs, strict=True))
+    dots = torch.stack([torch.sum(own.float() * fall.float()) for own, fall in pairs]).sum()
+    squares = torch.stack(torch._foreach_norm(directions)).square().sum()
+    # on the device: to look at the sign would make it wait
+    share = (dots / squares.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=0)
+    torch._foreach_sub_(gradients, torch._foreach_mul(directions, share))

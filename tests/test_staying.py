@@ -1,0 +1,117 @@
+"""Training on after unlearning: what was forgotten is watched, and held."""
+
+import numpy as np
+import pytest
+import torch
+from published import rows
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_orthograd.objectives import PerSampleLoss
+from hf_orthograd.requests import RequestHistory, StaysForgotten
+
+
+@pytest.fixture
+def train_on(make_model, make_samples, tmp_path):
+    """Trains a model on new rows and on the forgotten ones, beside callbacks; returns it and the forgotten rows' loss."""
+
+    def train(forgotten, callbacks, *, others=8, steps=30):
+        model = make_model("vit")
+        new = [rows(make_samples("vit", others, seed=5))] if others else []
+        everything = torch.utils.data.ConcatDataset([forgotten, *new])
+        args = TrainingArguments(
+            str(tmp_path / "trained"), max_steps=steps, learning_rate=3e-3, per_device_train_batch_size=4, report_to="none",
+            disable_tqdm=True, use_cpu=True, save_strategy="no", remove_unused_columns=False,
+        )  # fmt: skip
+        Trainer(model, args, train_dataset=everything, callbacks=list(callbacks)).train()
+        return model, PerSampleLoss(model)(model.eval(), collated(forgotten)).mean().item()
+
+    return train
+
+
+def collated(dataset):
+    return {name: torch.stack([row[name] for row in dataset]) for name in ("pixel_values", "labels")}
+
+
+class KeepGradients(TrainerCallback):
+    """Each parameter's gradient before the optimizer's step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.found = [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("level", [0.1, 9.0])
+def test_the_gradient_is_projected_and_lifted(level, train_on, make_model, make_samples):
+    forgotten, before, after = rows(make_samples("vit", 4, seed=1)), KeepGradients(), KeepGradients()
+    stays = StaysForgotten(forgotten, hold=True, levels=level, batch_size=4)
+    train_on(forgotten, [before, stays, after], steps=1, others=0)
+
+    model = make_model("vit").eval()
+    losses = PerSampleLoss(model)(model, collated(forgotten))
+    falls = torch.autograd.grad(losses.mean(), list(model.parameters()), retain_graph=True)
+    lifts = torch.autograd.grad((level - losses).relu().mean(), list(model.parameters()))
+    flat = [
+        torch.cat([part.flatten() for part in parts]).double() for parts in (before.found, falls, lifts, after.found)
+    ]
+    g, f, lift, found = flat
+    assert g @ f > 0  # the step would bring the rows back
+    expected = g - (g @ f) / (f @ f) * f + lift
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert (lift.norm() > 0) == (level > 1)  # all losses lie between
+
+
+def test_a_gradient_that_brings_nothing_back_stays(train_on, make_samples):
+    forgotten, before, after = rows(make_samples("vit", 4, seed=1)), KeepGradients(), KeepGradients()
+
+    class Turn(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            for parameter in model.parameters():
+                parameter.grad.neg_()
+
+    train_on(forgotten, [Turn(), before, StaysForgotten(forgotten, hold=True, levels=0.1), after], steps=1, others=0)
+    assert all(map(torch.equal, before.found, after.found))
+
+
+def test_what_was_forgotten_comes_back_and_is_held(train_on, make_samples, caplog):
+    forgotten = rows(make_samples("vit", 4, seed=1))
+    watching, holding = StaysForgotten(forgotten, watch_steps=10), StaysForgotten(forgotten, hold=True, watch_steps=10)
+    _, plain = train_on(forgotten, [watching])
+    assert caplog.text.count("What was forgotten is coming back: after step") == 1
+    caplog.clear()
+    _, held = train_on(forgotten, [holding])
+    assert "coming back" not in caplog.text
+    start = watching.history[0].loss
+    assert [seen.step for seen in watching.history] == [0, 10, 20, 30]
+    assert watching.history[-1].loss == pytest.approx(plain, rel=1e-5)
+    assert start - plain > 3 * (start - held)  # a third of what came back, at most
+
+
+def test_watching_changes_nothing(train_on, make_samples):
+    forgotten = rows(make_samples("vit", 4, seed=1))
+    one, _ = train_on(forgotten, [], steps=4)
+    other, _ = train_on(forgotten, [StaysForgotten(forgotten, watch_steps=1)], steps=4)
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
+
+
+def test_a_history_gives_the_callback(tmp_path, make_model, make_samples):
+    make_model("vit").save_pretrained(tmp_path / "original")
+    history = RequestHistory.create(tmp_path / "history", tmp_path / "original")
+    history.add(rows(make_samples("vit", 4)))
+    with pytest.raises(ValueError, match="No request was carried out whose rows are kept"):
+        history.stays_forgotten()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"batch_size": 0}, "`batch_size` must be 1 or more, but is 0"),
+        ({"watch_steps": 0}, "`watch_steps` must be 1 or more, but is 0"),
+        ({"tolerance": 1.5}, "`tolerance` is a share from 0 to 1, but is 1.5"),
+        ({"levels": 0.0}, "`levels` are losses in nats, above 0, but the least is 0"),
+        ({"levels": np.ones(3)}, "`levels` has 3 losses for 4 rows"),
+    ],
+)
+def test_bad_settings_are_named(settings, message, make_samples):
+    with pytest.raises(ValueError, match=message):
+        StaysForgotten(rows(make_samples("vit", 4)), **settings)
+    with pytest.raises(ValueError, match="`dataset` is empty"):
+        StaysForgotten([])
