@@ -1,0 +1,258 @@
+"""Five requests in turn: do earlier ones come back, and does a model that was unlearned stay so when it is trained on?
+
+    python benchmarks/studies/sequences.py --data_folder <CIFAR-10 as parquet>
+
+The image study's models: 5 % of the training images are to be forgotten, a fifth of them in each of five requests, with 5 % of the rest
+at hand. The retrained model never saw any of them. Each run starts from the model that the request before left, which is NPO's
+reference, KL's starting model and the stopping rule's level. Learning rates are those that the study of retain terms chose. Then the
+last model is trained for two epochs on new images, alone and with the first request's images among them, watched and held. Resumable.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from harness import RESULTS, Records, machine_note
+from image_data import Images, Request, VariedImages
+from images import ImageStudy, add_folders
+from matplotlib.figure import Figure
+from methods import unlearn
+from retention import KL
+from study import CHOSEN_AT, main
+from tables import gap, mean_and_interval
+from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
+
+from hf_orthograd.evaluation import membership_inference
+from hf_orthograd.requests import StaysForgotten
+
+
+REQUESTS, EPOCHS = 5, 2
+OURS = "OrthoGrad + NPO, kl, varied"
+
+
+# name: (method, learning rate, what changes, whether retain images are varied, whether earlier requests are held)
+VARIANTS = {
+    "all at once": ("orthograd_npo", 1e-4, KL, True, False),
+    OURS: ("orthograd_npo", 1e-4, KL, True, False),
+    f"{OURS}, earlier held": ("orthograd_npo", 1e-4, KL, True, True),
+    "OrthoGrad + NPO": ("orthograd_npo", 1e-4, {}, False, False),
+    "NPO, kl, varied": ("npo", 1e-4, KL, True, False),
+    "NPO": ("npo", 1e-4, {}, False, False),
+    "GradDiff": ("graddiff", 3e-5, {}, False, False),
+}
+ONCE = "all at once"
+NEW_DATA = {"new": False, "new with request 1": True}  # whether the first request's images are among the new ones
+
+
+class SequenceStudy(ImageStudy):
+    name, kinds, seeds = "sequences", ("random",), (0, 1, 2)
+    variants = tuple(VARIANTS)  # those run now
+
+    def parts(self, request: Request) -> list[Images]:
+        """The forget set, as five requests."""
+        forget = self.sets(request, CHOSEN_AT)["forget"]
+        return [forget.select(rows) for rows in np.array_split(np.arange(len(forget)), REQUESTS)]
+
+    def run(self, variant: str, request: Request) -> dict:
+        method, rate, extra, varied, holds = VARIANTS[variant]
+        sets, parts = self.sets(request, CHOSEN_AT), self.parts(request)
+        at_hand, bench = sets["retain"], self.bench("random")
+        model, after, steps, seconds = self.original(request.seed), [], [], 0.0
+        for number, part in enumerate([sets["forget"]] if variant == ONCE else parts):
+            earlier = [own.rows for own in parts[:number]] if holds else []
+            make = VariedImages if varied else Images
+            retain = make(at_hand.pixels, at_hand.labels, np.concatenate([at_hand.rows, *earlier]))
+            own = sets | {"forget": part, "retain": retain}
+            trainer, record = unlearn(bench, method, rate, model, own, request.seed, extra)
+            model = trainer.model
+            steps.append(record["steps"])
+            seconds += record["seconds"]
+            after.append(self.measured(model, request))
+        continued = {}
+        for name, again in NEW_DATA.items():
+            for hold in (False, True):
+                weights = {key: value.clone() for key, value in model.state_dict().items()}
+                self.train_on(model, request, again, hold)
+                continued[f"{name}, {'held' if hold else 'watched'}"] = self.measured(model, request)
+                model.load_state_dict(weights)
+        return {"after": after, "continued": continued, "steps": steps, "seconds": seconds}
+
+    def train_on(self, model, request: Request, again: bool, hold: bool) -> None:
+        """Two epochs on images that the model never saw."""
+        sets, parts = self.sets(request, CHOSEN_AT), self.parts(request)
+        new = sets["proxy"]
+        rows = [new[row] for row in range(len(new))] + [parts[0][row] for row in range(len(parts[0]) if again else 0)]
+        set_seed(request.seed)
+        args = TrainingArguments(
+            str(self.work / "continued"), num_train_epochs=EPOCHS, per_device_train_batch_size=64, learning_rate=1e-4,
+            save_strategy="no", report_to="none", disable_tqdm=True, seed=request.seed, logging_steps=1000,
+        )  # fmt: skip
+        stays = StaysForgotten(sets["forget"], default_data_collator, hold=hold, batch_size=64)
+        Trainer(model, args, train_dataset=rows, callbacks=[stays]).train()
+
+    def measured(self, model, request: Request) -> dict:
+        """Accuracy and loss on each request's images and the other sets, and the AUC of forgotten against test images."""
+        sets = self.sets(request, CHOSEN_AT)
+        named = {"forget": sets["forget"], "retain": sets["retain_measured"], "test": sets["test"]}
+        named |= {f"request {number}": part for number, part in enumerate(self.parts(request), start=1)}
+        found = {name: _losses_and_hits(model, images) for name, images in named.items()}
+        auc = membership_inference(found["forget"][0], found["test"][0]).auc
+        quality = {name: [float(hits.mean()), float(losses.mean())] for name, (losses, hits) in found.items()}
+        return {"quality": quality, "auc": {"test": auc}}
+
+    def reference(self, what: str, request: Request) -> dict:
+        def make() -> dict:
+            model = self.original(request.seed) if what == "original" else self.retrained(request)
+            return self.measured(model, request)
+
+        return self.records.get(f"{what} {request}", make)
+
+    def stage_final(self) -> None:
+        for seed in self.seeds:
+            request = self.request("random", seed)
+            for what in ("original", "retrained"):
+                self.reference(what, request)
+            for variant in self.variants:
+                name = f"{variant} {request}"
+                self.records.get(name, lambda run=(variant, request): self.run(*run))
+
+    def stage_report(self) -> None:
+        write_report(self.records.runs, RESULTS / f"study_{self.name}")
+
+
+@torch.no_grad()
+def _losses_and_hits(model, images: Images) -> tuple[np.ndarray, np.ndarray]:
+    model.eval()
+    logits = torch.cat([model(pixel_values=images.pixels[rows]).logits for rows in np.array_split(images.rows, 8)])
+    labels = images.labels[images.rows]
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    return losses.numpy().astype(float), (logits.argmax(-1) == labels).numpy()
+
+
+def write_report(runs: dict, path: Path) -> None:
+    """Tables of the variants that were run for the same seeds as the default, and curves over requests."""
+    seeds = [seed for seed in SequenceStudy.seeds if all(f"{name} random-{seed}" in runs for name in (ONCE, OURS))]
+    found = {name: [runs.get(f"{name} random-{seed}") for seed in seeds] for name in VARIANTS}
+    found = {name: own for name, own in found.items() if None not in own}
+    references = {what: [runs[f"{what} random-{seed}"] for seed in seeds] for what in ("original", "retrained")}
+    parts = [f"# Five requests in turn, {len(seeds)} seeds", _NOTE, _sequence_table(found, references)]
+    parts += ["## Trained on", _CONTINUED_NOTE, _continued_table(found), machine_note()]
+    path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+    _plot(found, references["retrained"], path.with_suffix(".png"))
+
+
+_NOTE = """Accuracies after the last request. The gap is the mean distance to the model retrained without all five over accuracies on forgotten, retained and \
+test images and the AUC of membership inference. "Came back": accuracy on the first request's images after the last request less that after the first. Means \
+over seeds with 95 % intervals by Student's t; differences are paired."""
+
+_CONTINUED_NOTE = f"""{EPOCHS} epochs on 500 new images ("new"), and on these with the first request's images among them. By how much accuracy on those rises, watched \
+only and held by `StaysForgotten`, and accuracy on test images, which stands for the new task."""
+
+
+def _sequence_table(found: dict, references: dict) -> str:
+    retrained = references["retrained"]
+    last = {name: [record["after"][-1] for record in own] for name, own in found.items()}
+    gaps = {
+        name: np.array([gap(*pair) for pair in zip(own, retrained, strict=True)])
+        for name, own in (references | last).items()
+    }
+    heads = [
+        "method",
+        "forgotten",
+        "retained",
+        "test",
+        "AUC",
+        "gap",
+        f"gap less that of {ONCE}",
+        "came back",
+        "steps",
+        "time (s)",
+    ]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, own in (references | last).items():
+        cells = [
+            mean_and_interval([record["quality"][of][0] for record in own]) for of in ("forget", "retain", "test")
+        ]
+        cells += [mean_and_interval([record["auc"]["test"] for record in own]), mean_and_interval(gaps[name])]
+        if name in found:
+            records = found[name]
+            rises = [
+                record["after"][-1]["quality"]["request 1"][0] - record["after"][0]["quality"]["request 1"][0]
+                for record in records
+            ]
+            cells += ["" if name == ONCE else mean_and_interval(gaps[name] - gaps[ONCE])]
+            cells += ["" if name == ONCE else mean_and_interval(rises)]
+            cells += [f"{np.median([sum(record['steps']) for record in records]):g}"]
+            cells += [f"{np.median([record['seconds'] for record in records]):.0f}"]
+        else:
+            cells += [""] * 4
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _continued_table(found: dict) -> str:
+    heads = [
+        "method",
+        *(f"{name}: {what}" for name in NEW_DATA for what in ("watched", "held", "test, watched", "test, held")),
+    ]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for variant, own in found.items():
+        cells = []
+        for name in NEW_DATA:
+            for of in ("request 1", "test"):
+                for how in ("watched", "held"):
+                    values = [record["continued"][f"{name}, {how}"]["quality"][of][0] for record in own]
+                    starts = [record["after"][-1]["quality"][of][0] if of == "request 1" else 0.0 for record in own]
+                    cells.append(mean_and_interval(np.subtract(values, starts)))
+        lines.append("| " + " | ".join([variant, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _plot(found: dict, retrained: list[dict], path: Path) -> None:
+    """Accuracy on the first request's images, on all forgotten so far, and on test images, over the requests."""
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    first, so_far, test = figure.subplots(1, 3)
+    for name, own in found.items():
+        if name == ONCE:
+            continue
+        after = np.arange(1, REQUESTS + 1)
+        quality = [[one["quality"] for one in record["after"]] for record in own]
+        first.plot(
+            after, np.mean([[one["request 1"][0] for one in each] for each in quality], axis=0), ".-", label=name
+        )
+        means = [
+            [
+                np.mean([one[f"request {number}"][0] for number in range(1, count + 1)])
+                for count, one in enumerate(each, start=1)
+            ]
+            for each in quality
+        ]
+        so_far.plot(after, np.mean(means, axis=0), ".-", label=name)
+        test.plot(after, np.mean([[one["test"][0] for one in each] for each in quality], axis=0), ".-", label=name)
+    for axes, title, of in (
+        (first, "the first request's images", "request 1"),
+        (so_far, "all forgotten so far", "forget"),
+        (test, "test images", "test"),
+    ):
+        axes.axhline(
+            np.mean([record["quality"][of][0] for record in retrained]), color="gray", linestyle=":", label="retrained"
+        )
+        axes.set(xlabel="requests carried out", ylabel="accuracy", title=title, xticks=range(1, REQUESTS + 1))
+    first.legend(fontsize="x-small")
+    figure.savefig(path, dpi=90)
+
+
+def make_study(arguments: argparse.Namespace) -> SequenceStudy:
+    study = SequenceStudy(arguments.data_folder, arguments.work_folder, Records(RESULTS / "study_sequences.json"))
+    study.variants = tuple(arguments.variants)
+    return study
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_folders(parser)
+    parser.add_argument(
+        "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT", help="run now"
+    )
+    main(make_study, parser, ("final", "report"), ())
