@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard
 from published import REPO, rows
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
+from hf_orthograd.__main__ import run
 from hf_orthograd.publishing import CardOptions, publish, retract, verify, write_card
-from hf_orthograd.publishing.commands import run
 
 
 # ---- Faults ----

@@ -1,11 +1,14 @@
 """A model's history of requests: what is carried out, checked, taken back, and what a kill leaves."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from published import rows
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification
@@ -17,6 +20,7 @@ from hf_orthograd.requests import RequestHistory
 
 
 RETAIN_ROWS = 8
+TESTS = Path(__file__).parent
 
 
 @pytest.fixture
@@ -91,6 +95,11 @@ def test_requests_are_carried_out_one_after_the_other(history, sets):
     assert checked[0].came_back != pytest.approx(0, abs=1e-5)  # the second run moved the first request's loss
     assert "came back" in str(checked[0])
 
+    # in new data its rows are found, of the second request too
+    new = concatenate_datasets([sets["forget 3"], sets["forget 2"], sets["forget 1"]])
+    found = history.check_dataset(new)
+    assert sorted((one.row, one.request_id) for one in found) == [(4 + n, f"case-{2 - n // 4}") for n in range(8)]
+
     # the same without a history
     plain = make(history.original, sets["forget 1"], None, str(history.folder.parent / "plain"))
     plain.train()
@@ -137,6 +146,7 @@ def test_earlier_requests_are_held(history, sets):
     history.delete_data(1)
     with pytest.raises(ValueError, match=r"rows of requests \[1\] were deleted"):
         history.run(make, hold_earlier=True)
+    assert [request.number for request in history.run(make)] == [3]  # as the message says
 
 
 def test_a_roll_back_makes_later_requests_pending(history, sets):
@@ -177,6 +187,17 @@ def test_what_was_changed_is_found(history, sets):
     history.delete_data(1, salt=True)
     assert len(history.check()[0].problems) == 1
     assert history.requests[0].rows("forget") is None and history.requests[0].salt() is None
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_history_that_is_killed_goes_on_bit_for_bit(kills, tmp_path):
+    """At random moments of five requests: while it is begun, added to, trained, saved and published."""
+    command = [sys.executable, str(TESTS / "killed_requests.py"), str(tmp_path / "trials"), "7", str(kills)]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert len(results) == kills and all(one["resumed"] == 0 and one["same"] for one in results), results
 
 
 BAD = {

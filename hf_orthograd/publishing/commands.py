@@ -1,44 +1,15 @@
 """The commands around a published model; each is one call of a function of this package."""
 
 import argparse
-import sys
-from collections.abc import Sequence
 
-from datasets import load_dataset, load_from_disk
+from datasets import Dataset, load_dataset, load_from_disk
 
 from ..validation import stored_row
 from .card import CardOptions, write_card
 from .history import retract
-from .patience import FAULTS
 from .push import publish
 from .record import read_salt
 from .verification import verify
-
-
-_DESCRIPTION = """What happens to an unlearned model after training.
-
-A run writes what may be published to <output_dir>/public: weights, card, the report's public edition and a record of the
-request. Look at it, then publish it, and have anyone check it:
-
-    python -m hf_orthograd publish out/public me/whisper-tiny-unlearned
-    python -m hf_orthograd verify me/whisper-tiny-unlearned
-
-A model that remembers was pushed long ago: push the unlearned one over it, and take the old revisions away:
-
-    python -m hf_orthograd publish out/public me/whisper-tiny --squash_history
-    python -m hf_orthograd retract me/whisper-tiny --delete_refs
-
-Exit codes: 0, done and in order; 1, something differs, was refused or is still there; 2, wrong arguments."""
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Runs one command and returns its exit code; what went wrong is said on stderr in one line."""
-    parsed = _parser().parse_args(arguments)
-    try:
-        return parsed.command(parsed)
-    except (ValueError, *FAULTS) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
 
 
 def _publish(parsed: argparse.Namespace) -> int:
@@ -82,23 +53,24 @@ def _card(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _row(path: str, number: int) -> dict:
-    """A row of a data set, as it is stored: of a folder of `save_to_disk`, or a parquet or JSON file."""
+def load_rows(path: str) -> Dataset:
+    """A data set of a folder of `save_to_disk`, or a parquet or JSON file."""
     if path.endswith((".parquet", ".json", ".jsonl")):
         kind = "parquet" if path.endswith(".parquet") else "json"
-        rows = load_dataset(kind, data_files=path, split="train")
-    else:
-        rows = load_from_disk(path)
+        return load_dataset(kind, data_files=path, split="train")
+    return load_from_disk(path)
+
+
+def _row(path: str, number: int) -> dict:
+    """A row, as it is stored."""
+    rows = load_rows(path)
     if not 0 <= number < len(rows):
         raise ValueError(f"`--row` is {number}, but {path!r} has rows 0 to {len(rows) - 1}.")
     return stored_row(rows, number)
 
 
-def _parser() -> argparse.ArgumentParser:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("hf-orthograd", description=_DESCRIPTION, formatter_class=form)
-    commands = parser.add_subparsers(title="commands", required=True, metavar="publish | verify | retract | card")
-
+def add_commands(commands) -> None:
+    """Adds "publish", "verify", "retract" and "card" to a parser's subparsers."""
     own = _command(commands, "publish", _publish, "push a folder that a run wrote", _PUBLISH)
     own.add_argument("folder", help="<output_dir>/public of a run")
     own.add_argument("repo_id", help="model on the Hub, as me/name; made if there is none")
@@ -122,7 +94,6 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("folder", help="<output_dir>/public of a run, or a clone of a published model")
     for name, text in _CARD_OPTIONS.items():
         own.add_argument(f"--{name}", help=text, nargs="+" if name in ("language", "dataset_tags", "tags") else None)
-    return parser
 
 
 def _command(commands, name: str, call, text: str, description: str) -> argparse.ArgumentParser:

@@ -16,27 +16,25 @@ import json
 import shutil
 import uuid
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
-from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from transformers import default_data_collator
 from transformers.utils import logging
 
 from .. import publishing
-from ..checkpoints import find_last_checkpoint
 from ..evaluation import UnlearningReport
 from ..trainer import OrthoGradTrainer
-from ..trials import preserved_random_state
 from .checks import CheckedRequest, check_record
 from .duplicates import Found, check_dataset
-from .request import MEASURED_NAME, PLAN_NAME, Request, write_json
+from .request import PLAN_NAME, Request, write_json
+from .running import MakeTrainer, carry_out, in_first_process, joined, measure_rows
 from .staying import StaysForgotten
 
 
 logger = logging.get_logger(__name__)
 
-MakeTrainer = Callable[[str, Dataset, Dataset | None, str], OrthoGradTrainer]
 GOALS = (None, "retrained", "erased")
 _HISTORY_NAME, _ORIGINAL, _REQUESTS = "history.json", "original", "requests"
 
@@ -194,14 +192,21 @@ class RequestHistory:
         in_first_process(self._tidy)
         done = []
         while pending := self.pending():
-            begun = next((request for request in pending if request.plan is not None), None)
-            if begun is None:
+            begun = next((request for request in pending if request.has_begun), None)
+            if begun is None:  # a plan that came to nothing, as its arguments were refused, is made anew
                 numbers = [request.number for request in pending] if merge else [pending[0].number]
                 begun = self.requests[numbers[-1] - 1]
-                plan = {"numbers": numbers, "hold_earlier": hold_earlier}
-                in_first_process(lambda begun=begun, plan=plan: write_json(begun.folder / PLAN_NAME, plan))
-            self._carry_out(begun, make_trainer, make_report)
-            done += [self.requests[number - 1] for number in begun.plan["numbers"]]
+                in_first_process(partial(self._make_plan, begun, numbers, hold_earlier))
+            requests = [self.requests[number - 1] for number in begun.plan["numbers"]]
+            earlier = self.requests[: requests[0].number - 1] if begun.plan["hold_earlier"] else []
+            source = self.model
+            if source != self.original and (problems := publishing.verify(source)):
+                raise ValueError(
+                    f"The model to start from, {source!r}, is not as it was recorded: {'; '.join(problems)}."
+                )
+            carry_out(begun, requests, earlier, source, make_trainer, make_report)
+            in_first_process(self._tidy)
+            done += requests
         return done
 
     def check(self, make_trainer: MakeTrainer | None = None) -> list[CheckedRequest]:
@@ -223,7 +228,7 @@ class RequestHistory:
             now, forget = None, request.rows("forget")
             if make_trainer is not None and forget is not None:
                 trainer = make_trainer(self.model, forget, request.rows("retain"), str(request.run_folder))
-                now = _metrics(trainer, forget)
+                now = measure_rows(trainer, forget)
             checked.append(CheckedRequest(request.number, request.request_id, found, request.measured, now))
         in_first_process(self._tidy)
         return checked
@@ -244,7 +249,7 @@ class RequestHistory:
         for request in self.requests:
             carrier, salt, sketches = self.carrier(request), request.salt(), request.sketches()
             exact = []
-            if carrier is request and salt is not None:
+            if carrier == request and salt is not None:
                 exact = check_dataset(dataset, [one for one in records if one.is_sealed_by(salt)], salt)
             if column is not None and salt is not None and sketches is not None:
                 exact += [Found(row, request.request_id, score) for row, score in sketches.find(column, salt)]
@@ -263,7 +268,7 @@ class RequestHistory:
         Raises:
             ValueError: No request was carried out whose rows are kept.
         """
-        rows = _joined([request.rows("forget") for request in self.requests if self.carrier(request) is not None])
+        rows = joined([request.rows("forget") for request in self.requests if self.carrier(request) is not None])
         if rows is None:
             raise ValueError(
                 "No request was carried out whose rows are kept. Pass other rows to `StaysForgotten` itself."
@@ -306,57 +311,10 @@ class RequestHistory:
         if salt:
             (request.private / publishing.SALT_NAME).unlink(missing_ok=True)
 
-    # ---- One run ----
-
-    def _carry_out(self, carrier: Request, make_trainer: MakeTrainer, make_report) -> None:
-        numbers = carrier.plan["numbers"]
-        requests, source = [self.requests[number - 1] for number in numbers], self.model
-        if source != self.original and (problems := publishing.verify(source)):
-            raise ValueError(f"The model to start from, {source!r}, is not as it was recorded: {'; '.join(problems)}.")
-        forget = _joined([request.rows("forget") for request in requests])
-        retain = _joined([request.rows("retain") for request in requests])
-        trainer = make_trainer(source, forget, retain, str(carrier.run_folder))
-        _check_trainer(trainer, forget, carrier)
-        if carrier.plan["hold_earlier"]:
-            self._hold_earlier(trainer)
-        sets = {request.number: request.rows("forget") for request in requests}
-        before = {number: _metrics(trainer, rows) for number, rows in sets.items()}
-        begun = any(carrier.run_folder.glob("checkpoint-*"))
-        trainer.train(resume_from_checkpoint=find_last_checkpoint(str(carrier.run_folder)) if begun else None)
-        after = {number: _metrics(trainer, rows) for number, rows in sets.items()}
-        report = None if make_report is None else make_report(trainer)
-
-        def keep() -> None:
-            shutil.copy2(carrier.private / publishing.SALT_NAME, carrier.run_folder)
-            for request in requests:
-                measured = {"before": before[request.number], "after": after[request.number]}
-                write_json(request.private / MEASURED_NAME, measured)
-            if report is not None:
-                report.save(carrier.private)
-
-        in_first_process(keep)
-        name = ", ".join(request.request_id for request in requests)
-        public = publishing.prepare_folder(trainer, report=report, request_id=name)
-        in_first_process(lambda: public.rename(carrier.model))
-        in_first_process(self._tidy)
-
-    def _hold_earlier(self, trainer: OrthoGradTrainer) -> None:
-        """Adds the forgotten rows of earlier requests to what the trainer keeps as it is."""
-        if not trainer.args.keeps_predictions:
-            raise ValueError(
-                "`hold_earlier` is True, which holds what earlier requests forgot by `retain_loss`='kl' with `alpha` above 0; other "
-                f"settings would teach it again. They are {trainer.args.retain_loss!r} and {trainer.args.alpha}."
-            )
-        earlier = [request for request in self.requests if self.carrier(request) is not None]
-        rows = [request.rows("forget") for request in earlier]
-        missing = [request.number for request, own in zip(earlier, rows, strict=True) if own is None]
-        if missing:
-            raise ValueError(f"`hold_earlier` is True, but the rows of requests {missing} were deleted. Leave it out.")
-        if earlier:
-            retain, shown = trainer.train_dataset, trainer.train_dataset.format
-            joined = [own.with_format(None) for own in (retain, *(own.cast(retain.features) for own in rows))]
-            shown = {**shown.pop("format_kwargs"), **shown}  # as the retain rows are shown, or varied
-            trainer.train_dataset = concatenate_datasets(joined).with_format(**shown)
+    def _make_plan(self, carrier: Request, numbers: list[int], hold_earlier: bool) -> None:
+        for request in self.pending():
+            (request.folder / PLAN_NAME).unlink(missing_ok=True)
+        write_json(carrier.folder / PLAN_NAME, {"numbers": numbers, "hold_earlier": hold_earlier})
 
     def _tidy(self) -> None:
         """Removes what a run that is over, or was killed, left behind."""
@@ -366,41 +324,6 @@ class RequestHistory:
             _remove(request.folder / f"{request.model.name}.removed")
             if request.model.exists() or request.plan is None:
                 _remove(request.run_folder)
-
-
-def in_first_process(call: Callable[[], object]) -> None:
-    """Makes the call in one process; all others wait for it."""
-    state = PartialState()
-    if state.is_main_process:
-        call()
-    state.wait_for_everyone()
-
-
-def _joined(sets: list[Dataset | None]) -> Dataset | None:
-    found = [rows for rows in sets if rows is not None]
-    return concatenate_datasets(found) if found else None
-
-
-def _metrics(trainer: OrthoGradTrainer, rows: Dataset) -> dict[str, float]:
-    """The trainer's metrics on the rows, the loss among them, without what tells of time."""
-    with preserved_random_state():
-        found = trainer.evaluate(rows, metric_key_prefix="forget")
-    slow = ("_runtime", "_per_second", "_preparation_time")
-    return {name: value for name, value in found.items() if not name.endswith(slow)}
-
-
-def _check_trainer(trainer: OrthoGradTrainer, forget: Dataset, carrier: Request) -> None:
-    if Path(trainer.args.output_dir) != carrier.run_folder:
-        raise ValueError(
-            f"`make_trainer` returned a trainer whose `output_dir` is {trainer.args.output_dir!r}, not the one that it was given, "
-            f"{str(carrier.run_folder)!r}."
-        )
-    found = 0 if trainer.forget_dataset is None else len(trainer.forget_dataset)
-    if found != len(forget):
-        raise ValueError(
-            f"`make_trainer` returned a trainer that forgets {found} rows, but the request has {len(forget)}. Pass it `forget` "
-            "as `forget_dataset`."
-        )
 
 
 def _remove(folder: Path) -> None:

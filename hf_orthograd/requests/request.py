@@ -95,6 +95,11 @@ class Request:
         return json.loads(path.read_text()) if path.exists() else None
 
     @property
+    def has_begun(self) -> bool:
+        """Whether a run was begun for it that has something to go on from."""
+        return self.plan is not None and any(self.run_folder.glob("checkpoint-*"))
+
+    @property
     def measured(self) -> dict[str, dict[str, float]]:
         """Metrics on its forget set before and after its run, for the owner alone."""
         path = self.private / MEASURED_NAME

@@ -1,0 +1,181 @@
+"""The commands around a history of requests; each is one call of [`RequestHistory`]."""
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from ..publishing.commands import load_rows
+from .history import GOALS, RequestHistory
+from .running import MakeTrainer
+
+
+_DESCRIPTION = """A folder holds a model's history: the original, the requests in order, their records and models, and what the owner has to
+keep. `run` needs a function of yours that makes the trainer, in a file:
+
+    def make_trainer(model, forget, retain, output_dir):
+        args = OrthoGradConfig(output_dir, save_strategy="steps", save_steps=10)
+        return OrthoGradTrainer(AutoModel....from_pretrained(model), args, train_dataset=retain, forget_dataset=forget)
+
+Rows are a folder of `save_to_disk`, or a parquet or JSON file, prepared as the trainer takes them."""
+
+
+def add_commands(commands) -> None:
+    """Adds "requests" with its own subcommands to a parser's subparsers."""
+    form = argparse.RawDescriptionHelpFormatter
+    own = commands.add_parser(
+        "requests", help="a model's history of requests", description=_DESCRIPTION, formatter_class=form
+    )
+    actions = own.add_subparsers(title="actions", required=True, metavar=" | ".join(_ACTIONS))
+    for name, (call, text, arguments) in _ACTIONS.items():
+        action = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        action.set_defaults(command=call)
+        action.add_argument("history", help="folder of the history")
+        for flag, settings in arguments.items():
+            action.add_argument(flag, **settings)
+
+
+def load_maker(place: str) -> MakeTrainer:
+    """A function by its place, as "train.py:make_trainer".
+
+    Raises:
+        ValueError: There is no such file, or no such function in it.
+    """
+    path, _, name = place.partition(":")
+    if not name or not Path(path).is_file():
+        raise ValueError(f"`--trainer` is {place!r}, but names no function of a file: pass FILE.py:FUNCTION.")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"`--trainer` is {place!r}, but {path} has no function {name!r}.")
+    return getattr(module, name)
+
+
+def _begin(parsed: argparse.Namespace) -> int:
+    print(f"Begun: {RequestHistory.create(parsed.history, parsed.model).folder}")
+    return 0
+
+
+def _add(parsed: argparse.Namespace) -> int:
+    forget, retain = load_rows(parsed.forget), None if parsed.retain is None else load_rows(parsed.retain)
+    sketch = None if parsed.sketch is None else _column(forget, parsed.sketch)
+    if parsed.sketch is not None and not parsed.keep_sketched:
+        forget = forget.remove_columns(parsed.sketch)
+    settings = {"goal": parsed.goal, "request_id": parsed.request_id, "sketch": sketch}
+    request = RequestHistory(parsed.history).add(forget, retain_dataset=retain, **settings)
+    print(f"Added: request {request.number} ({request.request_id}), {request.sizes['forget']} rows.")
+    return 0
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    history, make = RequestHistory(parsed.history), load_maker(parsed.trainer)
+    for request in history.run(make, merge=parsed.merge, hold_earlier=parsed.hold_earlier):
+        print(f"Done: request {request.number} ({request.request_id}).")
+    print(f"The model of today: {history.model}")
+    return 0
+
+
+def _status(parsed: argparse.Namespace) -> int:
+    history = RequestHistory(parsed.history)
+    print(f"original: {history.original}")
+    for request in history.requests:
+        carrier = history.carrier(request)
+        state = (
+            "pending" if carrier is None else "done" if carrier == request else f"done with request {carrier.number}"
+        )
+        state = "begun" if carrier is None and request.has_begun else state
+        parts = {"rows": request.rows("forget"), "salt": request.salt(), "sketches": request.sketches()}
+        kept = ", ".join(name for name, part in parts.items() if part is not None) or "nothing"
+        print(f"{request.number} {request.request_id}: {state}; {request.sizes['forget']} rows; kept: {kept}")
+    print(f"today: {history.model}")
+    return 0
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    make = None if parsed.trainer is None else load_maker(parsed.trainer)
+    checked = RequestHistory(parsed.history).check(make)
+    for one in checked:
+        print(one)
+    return 1 if any(one.problems for one in checked) else 0
+
+
+def _find(parsed: argparse.Namespace) -> int:
+    rows = load_rows(parsed.rows)
+    column = None if parsed.column is None else _column(rows, parsed.column)
+    found = RequestHistory(parsed.history).check_dataset(rows, column=column)
+    for one in found:
+        print(f"Row {one.row}: {one.similarity:.0%} of request {one.request_id}.")
+    print(f"{len({one.row for one in found})} of {len(rows)} rows were asked to be forgotten.")
+    return 1 if found else 0
+
+
+def _roll_back(parsed: argparse.Namespace) -> int:
+    history = RequestHistory(parsed.history)
+    pending = history.roll_back(parsed.number)
+    print(f"The model of today: {history.model}. Pending again: {[request.number for request in pending]}")
+    return 0
+
+
+def _delete_data(parsed: argparse.Namespace) -> int:
+    RequestHistory(parsed.history).delete_data(parsed.number, salt=parsed.salt)
+    print(f"Deleted: rows of request {parsed.number}" + (" and its salt." if parsed.salt else "."))
+    return 0
+
+
+def _column(rows, name: str):
+    if name not in rows.column_names:
+        raise ValueError(f"There is no column {name!r}, only {', '.join(rows.column_names)}.")
+    return rows[name]
+
+
+_TRAINER = "function that makes the trainer, as train.py:make_trainer"
+_NUMBER = {"type": int, "help": "of the request"}
+_SWITCH = {"action": "store_true"}
+_ACTIONS = {
+    "begin": (_begin, "begin a history", {"model": {"help": "the original: a folder, or a model on the Hub"}}),
+    "add": (
+        _add,
+        "take a request in",
+        {
+            "--forget": {"required": True, "help": "rows to forget"},
+            "--retain": {"help": "rows to retain; without, the trainer's maker brings its own"},
+            "--goal": {"choices": [goal for goal in GOALS if goal], "help": "what the model is to be like"},
+            "--request_id": {"help": "name of the request, which is published: not of a person; random by default"},
+            "--sketch": {"help": "column of text, tokens or audio by whose sketches near duplicates are found later"},
+            "--keep_sketched": _SWITCH | {"help": "leave that column in the rows"},
+        },
+    ),
+    "run": (
+        _run,
+        "carry out what is pending, or go on after a kill",
+        {
+            "--trainer": {"required": True, "help": _TRAINER},
+            "--merge": _SWITCH | {"help": "all requests in one run"},
+            "--hold_earlier": _SWITCH | {"help": "hold what earlier requests forgot"},
+        },
+    ),
+    "status": (_status, "say how far each request is, and what of it is kept", {}),
+    "check": (
+        _check,
+        "check all requests against the model of today",
+        {"--trainer": {"help": f"measure their rows again: {_TRAINER}"}},
+    ),
+    "find": (
+        _find,
+        "find rows of new data that were asked to be forgotten",
+        {
+            "--rows": {"required": True, "help": "new data, prepared as the forget sets were"},
+            "--column": {"help": "of text, tokens or audio: look for near duplicates, too"},
+        },
+    ),
+    "roll_back": (
+        _roll_back,
+        "make the model after a request that of today",
+        {"number": _NUMBER | {"help": "0: the original"}},
+    ),
+    "delete_data": (
+        _delete_data,
+        "delete the rows of a request that was carried out",
+        {"number": _NUMBER, "--salt": _SWITCH | {"help": "and what its commitments are checked by"}},
+    ),
+}

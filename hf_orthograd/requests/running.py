@@ -1,0 +1,112 @@
+"""One run of a history: from the model that the request before left to the one that this request leaves."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets
+
+from .. import publishing
+from ..checkpoints import find_last_checkpoint
+from ..evaluation import UnlearningReport
+from ..trainer import OrthoGradTrainer
+from ..trials import preserved_random_state, replaced
+from .request import MEASURED_NAME, Request, write_json
+
+
+MakeTrainer = Callable[[str, Dataset, Dataset | None, str], OrthoGradTrainer]
+
+
+def carry_out(
+    carrier: Request,
+    requests: Sequence[Request],
+    earlier: Sequence[Request],
+    source: str,
+    make_trainer: MakeTrainer,
+    make_report: Callable[[OrthoGradTrainer], UnlearningReport] | None,
+) -> None:
+    """Trains, goes on from a checkpoint if there is one, and publishes into the carrier's folder in one step.
+
+    Args:
+        carrier ([`Request`]): In whose folder the run takes place.
+        requests (`Sequence[Request]`): Those that the run carries out.
+        earlier (`Sequence[Request]`): Those whose forgotten rows are held.
+        source (`str`): The model to start from.
+    """
+    sets = {request.number: request.rows("forget") for request in requests}
+    forget, retain = joined(list(sets.values())), joined([request.rows("retain") for request in requests])
+    trainer = make_trainer(source, forget, retain, str(carrier.run_folder))
+    _check_trainer(trainer, forget, carrier)
+    if earlier:
+        _hold(trainer, earlier)
+    before = {number: measure_rows(trainer, rows) for number, rows in sets.items()}
+    begun = any(carrier.run_folder.glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=find_last_checkpoint(str(carrier.run_folder)) if begun else None)
+    after = {number: measure_rows(trainer, rows) for number, rows in sets.items()}
+    report = None if make_report is None else make_report(trainer)
+
+    def keep() -> None:
+        shutil.copy2(carrier.private / publishing.SALT_NAME, carrier.run_folder)
+        for request in requests:
+            measured = {"before": before[request.number], "after": after[request.number]}
+            write_json(request.private / MEASURED_NAME, measured)
+        if report is not None:
+            report.save(carrier.private)
+
+    in_first_process(keep)
+    name = ", ".join(request.request_id for request in requests)
+    public = publishing.prepare_folder(trainer, report=report, request_id=name)
+    in_first_process(lambda: public.rename(carrier.model))
+
+
+def _hold(trainer: OrthoGradTrainer, earlier: Sequence[Request]) -> None:
+    """Adds the forgotten rows of earlier requests to what the trainer keeps as it is."""
+    if not trainer.args.keeps_predictions:
+        raise ValueError(
+            "`hold_earlier` is True, which holds what earlier requests forgot by `retain_loss`='kl' with `alpha` above 0; other "
+            f"settings would teach it again. They are {trainer.args.retain_loss!r} and {trainer.args.alpha}."
+        )
+    rows = {request.number: request.rows("forget") for request in earlier}
+    missing = [number for number, own in rows.items() if own is None]
+    if missing:
+        raise ValueError(f"`hold_earlier` is True, but the rows of requests {missing} were deleted. Leave it out.")
+    retain, shown = trainer.train_dataset, trainer.train_dataset.format
+    plain = [own.with_format(None) for own in (retain, *(own.cast(retain.features) for own in rows.values()))]
+    shown = {**shown.pop("format_kwargs"), **shown}  # as the retain rows are shown, or varied
+    trainer.train_dataset = concatenate_datasets(plain).with_format(**shown)
+
+
+def in_first_process(call: Callable[[], object]) -> None:
+    """Makes the call in one process; all others wait for it."""
+    state = PartialState()
+    if state.is_main_process:
+        call()
+    state.wait_for_everyone()
+
+
+def joined(sets: list[Dataset | None]) -> Dataset | None:
+    found = [rows for rows in sets if rows is not None]
+    return concatenate_datasets(found) if found else None
+
+
+def measure_rows(trainer: OrthoGradTrainer, rows: Dataset) -> dict[str, float]:
+    """The trainer's metrics on the rows, the loss among them, without what tells of time."""
+    with preserved_random_state(), replaced(trainer, "log", lambda *logs, **kwargs: None):
+        found = trainer.evaluate(rows, metric_key_prefix="forget")
+    slow = ("_runtime", "_per_second", "_preparation_time")
+    return {name: value for name, value in found.items() if not name.endswith(slow)}
+
+
+def _check_trainer(trainer: OrthoGradTrainer, forget: Dataset, carrier: Request) -> None:
+    if Path(trainer.args.output_dir) != carrier.run_folder:
+        raise ValueError(
+            f"`make_trainer` returned a trainer whose `output_dir` is {trainer.args.output_dir!r}, not the one that it was given, "
+            f"{str(carrier.run_folder)!r}."
+        )
+    found = 0 if trainer.forget_dataset is None else len(trainer.forget_dataset)
+    if found != len(forget):
+        raise ValueError(
+            f"`make_trainer` returned a trainer that forgets {found} rows, but the request has {len(forget)}. Pass it `forget` "
+            "as `forget_dataset`."
+        )
