@@ -158,6 +158,7 @@ def estimate_run(trainer) -> Estimate:
             chunk_size=chunk_size,
             optimizer_bytes=optimizer_state_bytes(args.optim.value),
             keeps_predictions=args.keeps_predictions,
+            reference_bytes=sum(p.nbytes for p in trainer.ref_model.parameters()) if trainer.ref_model else 0,
         )
 
 
@@ -174,6 +175,7 @@ def estimate_step(
     chunk_size: int | None,
     optimizer_bytes: int,
     keeps_predictions: bool = False,
+    reference_bytes: int = 0,
 ) -> Estimate:
     """Counts a step from a few samples of each batch, padded as the batch is.
 
@@ -185,6 +187,7 @@ def estimate_step(
         chunk_size (`int`, *optional*): Retain samples that memory holds at once.
         optimizer_bytes (`int`): State of the optimizer for each trained number.
         keeps_predictions (`bool`): Whether retain samples are held by the starting model's predictions.
+        reference_bytes (`int`): Of another model that they are held by in its place.
     """
     on_forget = _sample(model, per_sample_losses, parameters, forget)
     on_retain = _sample(model, per_sample_losses, parameters, retain) if num_retain else on_forget
@@ -208,7 +211,7 @@ def estimate_step(
         graph, rows, extra = _count_rows(engine, on_retain.needed, forget_graph, num_retain, trained)
         memory, work = resident + (2 + rows) * gradients + graph + working, needed_work + extra
     if keeps_predictions:  # a copy of what is trained, its forward pass, and with a projection a backward pass
-        memory += gradients
+        memory += reference_bytes or gradients
         work += num_retain * on_retain.needed.multiplications / (3 if engine == "none" else 1)
     return Estimate(
         engine=engine,

@@ -8,7 +8,7 @@ from torch import nn
 from . import callbacks, validation
 from .gradients import GradientEngine, MeanEngine, PlainEngine, choose_engine
 from .parallel.sharding import is_sharded, unshard
-from .starting_model import KeepPredictions, StartingModel
+from .starting_model import KeepPredictions, ReferenceModel, StartingModel
 from .trials import preserved_random_state
 
 
@@ -63,7 +63,7 @@ def prepare_engine(trainer, model: nn.Module) -> GradientEngine:
 
 
 def prepare_retain_term(trainer, start: StartingModel | None) -> KeepPredictions:
-    """Keeps the model that a run starts from, for `retain_loss="kl"`.
+    """Keeps the model that a run starts from, or takes the one given, for `retain_loss="kl"`.
 
     Args:
         trainer ([`OrthoGradTrainer`]): With its model ready for the first step.
@@ -72,6 +72,8 @@ def prepare_retain_term(trainer, start: StartingModel | None) -> KeepPredictions
     Raises:
         ValueError: A run goes on whose starting model is gone, or another than it was.
     """
+    if trainer.ref_model is not None:
+        start = ReferenceModel(trainer.ref_model, trainer.args.device)
     if start is None and trainer.state.global_step > 0:
         raise ValueError(
             "retain_loss='kl' needs the model that the run started from, which is gone when DeepSpeed loads a checkpoint. Start "

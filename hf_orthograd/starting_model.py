@@ -73,8 +73,25 @@ class StartingModel:
                 self._values[name], tensor.data = tensor.data, value.to(tensor.device, tensor.dtype)
 
 
+class ReferenceModel(StartingModel):
+    """A model beside the one that is trained, as that before any request.
+
+    Args:
+        model (`torch.nn.Module`): Of the same outputs. It is frozen.
+        device (`torch.device`): Of the run.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        self._model, self._is_sharded = model.to(device).requires_grad_(False), False
+        self._values = dict(model.named_parameters())  # they tell which model it is
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        yield
+
+
 class KeepPredictions:
-    """How far a retain sample's predictions have gone from those at the start: KL(start || model).
+    """How far a retain sample's predictions have gone from those of another model: KL(start || model).
 
     Args:
         start ([`StartingModel`]): Whose predictions they were.

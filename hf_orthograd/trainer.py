@@ -38,8 +38,8 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             retain set. `args` may be any `TrainingArguments`; with a forget set the trainer works on a copy that has the
             fields of [`OrthoGradConfig`] beside its own. `compute_loss_func`, where the model's own loss is not known per
             sample, must return shape (batch size,).
-        forget_dataset (`torch.utils.data.Dataset` or `datasets.Dataset`, *optional*): What to forget, with the columns
-            of `train_dataset`.
+        forget_dataset (`torch.utils.data.Dataset`, *optional*): What to forget, with the columns of `train_dataset`.
+        ref_model (`torch.nn.Module`, *optional*): Whose predictions `retain_loss="kl"` holds to; by default the model at the start.
         compute_divergence_func (`Callable`, *optional*): Beside it for `retain_loss="kl"`: of outputs, the start's, labels: (batch size,).
 
     Attributes:
@@ -71,6 +71,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         preprocess_logits_for_metrics: Callable | None = None,
         *,
         forget_dataset=None,
+        ref_model: nn.Module | None = None,
         compute_divergence_func: Callable | None = None,
     ):
         args = OrthoGradConfig(output_dir="tmp_trainer") if args is None else args
@@ -85,10 +86,11 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             args = watching.keep_best_model(args)
         self.forget_dataset, self.has_retain = forget_dataset, not validation.is_empty(train_dataset)
         # kept from Trainer, which would take its loss as already scaled for accumulation
-        self.per_sample_loss_func = compute_loss_func if unlearns else None
-        self.divergence_func, self.retain_term = compute_divergence_func, None
+        self.per_sample_loss_func, compute_loss_func = (
+            (compute_loss_func, None) if unlearns else (None, compute_loss_func)
+        )
+        self.divergence_func, self.ref_model, self.retain_term = compute_divergence_func, ref_model, None
         train_dataset = train_dataset if self.has_retain or not unlearns else forget_dataset
-        compute_loss_func = None if unlearns else compute_loss_func
         given = model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init
         given += compute_loss_func, compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs
         # past Seq2SeqTrainer's own constructor, which knows no `optimizer_cls_and_kwargs` and no arguments but its own
@@ -110,7 +112,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         validation.check_launch(args, self.accelerator.state, model)
         validation.find_parameters(model, args)
         self.per_sample_loss = PerSampleLoss(model, self.per_sample_loss_func, self.divergence_func)
-        validation.check_retain_loss(args, self.per_sample_loss)
+        validation.check_retain_loss(args, self.per_sample_loss, self.ref_model, model)
         if args.check_overlap and self.has_retain and self.is_world_process_zero():
             validation.check_overlap(self.forget_dataset, self.train_dataset, self.per_sample_loss.model)
         self._observers = watching.set_callbacks(self)

@@ -60,7 +60,11 @@ def is_as_expected(folder: Path, expected: list[dict]) -> bool:
     )
     in_order = all(publishing.verify(model) == [] for model in models)
     in_order = in_order and len(publishing.load_records(history.model)) == REQUESTS
-    left = [path.name for path in folder.rglob("*") if path.name in ("run", "public") or ".partial" in path.name]
+    left = [
+        path.name
+        for path in folder.rglob("*")
+        if path.name in ("run", "public") or path.suffix in (".partial", ".removed")
+    ]
     return same and in_order and not left and all(not one.problems for one in history.check())
 
 

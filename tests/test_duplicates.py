@@ -86,6 +86,13 @@ def test_what_cannot_be_sketched_is_named():
     sound = {"array": np.zeros(16_000), "sampling_rate": 16_000}
     with pytest.raises(ValueError, match="Row 1 is a float, neither text, tokens nor audio"):
         Sketches.of(["a", 0.5], SALT)
+    with pytest.raises(ValueError, match="Row 0 is a list, neither text"):
+        Sketches.of([[0.25, 0.5]], SALT)
+    assert Sketches.of(["", "..."], SALT).find(["", "a", "!"], SALT) == []
+    assert Sketches.of(["\u4eca\u65e5\u306f\u826f\u3044\u5929\u6c17"], SALT).find(
+        ["\u4eca\u65e5\u306f\u826f\u3044\u5929\u6c14"], SALT
+    )
+    assert Sketches.of(["Jos\u00e9 came home"], SALT).find(["Jose\u0301 came home"], SALT) == [(0, 1.0)]
     with pytest.raises(ValueError, match="make a sketch of each column"):
         Sketches.of(["a", sound], SALT)
     with pytest.raises(ValueError, match="`rows` are not what was sketched"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,8 @@ def test_requests_are_merged_into_one_run(history, sets):
     (record,) = publishing.load_records(history.model)
     assert record.request_id == "case-1, case-2, case-3" and len(record.commitments) == 12
     assert [one.problems for one in history.check()] == [[], [], []]
+    with pytest.raises(ValueError, match="committed to under the salt of request 3"):
+        history.delete_data(1, salt=True)
 
 
 def test_earlier_requests_are_held(history, sets):
@@ -143,6 +146,14 @@ def test_earlier_requests_are_held(history, sets):
     with pytest.raises(ValueError, match="`hold_earlier` is True, which holds.*'nll' and 0.5"):
         history.run(maker(sets["retain"]), hold_earlier=True)
     history.roll_back(2)
+    with pytest.raises(
+        ValueError, match=r"`hold_earlier` is True, but rows of earlier requests lack columns.*'extra'"
+    ):
+        more = sets["retain"].add_column("extra", [0] * RETAIN_ROWS)
+        history.run(
+            lambda m, f, r, o: maker(more, retain_loss="kl")(m, f.add_column("extra", [0] * 4), r, o),
+            hold_earlier=True,
+        )
     history.delete_data(1)
     with pytest.raises(ValueError, match=r"rows of requests \[1\] were deleted"):
         history.run(make, hold_earlier=True)
@@ -162,8 +173,19 @@ def test_a_roll_back_makes_later_requests_pending(history, sets):
     assert [one.number for one in history.check()] == [1]
     history.run(make)  # ends where it ended
     assert all(torch.equal(value, last[name]) for name, value in weights(history.model).items())
+    shutil.rmtree(history.requests[1].model)  # an older model may go
+    assert history.pending() == [] and history.run(make) == []
+    with pytest.raises(ValueError, match="models are kept after \\[1, 3\\]"):
+        history.roll_back(2)
     assert [request.number for request in history.roll_back(0)] == [1, 2, 3]
     assert history.model == history.original
+    history.withdraw(2)
+    assert [request.number for request in history.run(make)] == [1, 3]
+    with pytest.raises(ValueError, match="`number` is 3, but its run has begun"):
+        history.withdraw(3)
+    history.delete_data(3)
+    with pytest.raises(ValueError, match=r"rows or salts of requests \[3\] were deleted"):
+        history.roll_back(1)
 
 
 def test_what_was_changed_is_found(history, sets):
@@ -183,10 +205,12 @@ def test_what_was_changed_is_found(history, sets):
     history.add(sets["forget 3"])
     with pytest.raises(ValueError, match="The model to start from.*is not as it was recorded: the chain is broken"):
         history.run(make)
+    (history.requests[0].private / "forget.0.removed").mkdir()  # by a deletion that was killed
     # without rows and salt there is less to check
     history.delete_data(1, salt=True)
     assert len(history.check()[0].problems) == 1
     assert history.requests[0].rows("forget") is None and history.requests[0].salt() is None
+    assert not list(history.folder.rglob("*.removed"))
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
@@ -212,6 +236,18 @@ BAD = {
     "goal": (
         lambda history, rows: history.add(rows, goal="gone"),
         "`goal` must be 'retrained' or 'erased', or left out, but is 'gone'",
+    ),
+    "comma": (
+        lambda history, rows: history.add(rows, request_id="March, first"),
+        "`request_id` is 'March, first', but a comma",
+    ),
+    "transform": (
+        lambda history, rows: history.add(rows.with_transform(VaryImages())),
+        "`forget_dataset` has a transform, which no file keeps",
+    ),
+    "no such request": (
+        lambda history, rows: history.withdraw(4),
+        "`number` is 4, but the history has requests \\[\\]",
     ),
     "name": (
         lambda history, rows: [history.add(rows, request_id="a") for _ in range(2)],

@@ -79,6 +79,6 @@ def test_each_command_does_what_the_guide_says(folder, monkeypatch, capsys):
     assert [seen.step for seen in names["stays"].history] == [0]  # logging_steps has not come yet
 
     last = said(commands[4])
-    assert "Deleted: rows of request 1." in last and "Pending again: [2]" in last
+    assert "Deleted: rows of request 1." in last and "Pending again: [2]" in last and "Withdrawn: request 2." in last
     assert history.requests[0].rows("forget") is None
     assert len(commands) == 5

@@ -206,6 +206,45 @@ def test_a_second_training_holds_on_to_where_it_starts(tmp_path):
     assert logged[0] < 1e-6
 
 
+def test_a_run_holds_on_to_another_model(tmp_path):
+    """Its predictions take the place of the start's; of the start's own weights it is the same run."""
+    base = train(tmp_path, "vit", False, settings(8, **KL))
+    sets = {"train_dataset": base.train_dataset, "forget_dataset": base.forget_dataset}
+
+    def run(ref_model, **changes):
+        args = copy.copy(base.args)
+        for name, value in changes.items():
+            setattr(args, name, value)
+        torch.manual_seed(0)
+        trainer = OrthoGradTrainer(MODELS["vit"](), args, ref_model=ref_model, **sets)
+        trainer.train()
+        return trainer
+
+    def seeded():
+        torch.manual_seed(0)
+        return MODELS["vit"]()
+
+    assert apart(end_of(run(seeded())), end_of(run(None))) < 1e-6
+    other = seeded()
+    with torch.no_grad():
+        other.classifier.bias += torch.arange(5.0)
+    held = run(other, max_steps=1, logging_steps=1)
+    inputs = batch_of(base.train_dataset)
+    before, start = (model.eval()(**inputs).logits.detach() for model in (other, seeded()))
+    expected = kl_divergence(start[:, None], before[:, None], torch.ones(len(start), 1)).mean().item()
+    logged = next(entry["retain_divergence"] for entry in held.state.log_history if "retain_divergence" in entry)
+    assert expected > 0.1 and logged == pytest.approx(expected, rel=0.5)  # of the step's eight samples
+    assert not any(parameter.requires_grad for parameter in other.parameters())
+    assert held.estimate().memory > 0
+    model = MODELS["vit"]()
+    with pytest.raises(ValueError, match="`ref_model` is the model that is trained"):
+        OrthoGradTrainer(model, base.args, ref_model=model, **sets)
+    args = copy.copy(base.args)
+    args.retain_loss = "nll"
+    with pytest.raises(ValueError, match="`ref_model` is given, but `retain_loss` is 'nll'"):
+        OrthoGradTrainer(model, args, ref_model=other, **sets)
+
+
 @pytest.mark.parametrize("more", [{"projection_target": "update"}, {"projection": "none"}, {"retain_chunk_size": 3}])
 def test_other_settings_hold_on_too(more, tmp_path):
     """The change of predictions is smaller than without the term."""

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from published import rows
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from hf_orthograd import OrthoGradTrainer
 from hf_orthograd.objectives import PerSampleLoss
 from hf_orthograd.requests import RequestHistory, StaysForgotten
 
@@ -14,15 +15,16 @@ from hf_orthograd.requests import RequestHistory, StaysForgotten
 def train_on(make_model, make_samples, tmp_path):
     """Trains a model on new rows and on the forgotten ones, beside callbacks; returns it and the forgotten rows' loss."""
 
-    def train(forgotten, callbacks, *, others=8, steps=30):
+    def train(forgotten, callbacks, *, others=8, steps=30, resume=None, save_strategy="no", **config):
         model = make_model("vit")
         new = [rows(make_samples("vit", others, seed=5))] if others else []
         everything = torch.utils.data.ConcatDataset([forgotten, *new])
         args = TrainingArguments(
             str(tmp_path / "trained"), max_steps=steps, learning_rate=3e-3, per_device_train_batch_size=4, report_to="none",
-            disable_tqdm=True, use_cpu=True, save_strategy="no", remove_unused_columns=False,
+            disable_tqdm=True, use_cpu=True, save_strategy=save_strategy, remove_unused_columns=False, **config,
         )  # fmt: skip
-        Trainer(model, args, train_dataset=everything, callbacks=list(callbacks)).train()
+        # without a forget set it is Trainer, but for weights that have other names in files
+        OrthoGradTrainer(model, args, train_dataset=everything, callbacks=list(callbacks)).train(resume)
         return model, PerSampleLoss(model)(model.eval(), collated(forgotten)).mean().item()
 
     return train
@@ -90,6 +92,27 @@ def test_watching_changes_nothing(train_on, make_samples):
     one, _ = train_on(forgotten, [], steps=4)
     other, _ = train_on(forgotten, [StaysForgotten(forgotten, watch_steps=1)], steps=4)
     assert all(map(torch.equal, one.parameters(), other.parameters()))
+
+
+def test_levels_are_those_that_a_run_began_with(train_on, make_samples, tmp_path):
+    """Also when it goes on from a checkpoint whose model has lost some of it."""
+    forgotten = rows(make_samples("vit", 4, seed=1))
+    first, again = (StaysForgotten(forgotten, watch_steps=10) for _ in range(2))
+    train_on(forgotten, [first], steps=10, save_strategy="steps", save_steps=10)
+    checkpoint = str(tmp_path / "trained" / "checkpoint-10")
+    train_on(forgotten, [again], steps=20, save_strategy="steps", save_steps=10, resume=checkpoint)
+    assert again.history[0].fallen == pytest.approx(first.history[-1].fallen, rel=1e-3)
+    assert first.history[-1].fallen > 0.1
+
+
+def test_what_cannot_be_held_is_refused(train_on, make_samples, make_model):
+    forgotten = rows(make_samples("vit", 4, seed=1))
+    stays = StaysForgotten(forgotten, hold=True)
+    for name in ("fp16", "fsdp", "deepspeed"):
+        args = TrainingArguments("unused")
+        setattr(args, name, True)
+        with pytest.raises(ValueError, match="`hold` is True, but"):
+            stays.on_train_begin(args, TrainerState(), None, make_model("vit"))
 
 
 def test_a_history_gives_the_callback(tmp_path, make_model, make_samples):

@@ -19,6 +19,8 @@ import ablations
 import erasure
 import images
 import retention
+import sequences
+import text
 from harness import Records
 from methods import METHODS, Bench
 from retain_memory import RetainMemoryTrainer
@@ -263,3 +265,53 @@ def test_differences_to_the_default_are_paired(tmp_path):
     retention.write_report(runs, tmp_path / "table.md", ["random", "class"], range(4))
     row = next(line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| NPO |"))
     assert "| 0.050 ± 0.041 | 0.020 ± 0.000 |" in row
+
+
+def test_table_of_requests_in_turn_is_that_of_its_records(tmp_path):
+    runs = json.loads((RESULTS / "study_sequences.json").read_text())["runs"]
+    sequences.write_report(runs, tmp_path / "table")
+    assert numbers_of(tmp_path / "table.md") == numbers_of(RESULTS / "study_sequences.md")
+
+
+def answers(forget, utility, steps=None):
+    """A record of the study of text."""
+    sets = {
+        name: {"probability": 0.5, "rouge": forget} for name in ("forget", "retain", "real_authors", "world_facts")
+    }
+    record = {"sets": sets, "utility": utility, "truth_ratios": [forget, forget + 0.1], "extraction": 0.1}
+    record |= {"forget_loss": 2.0, "quality": 0.04}
+    return record if steps is None else record | {"steps": steps, "seconds": 3.0 * steps}
+
+
+def test_the_study_of_text_compares_at_the_same_requests(tmp_path):
+    runs = {}
+    for seed in (0, 1):
+        runs |= {
+            f"original, author {seed} of 6": answers(0.9, 0.5),
+            f"retrained, author {seed} of 6": answers(0.2, 0.5),
+        }
+        runs[f"{text.DEFAULT}, full, author {seed} of 6"] = answers(0.3, 0.4 + 0.1 * seed, 10)
+        runs[f"NPO, full, author {seed} of 6"] = answers(0.4, 0.3 + 0.1 * seed, 20)
+    runs["GradDiff, full, author 0 of 6"] = answers(0.4, 0.3, 20)  # of one request alone
+    text.write_report(runs, 6, tmp_path / "table")
+    written = (tmp_path / "table.md").read_text()
+    rows = {
+        line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in written.splitlines() if line[:2] == "| "
+    }
+    assert "## All parameters, 2 requests" in written and "LoRA" not in written.split("## ", 2)[1]
+    assert set(rows) == {"method", "original", "retrained", "NPO", text.DEFAULT}
+    assert rows["NPO"][2] == "-0.100 ± 0.000" and rows[text.DEFAULT][2] == ""  # paired: the same in each request
+    assert rows["NPO"][-2:] == ["20, 20", "3.0 |"]
+    assert rows["retrained"][0] == "1, 1"
+    assert (tmp_path / "table.png").exists()
+
+
+def test_a_request_on_text_splits_the_others(tmp_path):
+    study = object.__new__(text.TextStudy)
+    study.authors, study.asked = 3, 4
+    study.rows = [{"question": str(number)} for number in range(3 * text.QUESTIONS)]
+    rows = {name: {int(row["question"]) for row in own} for name, own in study.split(study.request(1)).items()}
+    assert rows["forget"] == set(range(20, 40))
+    assert rows["others"] == set(range(60)) - rows["forget"]
+    assert len(rows["at_hand"]) == 10 and len(rows["retain"]) == 4
+    assert not rows["at_hand"] & rows["retain"] and rows["at_hand"] | rows["retain"] <= rows["others"]

@@ -1,6 +1,7 @@
 """The commands around a published model; each is one call of a function of this package."""
 
 import argparse
+from tempfile import TemporaryDirectory
 
 from datasets import Dataset, load_dataset, load_from_disk
 
@@ -53,11 +54,18 @@ def _card(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def load_rows(path: str) -> Dataset:
-    """A data set of a folder of `save_to_disk`, or a parquet or JSON file."""
+def load_rows(path: str, *, leave_no_copy: bool = False) -> Dataset:
+    """A data set of a folder of `save_to_disk`, or a parquet or JSON file.
+
+    Args:
+        leave_no_copy (`bool`): Whether to hold it in memory, so that no copy of its rows stays in a cache.
+    """
     if path.endswith((".parquet", ".json", ".jsonl")):
-        kind = "parquet" if path.endswith(".parquet") else "json"
-        return load_dataset(kind, data_files=path, split="train")
+        source = {"path": "parquet" if path.endswith(".parquet") else "json", "data_files": path, "split": "train"}
+        if not leave_no_copy:
+            return load_dataset(**source)
+        with TemporaryDirectory() as folder:
+            return load_dataset(**source, cache_dir=folder, keep_in_memory=True)
     return load_from_disk(path)
 
 

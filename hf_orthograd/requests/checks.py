@@ -32,16 +32,17 @@ class CheckedRequest:
         if self.now is None or not self.measured:
             return None
         before, after = (self.measured[when]["forget_loss"] for when in ("before", "after"))
+        if after <= before:  # its run added nothing
+            return None
         return (after - self.now["forget_loss"]) / (after - before)
 
     def __str__(self) -> str:
         parts = [f"request {self.number} ({self.request_id}): " + ("; ".join(self.problems) or "as recorded")]
-        if self.came_back is not None:
+        if self.now is not None and self.measured:
             losses = [self.measured["before"], self.measured["after"], self.now]
             before, after, now = (each["forget_loss"] for each in losses)
-            parts.append(
-                f"loss on its forget set {before:.3f} before, {after:.3f} after, {now:.3f} now: {self.came_back:.0%} came back"
-            )
+            share = "its run added nothing" if self.came_back is None else f"{self.came_back:.0%} came back"
+            parts.append(f"loss on its forget set {before:.3f} before, {after:.3f} after, {now:.3f} now: {share}")
         return "; ".join(parts)
 
 

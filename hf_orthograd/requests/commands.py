@@ -57,9 +57,11 @@ def _begin(parsed: argparse.Namespace) -> int:
 
 
 def _add(parsed: argparse.Namespace) -> int:
-    forget, retain = load_rows(parsed.forget), None if parsed.retain is None else load_rows(parsed.retain)
+    forget, retain = (
+        None if path is None else load_rows(path, leave_no_copy=True) for path in (parsed.forget, parsed.retain)
+    )
     sketch = None if parsed.sketch is None else _column(forget, parsed.sketch)
-    if parsed.sketch is not None and not parsed.keep_sketched:
+    if parsed.sketch is not None and parsed.drop_sketched:
         forget = forget.remove_columns(parsed.sketch)
     settings = {"goal": parsed.goal, "request_id": parsed.request_id, "sketch": sketch}
     request = RequestHistory(parsed.history).add(forget, retain_dataset=retain, **settings)
@@ -116,6 +118,12 @@ def _roll_back(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _withdraw(parsed: argparse.Namespace) -> int:
+    RequestHistory(parsed.history).withdraw(parsed.number)
+    print(f"Withdrawn: request {parsed.number}.")
+    return 0
+
+
 def _delete_data(parsed: argparse.Namespace) -> int:
     RequestHistory(parsed.history).delete_data(parsed.number, salt=parsed.salt)
     print(f"Deleted: rows of request {parsed.number}" + (" and its salt." if parsed.salt else "."))
@@ -142,7 +150,8 @@ _ACTIONS = {
             "--goal": {"choices": [goal for goal in GOALS if goal], "help": "what the model is to be like"},
             "--request_id": {"help": "name of the request, which is published: not of a person; random by default"},
             "--sketch": {"help": "column of text, tokens or audio by whose sketches near duplicates are found later"},
-            "--keep_sketched": _SWITCH | {"help": "leave that column in the rows"},
+            "--drop_sketched": _SWITCH
+            | {"help": "leave that column out of the rows, as the trainer does not take it"},
         },
     ),
     "run": (
@@ -173,6 +182,7 @@ _ACTIONS = {
         "make the model after a request that of today",
         {"number": _NUMBER | {"help": "0: the original"}},
     ),
+    "withdraw": (_withdraw, "delete a request that is pending", {"number": _NUMBER}),
     "delete_data": (
         _delete_data,
         "delete the rows of a request that was carried out",

@@ -6,6 +6,8 @@ spectrogram for audio. A sketch is no secret to who holds both it and the salt: 
 """
 
 import hashlib
+import re
+import unicodedata
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from datasets import Dataset
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
 from ..data.speech import decode_audio
@@ -22,11 +25,14 @@ from ..validation import row_digests
 
 WORDS = 3  # in a row: few enough that a changed word leaves most of a sentence, enough that other sentences share few
 TEXT_SIMILARITY, AUDIO_SIMILARITY = 0.3, 0.7
+_SIGNS = "\u3040-\u30ff\u3400-\u9fff"  # kana, Chinese characters
+_WORD = re.compile(rf"[{_SIGNS}]|[^\W_{_SIGNS}]+")
 # of an audio sketch: mel bands up to a frequency that telephones keep, in steps that are means of ten frames
 _BANDS, _HIGHEST, _RATE = 16, 3800.0, 16_000  # the last two in Hz
 _FRAME, _HOP, _MEAN_OF = 0.025, 0.010, 10  # seconds, seconds, frames
 _QUIET = 30.0  # dB
 _LEAST_OVERLAP = 0.7  # of the shorter of two recordings
+_LEAST_STEPS = 30  # of overlap, 3 s: shorter pieces of speech are alike by chance
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,13 @@ def check_dataset(dataset, records: UnlearningRecord | Sequence[UnlearningRecord
     return sorted(found, key=lambda one: one.row)
 
 
+def same_rows(dataset, rows: Dataset, request_id: str) -> list[Found]:
+    """Rows of a data set that are equal to some of `rows` in the columns that both have."""
+    columns = frozenset(set(dataset.column_names) & set(rows.column_names)) - {"labels"}
+    known = set(row_digests(rows, columns))
+    return [Found(row, request_id, 1.0) for row, one in enumerate(row_digests(dataset, columns)) if one in known]
+
+
 class Sketches:
     """What tells near duplicates of some rows, without the rows.
 
@@ -107,7 +120,7 @@ class Sketches:
         for number, row in enumerate(rows):
             if isinstance(row, Mapping):
                 audio.append(_coarse_spectrogram(decode_audio(row, _RATE)))
-            elif isinstance(row, str) or (isinstance(row, Sequence | np.ndarray) and np.ndim(row) == 1):
+            elif isinstance(row, str) or _are_tokens(row):
                 texts.append(_hashes(row, salt))
             else:
                 raise ValueError(
@@ -125,7 +138,7 @@ class Sketches:
 
         Of text: the share of the sketched row's sequences of three words that stand in the new row, so that a longer text which
         contains it counts. Of audio: the correlation of both spectrograms in steps of 0.1 s, each band's mean removed, at the shift
-        where it is highest. Other words for the same, or the same words read again, are no near duplicates.
+        where it is highest, over 3 s at least. Other words for the same, or the same words read again, are no near duplicates.
 
         Args:
             rows (`Iterable`): As [`of`] takes them.
@@ -182,16 +195,23 @@ def _split(joined: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
 
 
 def _hashes(row: str | Sequence, salt: bytes) -> np.ndarray:
-    """Of each sequence of words, or tokens; of a row of fewer words that of all. Capitals and marks make no difference."""
+    """Of each sequence of words, or tokens; of a row of fewer words that of all, of one without any none."""
     words = _words(row) if isinstance(row, str) else [str(int(token)) for token in row]
+    if not words:
+        return np.zeros(0, dtype=np.uint64)
     count = max(1, len(words) - WORDS + 1)
     sequences = {" ".join(words[start : start + WORDS]) for start in range(count)}
     keyed = (hashlib.blake2b(one.encode(), digest_size=8, key=salt[:64]).digest() for one in sequences)
     return np.sort(np.frombuffer(b"".join(keyed), dtype=np.uint64))
 
 
+def _are_tokens(row) -> bool:
+    return np.ndim(row) == 1 and (len(row) == 0 or np.issubdtype(np.asarray(row).dtype, np.integer))
+
+
 def _words(text: str) -> list[str]:
-    return "".join(sign if sign.isalnum() else " " for sign in text.lower()).split()
+    """Capitals, marks and ways to write a letter make no difference; where words are not set apart, signs are words."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
 def _coarse_spectrogram(samples: np.ndarray) -> np.ndarray:
@@ -232,6 +252,6 @@ def _best_correlations(spectrograms: list[np.ndarray], new: np.ndarray) -> float
     overlap = np.rint(correlate(present, ones))
     own_energy = correlate((padded**2).sum(axis=2, keepdims=True), ones)
     new_energy = correlate(present, (new**2).sum(axis=1, keepdims=True))
-    enough = overlap >= _LEAST_OVERLAP * np.minimum(lengths, len(new))[:, None]
+    enough = overlap >= np.maximum(_LEAST_OVERLAP * np.minimum(lengths, len(new)), _LEAST_STEPS)[:, None]
     scale = np.sqrt(np.maximum(own_energy * new_energy, 1e-6))
     return float(np.where(enough, correlate(padded, new) / scale, -1.0).max())

@@ -27,8 +27,8 @@ from .. import publishing
 from ..evaluation import UnlearningReport
 from ..trainer import OrthoGradTrainer
 from .checks import CheckedRequest, check_record
-from .duplicates import Found, check_dataset
-from .request import PLAN_NAME, Request, write_json
+from .duplicates import Found, check_dataset, same_rows
+from .request import PLAN_NAME, SKETCHES_NAME, Request, write_json
 from .running import MakeTrainer, carry_out, in_first_process, joined, measure_rows
 from .staying import StaysForgotten
 
@@ -73,23 +73,25 @@ class RequestHistory:
         folder, source = Path(folder), Path(model)
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"`folder` {str(folder)!r} is not empty. Name a new one for the history.")
-        partial = folder.with_name(f"{folder.name}.partial")
-        if partial.exists():
-            shutil.rmtree(partial)
-        (partial / _REQUESTS).mkdir(parents=True)
-        if source.is_dir():
-            names = publishing.published_files(source)
-            if not any(map(publishing.is_weights, names)):
-                raise ValueError(
-                    f"`model` {str(model)!r} holds no weights in safetensors: save it by `save_pretrained`."
-                )
-            (partial / _ORIGINAL).mkdir()
+        names = publishing.published_files(source) if source.is_dir() else []
+        if source.is_dir() and not any(map(publishing.is_weights, names)):
+            raise ValueError(f"`model` {str(model)!r} holds no weights in safetensors: save it by `save_pretrained`.")
+
+        def write() -> None:
+            unfinished = folder.with_name(f"{folder.name}.partial")
+            if unfinished.exists():
+                shutil.rmtree(unfinished)
+            (unfinished / _REQUESTS).mkdir(parents=True)
             for name in names:
-                shutil.copy2(source / name, partial / _ORIGINAL / name)
-        write_json(partial / _HISTORY_NAME, {"original": None if source.is_dir() else str(model)})
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+                target = unfinished / _ORIGINAL / name
+                target.parent.mkdir(exist_ok=True)
+                shutil.copy2(source / name, target)
+            write_json(unfinished / _HISTORY_NAME, {"original": None if names else str(model)})
+            if folder.exists():
+                folder.rmdir()
+            unfinished.rename(folder)
+
+        in_first_process(write)
         return cls(folder)
 
     # ---- What is there ----
@@ -108,13 +110,29 @@ class RequestHistory:
     @property
     def model(self) -> str:
         """The model after all that was done, as `from_pretrained` takes it."""
-        done = [request for request in self.requests if request.model.exists()]
-        return str(done[-1].model) if done else self.original
+        kept = [request for request in self.requests if request.model.exists()]
+        return str(kept[-1].model) if kept else self.original
+
+    def request(self, number: int) -> Request:
+        """That of a number.
+
+        Raises:
+            ValueError: There is none.
+        """
+        found = {request.number: request for request in self.requests}
+        if number not in found:
+            raise ValueError(f"`number` is {number}, but the history has requests {sorted(found)}.")
+        return found[number]
 
     def carrier(self, request: Request) -> Request | None:
-        """The request whose run carried this one out: itself, or a later one that it was merged into."""
-        for other in self.requests:
-            if other.model.exists() and request.number in other.plan["numbers"]:
+        """The request whose run carried this one out: itself, or a later one that it was merged into.
+
+        A model that is there tells that all runs before it are over, also where their models were deleted.
+        """
+        requests = self.requests
+        last = max((other.number for other in requests if other.model.exists()), default=0)
+        for other in requests:
+            if other.number <= last and other.plan is not None and request.number in other.plan["numbers"]:
                 return other
         return None
 
@@ -147,21 +165,29 @@ class RequestHistory:
             ValueError: No rows, another goal, a name that is taken.
         """
         for name, rows in (("forget_dataset", forget_dataset), ("retain_dataset", retain_dataset)):
-            if rows is not None and not isinstance(rows, Dataset):
+            if rows is None:
+                continue
+            if not isinstance(rows, Dataset):
                 raise ValueError(
                     f"`{name}` is a {type(rows).__name__}, but is kept as files: pass a datasets.Dataset."
                 )
+            if rows.format["type"] == "custom":
+                raise ValueError(f"`{name}` has a transform, which no file keeps: set it in `make_trainer`.")
         if len(forget_dataset) == 0:
             raise ValueError("`forget_dataset` is empty: there is nothing to forget.")
         if goal not in GOALS:
             raise ValueError(f"`goal` must be 'retrained' or 'erased', or left out, but is {goal!r}.")
-        earlier = self.requests
-        request_id = request_id or uuid.uuid4().hex
-        if request_id in {request.request_id for request in earlier}:
+        if request_id is not None and "," in request_id:
+            raise ValueError(f"`request_id` is {request_id!r}, but a comma stands between those of a merged run.")
+        if request_id in {request.request_id for request in self.requests}:
             raise ValueError(f"`request_id` {request_id!r} is that of an earlier request. Choose another.")
-        number = earlier[-1].number + 1 if earlier else 1
+        in_first_process(partial(self._write, request_id, goal, forget_dataset, retain_dataset, sketch))
+        return self.requests[-1]
+
+    def _write(self, request_id: str | None, goal: str | None, *rows) -> None:
+        number = max((request.number for request in self.requests), default=0) + 1
         folder = self.folder / _REQUESTS / f"{number:04d}"
-        return Request.write(folder, number, request_id, goal, forget_dataset, retain_dataset, sketch)
+        Request.write(folder, number, request_id or uuid.uuid4().hex, goal, *rows)
 
     def run(
         self,
@@ -193,12 +219,20 @@ class RequestHistory:
         done = []
         while pending := self.pending():
             begun = next((request for request in pending if request.has_begun), None)
+            if begun is not None and (
+                begun.plan["hold_earlier"] != hold_earlier or merge != (len(begun.plan["numbers"]) > 1)
+            ):
+                logger.warning(
+                    f"The run of requests {begun.plan['numbers']} goes on as it was planned, with hold_earlier="
+                    f"{begun.plan['hold_earlier']}. `roll_back` to the request before it begins it anew."
+                )
             if begun is None:  # a plan that came to nothing, as its arguments were refused, is made anew
                 numbers = [request.number for request in pending] if merge else [pending[0].number]
-                begun = self.requests[numbers[-1] - 1]
+                begun = self.request(numbers[-1])
                 in_first_process(partial(self._make_plan, begun, numbers, hold_earlier))
-            requests = [self.requests[number - 1] for number in begun.plan["numbers"]]
-            earlier = self.requests[: requests[0].number - 1] if begun.plan["hold_earlier"] else []
+            requests = [self.request(number) for number in begun.plan["numbers"]]
+            others = [request for request in self.requests if request.number < requests[0].number]
+            earlier = others if begun.plan["hold_earlier"] else []
             source = self.model
             if source != self.original and (problems := publishing.verify(source)):
                 raise ValueError(
@@ -247,15 +281,20 @@ class RequestHistory:
         found: dict[tuple[int, str], Found] = {}
         records = publishing.load_records(self.model)
         for request in self.requests:
-            carrier, salt, sketches = self.carrier(request), request.salt(), request.sketches()
-            exact = []
-            if carrier == request and salt is not None:
-                exact = check_dataset(dataset, [one for one in records if one.is_sealed_by(salt)], salt)
-            if column is not None and salt is not None and sketches is not None:
-                exact += [Found(row, request.request_id, score) for row, score in sketches.find(column, salt)]
-            for one in exact:
-                known = found.setdefault((one.row, one.request_id), one)
-                found[one.row, one.request_id] = max(known, one, key=lambda each: each.similarity)
+            salt, sketches, rows = request.salt(), request.sketches(), request.rows("forget")
+            known = []
+            if self.carrier(request) == request and salt is not None:
+                known = check_dataset(dataset, [one for one in records if one.is_sealed_by(salt)], salt)
+            elif rows is not None:
+                known = same_rows(dataset, rows, request.request_id)
+            near = column is not None and salt is not None and sketches is not None
+            if near:
+                known += [Found(row, request.request_id, score) for row, score in sketches.find(column, salt)]
+            if not near and salt is None and rows is None:
+                logger.warning(f"Request {request.number} is not looked for: its rows and its salt were deleted.")
+            for one in known:
+                before = found.setdefault((one.row, one.request_id), one)
+                found[one.row, one.request_id] = max(before, one, key=lambda each: each.similarity)
         return sorted(found.values(), key=lambda one: (-one.similarity, one.row))
 
     def stays_forgotten(self, data_collator: Callable = default_data_collator, **settings) -> StaysForgotten:
@@ -281,35 +320,75 @@ class RequestHistory:
         Models of later requests are deleted. What they had forgotten is in the model again, until [`run`].
 
         Raises:
-            ValueError: No model was kept after that request.
+            ValueError: No model was kept after that request, or rows of a later one were deleted: it could not be carried out
+                again.
         """
         known = {request.number for request in self.requests if request.model.exists()}
         if number != 0 and number not in known:
             raise ValueError(
                 f"`number` is {number}, but models are kept after {sorted(known)}, and 0 for the original."
             )
-        undone = []
-        for request in reversed(self.requests):  # the newest first: what is left is a history at any moment
-            if request.number > number and request.plan is not None:
-                undone += request.plan["numbers"] if request.model.exists() else []
-                _remove(request.model)
-                (request.folder / PLAN_NAME).unlink()
-                _remove(request.run_folder)
-        return [request for request in self.requests if request.number in undone]
+        later = [request for request in self.requests if request.number > number and request.plan is not None]
+        undone = [self.request(one) for request in later for one in request.plan["numbers"]]
+        lost = [request.number for request in undone if request.rows("forget") is None or request.salt() is None]
+        if lost:
+            raise ValueError(
+                f"`number` is {number}, but rows or salts of requests {lost} were deleted: they could not be carried out again."
+            )
+        in_first_process(partial(self._undo, later))
+        return [request for request in undone if self.carrier(request) is None]
 
-    def delete_data(self, number: int, *, salt: bool = False) -> None:
-        """Deletes the rows of a request that was carried out, and with `salt` what its commitments can be checked by.
+    def _undo(self, later: list[Request]) -> None:
+        for request in reversed(later):  # the newest first: what is left is a history at any moment
+            _remove(request.model)
+            (request.folder / PLAN_NAME).unlink(missing_ok=True)
+        self._tidy()
+
+    def withdraw(self, number: int) -> None:
+        """Deletes a request that is pending.
 
         Raises:
-            ValueError: There is no such request, or it is pending.
+            ValueError: There is no such request, or a run has begun or ended with it.
         """
-        request = next((one for one in self.requests if one.number == number), None)
-        if request is None or self.carrier(request) is None:
+        request = self.request(number)
+        plans = [other.plan for other in self.requests if other.has_begun]
+        if self.carrier(request) is not None or any(number in plan["numbers"] for plan in plans):
+            raise ValueError(
+                f"`number` is {number}, but its run has begun: `roll_back` to the request before it first."
+            )
+        in_first_process(partial(_remove, request.folder))
+
+    def delete_data(self, number: int, *, salt: bool = False) -> None:
+        """Deletes the rows of a request that was carried out.
+
+        Args:
+            number (`int`): Of the request.
+            salt (`bool`): Also that which its commitments can be checked by, and its sketches. Requests that were merged share
+                the salt of the last of them.
+
+        Raises:
+            ValueError: There is no such request, it is pending, its rows are held by a run that has begun, or its salt is that
+                of another.
+        """
+        request = self.request(number)
+        carrier = self.carrier(request)
+        if carrier is None:
             raise ValueError(f"`number` is {number}, which is no request that was carried out: its data are needed.")
-        for name in ("forget", "retain"):
+        if any(other.has_begun and other.plan["hold_earlier"] for other in self.pending()):
+            raise ValueError(
+                f"`number` is {number}, whose rows are held by a run that has begun: end it by `run` first."
+            )
+        if salt and carrier != request:
+            raise ValueError(
+                f"`number` is {number}, whose rows are committed to under the salt of request {carrier.number}, that it was merged "
+                "into: delete that one's."
+            )
+        in_first_process(partial(self._delete, request, salt))
+
+    def _delete(self, request: Request, salt: bool) -> None:
+        for name in ("forget", "retain", *((publishing.SALT_NAME, SKETCHES_NAME) if salt else ())):
             _remove(request.private / name)
-        if salt:
-            (request.private / publishing.SALT_NAME).unlink(missing_ok=True)
+        self._tidy()
 
     def _make_plan(self, carrier: Request, numbers: list[int], hold_earlier: bool) -> None:
         for request in self.pending():
@@ -317,21 +396,19 @@ class RequestHistory:
         write_json(carrier.folder / PLAN_NAME, {"numbers": numbers, "hold_earlier": hold_earlier})
 
     def _tidy(self) -> None:
-        """Removes what a run that is over, or was killed, left behind."""
-        for path in (self.folder / _REQUESTS).glob("*.partial"):
-            shutil.rmtree(path)
+        """Removes what a run that is over, or anything that was killed, left behind."""
+        folder = self.folder / _REQUESTS
+        for path in [*folder.glob("*.partial"), *folder.rglob("*.removed")]:
+            _remove(path)
         for request in self.requests:
-            _remove(request.folder / f"{request.model.name}.removed")
-            if request.model.exists() or request.plan is None:
+            if request.plan is None or self.carrier(request) is not None:
                 _remove(request.run_folder)
 
 
-def _remove(folder: Path) -> None:
-    """Takes a folder away in one step, then deletes it."""
-    if folder.exists():
-        gone = folder.with_name(f"{folder.name}.removed")
-        if gone != folder and not folder.name.endswith(".removed"):
-            if gone.exists():
-                shutil.rmtree(gone)
-            folder = folder.rename(gone)
-        shutil.rmtree(folder)
+def _remove(path: Path) -> None:
+    """Takes a file or folder away in one step, then deletes it."""
+    if not path.exists():
+        return
+    if path.suffix != ".removed":
+        path = path.rename(path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.removed"))
+    shutil.rmtree(path) if path.is_dir() else path.unlink()

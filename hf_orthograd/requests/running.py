@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
 
 from .. import publishing
@@ -35,6 +36,9 @@ def carry_out(
         source (`str`): The model to start from.
     """
     sets = {request.number: request.rows("forget") for request in requests}
+    lost = [number for number, rows in sets.items() if rows is None]
+    if lost:
+        raise ValueError(f"The rows of requests {lost} are not there: they cannot be carried out.")
     forget, retain = joined(list(sets.values())), joined([request.rows("retain") for request in requests])
     trainer = make_trainer(source, forget, retain, str(carrier.run_folder))
     _check_trainer(trainer, forget, carrier)
@@ -71,18 +75,36 @@ def _hold(trainer: OrthoGradTrainer, earlier: Sequence[Request]) -> None:
     missing = [number for number, own in rows.items() if own is None]
     if missing:
         raise ValueError(f"`hold_earlier` is True, but the rows of requests {missing} were deleted. Leave it out.")
-    retain, shown = trainer.train_dataset, trainer.train_dataset.format
-    plain = [own.with_format(None) for own in (retain, *(own.cast(retain.features) for own in rows.values()))]
+    retain = trainer.train_dataset
+    if not isinstance(retain, Dataset):
+        raise ValueError(
+            f"`hold_earlier` is True, but `train_dataset` is a {type(retain).__name__}: make it a datasets.Dataset."
+        )
+    absent = {name: set(retain.column_names) - set(own.column_names) for name, own in rows.items()}
+    if any(absent.values()):
+        raise ValueError(
+            f"`hold_earlier` is True, but rows of earlier requests lack columns of `train_dataset`: {absent}."
+        )
+    shown = retain.format
+    held = [own.with_format(None).select_columns(retain.column_names).cast(retain.features) for own in rows.values()]
+    plain = [retain.with_format(None), *held]
     shown = {**shown.pop("format_kwargs"), **shown}  # as the retain rows are shown, or varied
     trainer.train_dataset = concatenate_datasets(plain).with_format(**shown)
 
 
 def in_first_process(call: Callable[[], object]) -> None:
-    """Makes the call in one process; all others wait for it."""
-    state = PartialState()
+    """Makes the call in one process. Where it fails all raise, so that none waits for the first."""
+    state, error = PartialState(), None
     if state.is_main_process:
-        call()
-    state.wait_for_everyone()
+        try:
+            call()
+        except Exception as caught:
+            error = caught
+    (failure,) = broadcast_object_list([None if error is None else f"{type(error).__name__}: {error}"])
+    if error is not None:
+        raise error
+    if failure is not None:
+        raise RuntimeError(f"The first process could not go on: {failure}")
 
 
 def joined(sets: list[Dataset | None]) -> Dataset | None:

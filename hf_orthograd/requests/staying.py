@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import TrainerCallback, default_data_collator
 from transformers.utils import logging
@@ -15,6 +16,7 @@ from ..trials import preserved_modes, preserved_random_state
 
 
 logger = logging.get_logger(__name__)
+_LEVELS = "forgotten_levels"  # in the trainer's state, and so in its checkpoints
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class StaysForgotten(TrainerCallback):
 
     Held, each optimizer step's gradient g loses what would lower the mean loss of some forgotten rows,
     `g - max(0, <g, f>) / <f, f> f`, with f the gradient of that loss; and rows whose loss is below its level are pushed back to
-    it, by the gradient of `mean(max(0, level - loss))`. This takes one more forward and backward pass of `batch_size` rows a
+    it, by the gradient of `mean(max(0, level - loss))`, which clipping does not reach. Processes take rows of their own. This takes one more forward and backward pass of `batch_size` rows a
     step. Momentum and Adam's scaling bend what is left: hence the second part.
 
     Args:
@@ -90,25 +92,27 @@ class StaysForgotten(TrainerCallback):
         self.history: list[Watched] = []
 
     def on_train_begin(self, args, state, control, model: nn.Module, **kwargs):
-        if self._hold and is_sharded(model):
+        if self._hold and (is_sharded(model) or args.fsdp or args.deepspeed):
             raise ValueError(
-                "`hold` is True, but the model is sharded: each process has a part of the gradient. Leave it out."
+                "`hold` is True, but FSDP and DeepSpeed give each process a part of the gradient, or keep it. Leave it out."
             )
-        if self._hold and args.fp16 and not args.max_grad_norm:
+        if self._hold and args.fp16:
             raise ValueError(
-                "`hold` is True, but with fp16 and `max_grad_norm`=0 gradients stay scaled. Set `max_grad_norm`, or bf16."
+                "`hold` is True, but fp16 scales losses, which the gradients added here are not. Set `bf16`."
             )
         self._losses_of = PerSampleLoss(model, self._loss_func)
         self._order = torch.randperm(len(self._dataset), generator=torch.Generator().manual_seed(args.seed))
-        found = self._measure(model) if self._given is None else torch.as_tensor(self._given, dtype=torch.float32)
+        found = state.stateful_callbacks.get(_LEVELS, self._given)  # of a run that goes on, those it began with
+        found = self._measure(model) if found is None else torch.as_tensor(found, dtype=torch.float32)
         self._levels = found.expand(len(self._dataset)).to(args.device)
+        state.stateful_callbacks[_LEVELS] = self._levels.tolist()
         self.history.clear()
         self._watch(state.global_step, self._measure(model).mean().item())
 
     def on_pre_optimizer_step(self, args, state, control, model: nn.Module, **kwargs):
         if not self._hold:
             return
-        first = state.global_step * self._batch_size
+        first = (state.global_step * args.world_size + args.process_index) * self._batch_size
         rows = [int(self._order[(first + place) % len(self._order)]) for place in range(self._batch_size)]
         trained = [
             parameter for parameter in model.parameters() if parameter.requires_grad and parameter.grad is not None
@@ -120,10 +124,14 @@ class StaysForgotten(TrainerCallback):
             # both from one graph, which the second frees
             falls = torch.autograd.grad(losses.mean(), trained, retain_graph=True, allow_unused=True)
             lifts = torch.autograd.grad(lifted, trained, allow_unused=True)
-        _project(trained, falls)
-        for parameter, lift in zip(trained, lifts, strict=True):
-            if lift is not None:
-                parameter.grad.add_(lift)
+        falls, lifts = (
+            reduce(
+                [torch.zeros_like(p) if own is None else own for p, own in zip(trained, found, strict=True)], "mean"
+            )
+            for found in (falls, lifts)
+        )
+        _project([parameter.grad for parameter in trained], falls)
+        torch._foreach_add_([parameter.grad for parameter in trained], lifts)
 
     def on_step_end(self, args, state, control, model: nn.Module, **kwargs):
         every = self._watch_steps or max(1, int(state.logging_steps))
@@ -159,14 +167,13 @@ class StaysForgotten(TrainerCallback):
         return self._losses_of(model, inputs)
 
 
-def _project(parameters: list[nn.Parameter], falls: tuple[Tensor | None, ...]) -> None:
-    """Takes out of the parameters' gradients what a step along them would lower the loss by that `falls` is the gradient of."""
-    pairs = [(own.grad, fall) for own, fall in zip(parameters, falls, strict=True) if fall is not None]
-    if not pairs:
-        return
-    gradients, directions = map(list, zip(*pairs, strict=True))
-    dots = torch.stack([torch.sum(own.float() * fall.float()) for own, fall in pairs]).sum()
-    squares = torch.stack(torch._foreach_norm(directions)).square().sum()
+def _project(gradients: list[Tensor], falls: list[Tensor]) -> None:
+    """Takes out of gradients what a step along them would lower the loss by that `falls` is the gradient of, in place."""
+    dots = torch.stack(
+        [torch.sum(own.float() * fall.float()) for own, fall in zip(gradients, falls, strict=True)]
+    ).sum()
+    squares = torch.stack(torch._foreach_norm(falls, 2, dtype=torch.float32)).square().sum()
     # on the device: to look at the sign would make it wait
     share = (dots / squares.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=0)
-    torch._foreach_sub_(gradients, torch._foreach_mul(directions, share))
+    for own, fall in zip(gradients, falls, strict=True):
+        own.copy_(own.float() - share * fall.float())

@@ -44,12 +44,24 @@ def _cut(batch: Batch) -> list[Batch]:
     return [Batch({**batch.inputs, **part}, 1) for part in parts]
 
 
-def check_retain_loss(args: OrthoGradConfig, per_sample_loss: PerSampleLoss) -> None:
+def check_retain_loss(
+    args: OrthoGradConfig, per_sample_loss: PerSampleLoss, ref_model: nn.Module | None, model: nn.Module
+) -> None:
     """Checks that what `retain_loss` asks for is known.
 
     Raises:
-        ValueError: "kl" with a loss of the user's own, whose divergence is not known.
+        ValueError: "kl" with a loss of the user's own, whose divergence is not known; or a `ref_model` that nothing is held to,
+            or that is trained itself.
     """
+    if ref_model is not None and not args.keeps_predictions:
+        raise ValueError(
+            f"`ref_model` is given, but `retain_loss` is {args.retain_loss!r} with `alpha` {args.alpha}: nothing is held to it. Set "
+            "retain_loss='kl' and `alpha` above 0, or leave it out."
+        )
+    if ref_model is model:
+        raise ValueError(
+            "`ref_model` is the model that is trained: leave it out to hold to its start, or load it anew."
+        )
     if args.keeps_predictions and not per_sample_loss.has_divergence:
         raise ValueError(
             "`retain_loss` is 'kl', and with a `compute_loss_func` of your own it is not known what diverges. Pass "
