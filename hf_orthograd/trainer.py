@@ -86,9 +86,8 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             args = watching.keep_best_model(args)
         self.forget_dataset, self.has_retain = forget_dataset, not validation.is_empty(train_dataset)
         # kept from Trainer, which would take its loss as already scaled for accumulation
-        self.per_sample_loss_func, compute_loss_func = (
-            (compute_loss_func, None) if unlearns else (None, compute_loss_func)
-        )
+        self.per_sample_loss_func = compute_loss_func if unlearns else None
+        compute_loss_func = None if unlearns else compute_loss_func
         self.divergence_func, self.ref_model, self.retain_term = compute_divergence_func, ref_model, None
         train_dataset = train_dataset if self.has_retain or not unlearns else forget_dataset
         given = model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init
@@ -323,7 +322,6 @@ class OrthoGradTrainer(Seq2SeqTrainer):
 
     def create_model_card(self, *args, report=None, **kwargs) -> None:
         """As in Trainer; with a forget set all that may be published, in `output_dir/public`, its card from a `report`.
-
         `kwargs` are the fields of [`~hf_orthograd.publishing.CardOptions`].
         """
         if self.forget_dataset is None:
