@@ -42,7 +42,7 @@ def test_called_methods():
 
 def test_constructor_takes_what_trainer_takes_in_its_order():
     ours = inspect.signature(OrthoGradTrainer.__init__).parameters
-    own = ["forget_dataset", "compute_divergence_func"]
+    own = ["forget_dataset", "ref_model", "compute_divergence_func"]
     assert [name for name in ours if name not in own] == names(Trainer.__init__)
     assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in own)
     assert set(names(Seq2SeqTrainer.__init__)) <= set(ours)
