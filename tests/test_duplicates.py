@@ -115,7 +115,8 @@ def copies(array, rate, generator):
 def test_nearly_the_same_recording_is_found():
     speech = load_dataset("parquet", data_files=str(SPEECH / "test-*.parquet"), split="train")
     speech = speech.cast_column("audio", Audio(decode=False)).select(range(110))["audio"]
-    forgotten, others = list(speech)[:10], list(speech)[10:]
+    speech = [one for one in speech if len(decode_audio(one, 16_000)) > 5 * 16_000]  # shorter ones are not looked for
+    forgotten, others = speech[:10], speech[10:]
     sketches, generator = Sketches.of(forgotten, SALT), np.random.default_rng(0)
     found = {}
     for one in forgotten:
