@@ -158,7 +158,9 @@ def estimate_run(trainer) -> Estimate:
             chunk_size=chunk_size,
             optimizer_bytes=optimizer_state_bytes(args.optim.value),
             keeps_predictions=args.keeps_predictions,
-            reference_bytes=sum(p.nbytes for p in trainer.ref_model.parameters()) if trainer.ref_model else 0,
+            reference_bytes=sum(p.nbytes for p in trainer.ref_model.parameters())
+            if trainer.ref_model is not None
+            else 0,
         )
 
 

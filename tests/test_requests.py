@@ -71,7 +71,7 @@ def test_requests_are_carried_out_one_after_the_other(history, sets):
     assert [request.request_id for request in history.pending()] == ["case-1", "case-2"]
     assert history.model == history.original
     make = maker(sets["retain"])
-    report = lambda trainer: evaluate_unlearning(trainer, datasets={"forget": trainer.forget_dataset})  # noqa: E731
+    report = lambda trainer: evaluate_unlearning(trainer, datasets={"forget": trainer.forget_dataset}, goal="erased")  # noqa: E731
     done = history.run(make, make_report=report)
 
     assert [request.number for request in done] == [1, 2] and history.pending() == []
@@ -87,6 +87,7 @@ def test_requests_are_carried_out_one_after_the_other(history, sets):
     assert [record.request_id for record in records] == ["case-1", "case-2"]
     assert publishing.verify(second.model, salt=second.salt()) == []
     assert records[1].previous == records[0].digest()
+    assert [record.goal for record in records] == ["erased", "erased"]
     # nothing of the owner's lies where it could be published
     assert {path.name for path in second.model.iterdir()} <= set(publishing.published_files(second.model))
 
@@ -110,7 +111,7 @@ def test_requests_are_carried_out_one_after_the_other(history, sets):
 
 def test_requests_are_merged_into_one_run(history, sets):
     for number in (1, 2, 3):
-        history.add(sets[f"forget {number}"], request_id=f"case-{number}", retain_dataset=None)
+        history.add(sets[f"forget {number}"], request_id=f"case-{number}", goal="retrained")
     seen = []
 
     def make(model, forget, retain, output_dir):
@@ -123,6 +124,7 @@ def test_requests_are_merged_into_one_run(history, sets):
     assert carriers == [3, 3, 3]
     (record,) = publishing.load_records(history.model)
     assert record.request_id == "case-1, case-2, case-3" and len(record.commitments) == 12
+    assert record.goal == "retrained"
     assert [one.problems for one in history.check()] == [[], [], []]
     with pytest.raises(ValueError, match="committed to under the salt of request 3"):
         history.delete_data(1, salt=True)

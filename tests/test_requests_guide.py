@@ -64,7 +64,7 @@ def test_each_command_does_what_the_guide_says(folder, monkeypatch, capsys):
     march = said(commands[1])
     assert march.startswith("Added: request 1 (case-17), 10 rows.\n") and "Done: request 1 (case-17)." in march
     april = said(commands[2])
-    assert "1 case-17: done; 10 rows; kept: rows, salt, sketches\n" in april
+    assert "1 case-17; erased: done; 10 rows; kept: rows, salt, sketches\n" in april
     assert re.search(r"request 1 \(case-17\): as recorded; loss on its forget set .* came back", april)
     history = RequestHistory("history")
     assert history.pending() == []

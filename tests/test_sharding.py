@@ -82,7 +82,7 @@ def test_what_is_sharded_is_published_whole_or_refused_in_all_processes(launches
         assert error.startswith("ValueError: A sharded LoRA model cannot be merged here") and "in one process" in error
     first, second = launches["saved in parts"]["card_errors"]
     assert first.startswith("ValueError: `save_model()` saved no weights") and "FULL_STATE_DICT" in first
-    assert second == f"RuntimeError: The first process could not publish: {first}"
+    assert second == f"RuntimeError: The first process failed: {first}"
     assert verify(folder / "public") == []  # of the run before
 
 

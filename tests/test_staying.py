@@ -113,6 +113,10 @@ def test_what_cannot_be_held_is_refused(train_on, make_samples, make_model):
         setattr(args, name, True)
         with pytest.raises(ValueError, match="`hold` is True, but"):
             stays.on_train_begin(args, TrainerState(), None, make_model("vit"))
+    args = TrainingArguments("unused", hub_strategy="all_checkpoints")
+    args.push_to_hub = True
+    with pytest.raises(ValueError, match="which pushes checkpoints, and in them losses of what was forgotten"):
+        StaysForgotten(forgotten).on_train_begin(args, TrainerState(), None, make_model("vit"))
 
 
 def test_a_history_gives_the_callback(tmp_path, make_model, make_samples):

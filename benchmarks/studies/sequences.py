@@ -54,6 +54,7 @@ _VARIED = {"extra": KL, "varied": True}
 VARIANTS = {
     "all at once": Variant("orthograd_npo", 1e-4, **_VARIED),
     OURS: Variant("orthograd_npo", 1e-4, **_VARIED),
+    f"{OURS}, 3e-5": Variant("orthograd_npo", 3e-5, **_VARIED),
     f"{OURS}, earlier held": Variant("orthograd_npo", 1e-4, **_VARIED, held=True),
     f"{OURS}, to the original": Variant("orthograd_npo", 1e-4, **_VARIED, to_original=True),
     f"{OURS}, to the original, 3e-5": Variant("orthograd_npo", 3e-5, **_VARIED, to_original=True),

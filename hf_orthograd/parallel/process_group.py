@@ -4,9 +4,9 @@ Every process has its own retain samples. The forget gradient is averaged over a
 gradients each process keeps its own, and only blocks of them travel, to be multiplied with everybody else's.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
@@ -15,6 +15,7 @@ from torch import Tensor
 
 # numbers that are sent at once, as DDP's buckets of 25 MiB
 _BUCKET = 25 << 18
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,25 @@ class ProcessGroup:
         decisions = [decision]
         broadcast_object_list(decisions)
         return decisions[0]
+
+    def in_first(self, call: Callable[[], Result]) -> Result | None:
+        """What the call gives in the first process, None in the others, which wait for it.
+
+        Raises:
+            RuntimeError: In the others, where it failed there; the first raises what was raised.
+        """
+        result, error = None, None
+        if self.process_index == 0:
+            try:
+                result = call()
+            except Exception as caught:  # raised below, once the others know
+                error = caught
+        failure = self.agree(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        if failure is not None:
+            raise RuntimeError(f"The first process failed: {failure}")
+        return result
 
     def all_equal(self, value: Any) -> bool:
         """Whether every process has the same object; not for every step."""

@@ -1,13 +1,11 @@
 """From a trainer to a folder that may be published, and from that folder to the Hub."""
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from glob import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
 
 from huggingface_hub import CommitInfo, HfApi, get_token
 from peft import PeftModel
@@ -49,7 +47,6 @@ from .verification import verify_folder
 logger = logging.get_logger(__name__)
 
 _PACKAGES = ("hf_orthograd", "torch", "transformers", "accelerate", "peft", "datasets", "huggingface_hub")
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -92,7 +89,7 @@ def publish_trainer(
         name = getattr(trainer, "hub_model_id", None) or args.hub_model_id or Path(args.output_dir).absolute().name
         return name if "/" in name else f"{check_login(HfApi(), token or get_token())}/{name}"
 
-    repo_id = _in_first_process(trainer, full_name)
+    repo_id = trainer.group.in_first(full_name)
     options = CardOptions(**{"repo_id": repo_id, **card})
     folder = prepare_folder(trainer, report=report, request_id=request_id, options=options)
     if not trainer.is_world_process_zero():
@@ -108,33 +105,24 @@ def publish_trainer(
     ).commit
 
 
-def _in_first_process(trainer, call: Callable[[], Result]) -> Result | None:
-    """What it gives there, None in the others. Where it fails all processes raise, so that none waits for the first."""
-    result, error = None, None
-    if trainer.is_world_process_zero():
-        try:
-            result = call()
-        except Exception as caught:
-            error = caught
-    failure = trainer.group.agree(None if error is None else f"{type(error).__name__}: {error}")
-    if error is not None:
-        raise error
-    if failure is not None:
-        raise RuntimeError(f"The first process could not publish: {failure}")
-    return result
-
-
 def prepare_folder(
     trainer,
     *,
     report: UnlearningReport | None = None,
     request_id: str | None = None,
+    goal: str | None = None,
     options: CardOptions | None = None,
 ) -> Path:
     """Writes what may be published to `output_dir/public`, and nothing else to it. Every process calls it.
 
     A folder that was there stays until the new one is whole. The salt of the commitments is written beside it, to
     `output_dir`, for the owner alone.
+
+    Args:
+        report ([`UnlearningReport`], *optional*): Its public edition goes with the model.
+        request_id (`str`, *optional*): Published; random by default.
+        goal (`str`, *optional*): "retrained" or "erased"; that of the report where there is one.
+        options ([`CardOptions`], *optional*): Of the card.
 
     Raises:
         ValueError: A LoRA model is sharded and cannot be merged here, no weights are saved, or an adapter's base is not public.
@@ -158,14 +146,14 @@ def prepare_folder(
         return trainer.origin.lineage()
 
     def finish() -> None:
-        _complete(partial, trainer, model, lineage, report, request_id, options)
+        _complete(partial, trainer, model, lineage, report, (request_id, goal), options)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
 
-    lineage = _in_first_process(trainer, begin)
+    lineage = trainer.group.in_first(begin)
     trainer.save_model(str(partial))
-    _in_first_process(trainer, finish)
+    trainer.group.in_first(finish)
     return folder
 
 
@@ -175,12 +163,12 @@ def _complete(
     model: nn.Module,
     lineage: Lineage,
     report: UnlearningReport | None,
-    request_id: str | None,
+    request: tuple[str | None, str | None],
     options: CardOptions,
 ) -> None:
     """Puts report, record and card beside the weights."""
     remove_others(folder)
-    record = make_record(trainer, model, request_id, lineage)
+    record = make_record(trainer, model, *request, lineage)
     record.base_model = options.finetuned_from or record.base_model
     if record.base_model is None and (folder / ADAPTER_WEIGHTS[0]).exists():
         raise ValueError(
@@ -204,7 +192,9 @@ def _complete(
     write_card(folder, options)
 
 
-def make_record(trainer, model: nn.Module, request_id: str | None, lineage: Lineage) -> UnlearningRecord:
+def make_record(
+    trainer, model: nn.Module, request_id: str | None, goal: str | None, lineage: Lineage
+) -> UnlearningRecord:
     """What is known of a request from its trainer, all but the files and the report."""
     args = trainer.args
     own = {one.name for one in fields(OrthoGradConfig)} - {one.name for one in fields(Seq2SeqTrainingArguments)}
@@ -214,7 +204,7 @@ def make_record(trainer, model: nn.Module, request_id: str | None, lineage: Line
     return UnlearningRecord(
         request_id=request_id or trainer.origin.request_id,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        goal=None,
+        goal=goal,
         method={"trainer": type(trainer).__name__} | {name: getattr(args, name) for name in sorted(own)},
         training={
             "learning_rate": args.learning_rate,

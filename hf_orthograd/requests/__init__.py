@@ -1,7 +1,7 @@
 """Requests over time: a model's history, what is checked before it is trained on again, and what keeps it from coming back."""
 
 from .checks import CheckedRequest
-from .duplicates import Found, Sketches, check_dataset
+from .duplicates import FoundRow, Sketches, check_dataset
 from .history import RequestHistory
 from .request import Request
 from .staying import StaysForgotten, Watched
@@ -9,7 +9,7 @@ from .staying import StaysForgotten, Watched
 
 __all__ = [
     "CheckedRequest",
-    "Found",
+    "FoundRow",
     "Request",
     "RequestHistory",
     "Sketches",

@@ -88,7 +88,8 @@ def _status(parsed: argparse.Namespace) -> int:
         state = "begun" if carrier is None and request.has_begun else state
         parts = {"rows": request.rows("forget"), "salt": request.salt(), "sketches": request.sketches()}
         kept = ", ".join(name for name, part in parts.items() if part is not None) or "nothing"
-        print(f"{request.number} {request.request_id}: {state}; {request.sizes['forget']} rows; kept: {kept}")
+        goal = f"; {request.goal}" * (request.goal is not None)
+        print(f"{request.number} {request.request_id}{goal}: {state}; {request.sizes['forget']} rows; kept: {kept}")
     print(f"today: {history.model}")
     return 0
 

@@ -36,7 +36,7 @@ _LEAST_STEPS = 30  # of overlap, 3 s: shorter pieces of speech are alike by chan
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundRow:
     """A row that was asked to be forgotten.
 
     Attributes:
@@ -50,7 +50,7 @@ class Found:
     similarity: float
 
 
-def check_dataset(dataset, records: UnlearningRecord | Sequence[UnlearningRecord], salt: bytes) -> list[Found]:
+def check_dataset(dataset, records: UnlearningRecord | Sequence[UnlearningRecord], salt: bytes) -> list[FoundRow]:
     """Rows of a data set that a record commits to.
 
     A row counts as the same if what the model reads of it and its labels are, whatever its other columns: the set has to be
@@ -82,15 +82,15 @@ def check_dataset(dataset, records: UnlearningRecord | Sequence[UnlearningRecord
             chosen = None if columns is None else frozenset(columns)
             digests[columns] = [commit(digest, salt) for digest in row_digests(dataset, chosen)]
         known = set(record.commitments)
-        found += [Found(row, record.request_id, 1.0) for row, one in enumerate(digests[columns]) if one in known]
+        found += [FoundRow(row, record.request_id, 1.0) for row, one in enumerate(digests[columns]) if one in known]
     return sorted(found, key=lambda one: one.row)
 
 
-def same_rows(dataset, rows: Dataset, request_id: str) -> list[Found]:
+def same_rows(dataset, rows: Dataset, request_id: str) -> list[FoundRow]:
     """Rows of a data set that are equal to some of `rows` in the columns that both have."""
     columns = frozenset(set(dataset.column_names) & set(rows.column_names)) - {"labels"}
     known = set(row_digests(rows, columns))
-    return [Found(row, request_id, 1.0) for row, one in enumerate(row_digests(dataset, columns)) if one in known]
+    return [FoundRow(row, request_id, 1.0) for row, one in enumerate(row_digests(dataset, columns)) if one in known]
 
 
 class Sketches:
@@ -136,7 +136,7 @@ class Sketches:
     def find(self, rows: Iterable, salt: bytes, similarity: float | None = None) -> list[tuple[int, float]]:
         """Numbers of rows that are nearly one of the sketched, with the highest similarity.
 
-        Of text: the share of the sketched row's sequences of three words that stand in the new row, so that a longer text which
+        Of text, Broder's containment (1997): the share of the sketched row's sequences of three words that stand in the new row, so that a longer text which
         contains it counts. Of audio: the correlation of both spectrograms in steps of 0.1 s, each band's mean removed, at the shift
         where it is highest, over 3 s at least. Other words for the same, or the same words read again, are no near duplicates.
 

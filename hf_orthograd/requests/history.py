@@ -19,17 +19,19 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import default_data_collator
 from transformers.utils import logging
 
 from .. import publishing
 from ..evaluation import UnlearningReport
+from ..parallel import ProcessGroup
 from ..trainer import OrthoGradTrainer
 from .checks import CheckedRequest, check_record
-from .duplicates import Found, check_dataset, same_rows
-from .request import PLAN_NAME, SKETCHES_NAME, Request, write_json
-from .running import MakeTrainer, carry_out, in_first_process, joined, measure_rows
+from .duplicates import FoundRow, check_dataset, same_rows
+from .request import PLAN_NAME, SKETCHES_NAME, Request, check_kept, remove, write_json
+from .running import MakeTrainer, carry_out, joined, measure_rows
 from .staying import StaysForgotten
 
 
@@ -91,7 +93,7 @@ class RequestHistory:
                 folder.rmdir()
             unfinished.rename(folder)
 
-        in_first_process(write)
+        _in_first(write)
         return cls(folder)
 
     # ---- What is there ----
@@ -164,15 +166,9 @@ class RequestHistory:
         Raises:
             ValueError: No rows, another goal, a name that is taken.
         """
-        for name, rows in (("forget_dataset", forget_dataset), ("retain_dataset", retain_dataset)):
-            if rows is None:
-                continue
-            if not isinstance(rows, Dataset):
-                raise ValueError(
-                    f"`{name}` is a {type(rows).__name__}, but is kept as files: pass a datasets.Dataset."
-                )
-            if rows.format["type"] == "custom":
-                raise ValueError(f"`{name}` has a transform, which no file keeps: set it in `make_trainer`.")
+        check_kept("forget_dataset", forget_dataset)
+        if retain_dataset is not None:
+            check_kept("retain_dataset", retain_dataset)
         if len(forget_dataset) == 0:
             raise ValueError("`forget_dataset` is empty: there is nothing to forget.")
         if goal not in GOALS:
@@ -181,7 +177,7 @@ class RequestHistory:
             raise ValueError(f"`request_id` is {request_id!r}, but a comma stands between those of a merged run.")
         if request_id in {request.request_id for request in self.requests}:
             raise ValueError(f"`request_id` {request_id!r} is that of an earlier request. Choose another.")
-        in_first_process(partial(self._write, request_id, goal, forget_dataset, retain_dataset, sketch))
+        _in_first(partial(self._write, request_id, goal, forget_dataset, retain_dataset, sketch))
         return self.requests[-1]
 
     def _write(self, request_id: str | None, goal: str | None, *rows) -> None:
@@ -215,21 +211,20 @@ class RequestHistory:
         Raises:
             ValueError: The model of today is not as it was recorded, or the trainer is not of this request.
         """
-        in_first_process(self._tidy)
+        _in_first(self._tidy)
         done = []
         while pending := self.pending():
             begun = next((request for request in pending if request.has_begun), None)
-            if begun is not None and (
-                begun.plan["hold_earlier"] != hold_earlier or merge != (len(begun.plan["numbers"]) > 1)
-            ):
+            asked = {"merge": merge, "hold_earlier": hold_earlier}
+            if begun is not None and not asked.items() <= begun.plan.items():
                 logger.warning(
-                    f"The run of requests {begun.plan['numbers']} goes on as it was planned, with hold_earlier="
-                    f"{begun.plan['hold_earlier']}. `roll_back` to the request before it begins it anew."
+                    f"The run of requests {begun.plan['numbers']} goes on as it was planned, with merge="
+                    f"{begun.plan['merge']} and hold_earlier={begun.plan['hold_earlier']}. `roll_back` to the request before it begins it anew."
                 )
             if begun is None:  # a plan that came to nothing, as its arguments were refused, is made anew
                 numbers = [request.number for request in pending] if merge else [pending[0].number]
                 begun = self.request(numbers[-1])
-                in_first_process(partial(self._make_plan, begun, numbers, hold_earlier))
+                _in_first(partial(self._make_plan, begun, {"numbers": numbers, **asked}))
             requests = [self.request(number) for number in begun.plan["numbers"]]
             others = [request for request in self.requests if request.number < requests[0].number]
             earlier = others if begun.plan["hold_earlier"] else []
@@ -239,7 +234,7 @@ class RequestHistory:
                     f"The model to start from, {source!r}, is not as it was recorded: {'; '.join(problems)}."
                 )
             carry_out(begun, requests, earlier, source, make_trainer, make_report)
-            in_first_process(self._tidy)
+            _in_first(self._tidy)
             done += requests
         return done
 
@@ -264,21 +259,21 @@ class RequestHistory:
                 trainer = make_trainer(self.model, forget, request.rows("retain"), str(request.run_folder))
                 now = measure_rows(trainer, forget)
             checked.append(CheckedRequest(request.number, request.request_id, found, request.measured, now))
-        in_first_process(self._tidy)
+        _in_first(self._tidy)
         return checked
 
-    def check_dataset(self, dataset: Dataset, *, column: Iterable | None = None) -> list[Found]:
+    def check_dataset(self, dataset: Dataset, *, column: Iterable | None = None) -> list[FoundRow]:
         """Rows that any request, carried out or not, asked to forget, before a model is trained on them.
 
         Args:
-            dataset (`Dataset`): Prepared as the forget sets were. Exact rows are found of requests that were carried out, whose
-                salt is kept.
+            dataset (`Dataset`): Prepared as the forget sets were. Exact rows are found by a request's salt, if it was carried
+                out, or by its rows.
             column (`Iterable`, *optional*): Of the same rows: near duplicates are looked for where a request has sketches.
 
         Returns:
-            [`Found`] for each row and request, the most similar first.
+            [`FoundRow`] for each row and request, the most similar first.
         """
-        found: dict[tuple[int, str], Found] = {}
+        found: dict[tuple[int, str], FoundRow] = {}
         records = publishing.load_records(self.model)
         for request in self.requests:
             salt, sketches, rows = request.salt(), request.sketches(), request.rows("forget")
@@ -289,7 +284,7 @@ class RequestHistory:
                 known = same_rows(dataset, rows, request.request_id)
             near = column is not None and salt is not None and sketches is not None
             if near:
-                known += [Found(row, request.request_id, score) for row, score in sketches.find(column, salt)]
+                known += [FoundRow(row, request.request_id, score) for row, score in sketches.find(column, salt)]
             if not near and salt is None and rows is None:
                 logger.warning(f"Request {request.number} is not looked for: its rows and its salt were deleted.")
             for one in known:
@@ -309,9 +304,7 @@ class RequestHistory:
         """
         rows = joined([request.rows("forget") for request in self.requests if self.carrier(request) is not None])
         if rows is None:
-            raise ValueError(
-                "No request was carried out whose rows are kept. Pass other rows to `StaysForgotten` itself."
-            )
+            raise ValueError("No request was carried out whose rows are kept. Pass other rows to `StaysForgotten`.")
         return StaysForgotten(rows, data_collator, **settings)
 
     def roll_back(self, number: int) -> list[Request]:
@@ -335,12 +328,12 @@ class RequestHistory:
             raise ValueError(
                 f"`number` is {number}, but rows or salts of requests {lost} were deleted: they could not be carried out again."
             )
-        in_first_process(partial(self._undo, later))
+        _in_first(partial(self._undo, later))
         return [request for request in undone if self.carrier(request) is None]
 
     def _undo(self, later: list[Request]) -> None:
         for request in reversed(later):  # the newest first: what is left is a history at any moment
-            _remove(request.model)
+            remove(request.model)
             (request.folder / PLAN_NAME).unlink(missing_ok=True)
         self._tidy()
 
@@ -353,10 +346,8 @@ class RequestHistory:
         request = self.request(number)
         plans = [other.plan for other in self.requests if other.has_begun]
         if self.carrier(request) is not None or any(number in plan["numbers"] for plan in plans):
-            raise ValueError(
-                f"`number` is {number}, but its run has begun: `roll_back` to the request before it first."
-            )
-        in_first_process(partial(_remove, request.folder))
+            raise ValueError(f"`number` is {number}, but its run has begun: `roll_back` to the one before it first.")
+        _in_first(partial(remove, request.folder))
 
     def delete_data(self, number: int, *, salt: bool = False) -> None:
         """Deletes the rows of a request that was carried out.
@@ -375,40 +366,34 @@ class RequestHistory:
         if carrier is None:
             raise ValueError(f"`number` is {number}, which is no request that was carried out: its data are needed.")
         if any(other.has_begun and other.plan["hold_earlier"] for other in self.pending()):
-            raise ValueError(
-                f"`number` is {number}, whose rows are held by a run that has begun: end it by `run` first."
-            )
+            raise ValueError(f"`number` is {number}, whose rows a run that has begun holds: end it by `run` first.")
         if salt and carrier != request:
             raise ValueError(
                 f"`number` is {number}, whose rows are committed to under the salt of request {carrier.number}, that it was merged "
                 "into: delete that one's."
             )
-        in_first_process(partial(self._delete, request, salt))
+        _in_first(partial(self._delete, request, salt))
 
     def _delete(self, request: Request, salt: bool) -> None:
         for name in ("forget", "retain", *((publishing.SALT_NAME, SKETCHES_NAME) if salt else ())):
-            _remove(request.private / name)
+            remove(request.private / name)
         self._tidy()
 
-    def _make_plan(self, carrier: Request, numbers: list[int], hold_earlier: bool) -> None:
+    def _make_plan(self, carrier: Request, plan: dict) -> None:
         for request in self.pending():
             (request.folder / PLAN_NAME).unlink(missing_ok=True)
-        write_json(carrier.folder / PLAN_NAME, {"numbers": numbers, "hold_earlier": hold_earlier})
+        write_json(carrier.folder / PLAN_NAME, plan)
 
     def _tidy(self) -> None:
         """Removes what a run that is over, or anything that was killed, left behind."""
         folder = self.folder / _REQUESTS
         for path in [*folder.glob("*.partial"), *folder.rglob("*.removed")]:
-            _remove(path)
+            remove(path)
         for request in self.requests:
             if request.plan is None or self.carrier(request) is not None:
-                _remove(request.run_folder)
+                remove(request.run_folder)
 
 
-def _remove(path: Path) -> None:
-    """Takes a file or folder away in one step, then deletes it."""
-    if not path.exists():
-        return
-    if path.suffix != ".removed":
-        path = path.rename(path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.removed"))
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _in_first(call: Callable[[], object]) -> None:
+    state = PartialState()
+    ProcessGroup(state.num_processes, state.process_index).in_first(call)

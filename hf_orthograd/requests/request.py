@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -126,3 +127,24 @@ def write_json(path: Path, content: Mapping) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(path)
+
+
+def check_kept(name: str, rows: object) -> None:
+    """Checks that files can keep a set.
+
+    Raises:
+        ValueError: It is no `datasets.Dataset`, or has a transform.
+    """
+    if not isinstance(rows, Dataset):
+        raise ValueError(f"`{name}` is a {type(rows).__name__}, but is kept as files: pass a datasets.Dataset.")
+    if rows.format["type"] == "custom":
+        raise ValueError(f"`{name}` has a transform, which no file keeps: set it in `make_trainer`.")
+
+
+def remove(path: Path) -> None:
+    """Takes a file or folder away in one step, then deletes it."""
+    if not path.exists():
+        return
+    if path.suffix != ".removed":
+        path = path.rename(path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.removed"))
+    shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -4,8 +4,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
 
 from .. import publishing
@@ -58,10 +56,12 @@ def carry_out(
         if report is not None:
             report.save(carrier.private)
 
-    in_first_process(keep)
+    trainer.group.in_first(keep)
     name = ", ".join(request.request_id for request in requests)
-    public = publishing.prepare_folder(trainer, report=report, request_id=name)
-    in_first_process(lambda: public.rename(carrier.model))
+    goals = {request.goal for request in requests}
+    goal = goals.pop() if len(goals) == 1 else None
+    public = publishing.prepare_folder(trainer, report=report, request_id=name, goal=goal)
+    trainer.group.in_first(lambda: public.rename(carrier.model))
 
 
 def _hold(trainer: OrthoGradTrainer, earlier: Sequence[Request]) -> None:
@@ -90,21 +90,6 @@ def _hold(trainer: OrthoGradTrainer, earlier: Sequence[Request]) -> None:
     plain = [retain.with_format(None), *held]
     shown = {**shown.pop("format_kwargs"), **shown}  # as the retain rows are shown, or varied
     trainer.train_dataset = concatenate_datasets(plain).with_format(**shown)
-
-
-def in_first_process(call: Callable[[], object]) -> None:
-    """Makes the call in one process. Where it fails all raise, so that none waits for the first."""
-    state, error = PartialState(), None
-    if state.is_main_process:
-        try:
-            call()
-        except Exception as caught:
-            error = caught
-    (failure,) = broadcast_object_list([None if error is None else f"{type(error).__name__}: {error}"])
-    if error is not None:
-        raise error
-    if failure is not None:
-        raise RuntimeError(f"The first process could not go on: {failure}")
 
 
 def joined(sets: list[Dataset | None]) -> Dataset | None:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import TrainerCallback, default_data_collator
 from transformers.utils import logging
 
 from ..objectives import PerSampleLoss
+from ..parallel import ProcessGroup
 from ..parallel.sharding import is_sharded
 from ..trials import preserved_modes, preserved_random_state
 
@@ -38,9 +38,11 @@ class StaysForgotten(TrainerCallback):
     """Watches what was forgotten while any [`~transformers.Trainer`] trains on, and with `hold` keeps it away.
 
     Held, each optimizer step's gradient g loses what would lower the mean loss of some forgotten rows,
-    `g - max(0, <g, f>) / <f, f> f`, with f the gradient of that loss; and rows whose loss is below its level are pushed back to
-    it, by the gradient of `mean(max(0, level - loss))`, which clipping does not reach. Processes take rows of their own. This takes one more forward and backward pass of `batch_size` rows a
-    step. Momentum and Adam's scaling bend what is left: hence the second part.
+    `g - max(0, <g, f>) / <f, f> f`, with f the gradient of that loss: the projection of A-GEM (arXiv 1812.00420, equation 11),
+    turned round. Rows whose loss is below its level are pushed back to it, by the gradient of `mean(max(0, level - loss))`, which
+    clipping does not reach: momentum and Adam's scaling bend what the projection leaves. This takes one more forward and backward
+    pass of `batch_size` rows a step and process. Levels stand in the trainer's state, and so in checkpoints: these stay with the
+    owner.
 
     Args:
         dataset (`Dataset`): Rows that were forgotten; or, if they were deleted, others that tell as much, as paraphrases.
@@ -57,7 +59,8 @@ class StaysForgotten(TrainerCallback):
         history (`list[Watched]`): What was seen.
 
     Raises:
-        ValueError: There are no rows, or values out of range; at the start of training, the model is sharded and `hold` is set.
+        ValueError: There are no rows, or values out of range. At the start of training: checkpoints would be pushed; or `hold` is
+            set under FSDP, DeepSpeed or fp16.
     """
 
     def __init__(
@@ -100,6 +103,11 @@ class StaysForgotten(TrainerCallback):
             raise ValueError(
                 "`hold` is True, but fp16 scales losses, which the gradients added here are not. Set `bf16`."
             )
+        if args.push_to_hub and "checkpoint" in str(getattr(args.hub_strategy, "value", args.hub_strategy)):
+            raise ValueError(
+                f"`hub_strategy` is {str(args.hub_strategy)!r}, which pushes checkpoints, and in them losses of what was forgotten. Set "
+                "it to 'end'."
+            )
         self._losses_of = PerSampleLoss(model, self._loss_func)
         self._order = torch.randperm(len(self._dataset), generator=torch.Generator().manual_seed(args.seed))
         found = state.stateful_callbacks.get(_LEVELS, self._given)  # of a run that goes on, those it began with
@@ -124,12 +132,12 @@ class StaysForgotten(TrainerCallback):
             # both from one graph, which the second frees
             falls = torch.autograd.grad(losses.mean(), trained, retain_graph=True, allow_unused=True)
             lifts = torch.autograd.grad(lifted, trained, allow_unused=True)
+        group = ProcessGroup(args.world_size, args.process_index)
         falls, lifts = (
-            reduce(
-                [torch.zeros_like(p) if own is None else own for p, own in zip(trained, found, strict=True)], "mean"
-            )
+            [torch.zeros_like(p) if own is None else own for p, own in zip(trained, found, strict=True)]
             for found in (falls, lifts)
         )
+        group.average([*falls, *lifts])
         _project([parameter.grad for parameter in trained], falls)
         torch._foreach_add_([parameter.grad for parameter in trained], lifts)
 
