@@ -1,7 +1,20 @@
-"""Figures of a run: what its steps did to the losses, and what it did to each set."""
+"""Figures of a run: what its steps did to the losses, and what it did to each set.
+
+One palette for all, that of Okabe and Ito, whose colours stay apart for the colour-blind; a line is told by its style, too.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
+
+
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
+PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
+MODELS = {"original": (ORANGE, ":", "o"), "unlearned": (BLUE, "-", "s"), "reference": (GREEN, "--", "D")}
+SETS = {"forget": (RED, "-"), "forget_unseen": (PURPLE, "--"), "test": (SKY, ":")}
+WIDTH = 4.8  # inches of a panel: at this width its letters can be read on a phone
+MOST_GROUPS = 12
 
 
 def plot_unlearning(
@@ -18,109 +31,160 @@ def plot_unlearning(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(2.3 * WIDTH, 4), layout="constrained")
     losses, bars = figure.subplots(1, 2)
-    for number, (method, history) in enumerate(histories.items()):
+    colours = {method: PALETTE[number % len(PALETTE)] for number, method in enumerate(qualities)}
+    for method, history in histories.items():
         for name, style in (("forget", "-"), ("retain", "--")):
             points = [(entry["step"], entry[f"{name}_loss"]) for entry in history if f"{name}_loss" in entry]
             if points:
                 steps, values = zip(*points, strict=True)
-                losses.plot(steps, values, style, color=f"C{number + 1}", label=f"{name}, {method}")
+                losses.plot(steps, smooth(values), style, color=colours[method], label=f"{name}, {method}")
     losses.set(xlabel="step", ylabel="mean loss of the step's samples (nats)", title="Losses while unlearning")
-    losses.legend(fontsize="small")
+    losses.legend(fontsize="small", frameon=False)
     width = 0.8 / len(qualities)
     for number, (method, values) in enumerate(qualities.items()):
         positions = [index + (number + 0.5) * width - 0.4 for index in range(len(values))]
-        drawn = bars.bar(positions, list(values.values()), width=width, label=method, color=f"C{number}")
-        bars.bar_label(drawn, fmt="%.0f", fontsize="x-small")
+        drawn = bars.bar(positions, list(values.values()), width=width, label=method, color=colours[method])
+        bars.bar_label(drawn, fmt="%.0f", fontsize="small")
     bars.set_xticks(range(len(values)), [name.replace(", ", ",\n") for name in values])
     bars.set(ylabel=metric, title="Before and after")
-    bars.legend(fontsize="small")
+    bars.legend(fontsize="small", frameon=False)
     figure.savefig(path, dpi=110)
 
 
 def plot_report(report, folder: str | Path) -> list[Path]:
-    """Draws what an [`UnlearningReport`] holds, and leaves out the figures for which it holds nothing.
-
-    `tradeoff.png`: losses of the forget set against the retained over the run. `losses.png`: histograms of per-sample
-    losses. `relearning.png`: quality of the forget set under each relearning attack. `cost.png`: time and memory.
+    """Saves each figure of `draw_report` as an image.
 
     Returns:
         The files written.
     """
-    drawn = {
-        "tradeoff.png": _draw_tradeoff,
-        "losses.png": _draw_losses,
-        "relearning.png": _draw_relearning,
-        "cost.png": _draw_costs,
-    }
     written = []
-    for name, draw in drawn.items():
-        figure = draw(report)
-        if figure is not None:
-            written.append(Path(folder) / name)
-            figure.savefig(written[-1], dpi=110)
+    for name, figure in draw_report(report).items():
+        written.append(Path(folder) / f"{name}.png")
+        figure.savefig(written[-1], dpi=150)
     return written
 
 
-def _new_figure(panels: int):
+def draw_report(report) -> dict:
+    """Draws what an [`UnlearningReport`] holds, and leaves out the figures for which it holds nothing.
+
+    Returns:
+        `dict[str, Figure]`: "tradeoff", losses of the forget and the retained samples over the run; "losses", histograms of
+        per-sample losses; "groups", the groups whose metric changed for the worse by most; "relearning", quality of the
+        forget set under each relearning attack; "cost", time and memory.
+    """
+    drawn = {
+        "tradeoff": _draw_tradeoff(report),
+        "losses": _draw_losses(report),
+        "groups": _draw_groups(report),
+        "relearning": _draw_relearning(report),
+        "cost": _draw_costs(report),
+    }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def smooth(values, window: int | None = None) -> np.ndarray:
+    """The mean over a window around each value, (n,), shorter at both ends; by default of a tenth of the values."""
+    values = np.asarray(values, dtype=float)
+    half = (max(1, len(values) // 10) if window is None else window) // 2
+    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+
+
+def _new_figure(panels: int, height: float, **shared):
+    """Panels below each other."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5 * panels, 4), layout="constrained")
-    return figure, figure.subplots(1, panels, squeeze=False)[0]
+    figure = Figure(figsize=(WIDTH, height * panels + 0.3), layout="constrained")
+    axes = figure.subplots(panels, 1, squeeze=False, **shared)[:, 0]
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def _draw_tradeoff(report):
-    pairs = (("eval_forget_loss", "eval_retain_loss"), ("forget_loss", "retain_loss"))
-    for keys in pairs:  # whole sets where the run evaluated them, or the samples of its steps
-        points = [tuple(entry[key] for key in keys) for entry in report.history if all(key in entry for key in keys)]
-        if points:
+    sides = ("forget", "retain")
+    for prefix in ("eval_", ""):  # whole sets where the run evaluated them, or the samples of its steps
+        lines = {
+            side: [
+                (entry["step"], entry[f"{prefix}{side}_loss"])
+                for entry in report.history
+                if f"{prefix}{side}_loss" in entry and "step" in entry
+            ]
+            for side in sides
+        }
+        if all(len(points) > 1 for points in lines.values()):
             break
     else:
         return None
-    figure, (axes,) = _new_figure(1)
-    axes.plot(*zip(*points, strict=True), ".-", color="C0", label="while unlearning")
-    for number, model in enumerate(("original", "unlearned", "reference")):
-        sets = report.models.get(model, {})
-        if "retain" in sets:
-            axes.plot(
-                sets["forget"].loss, sets["retain"].loss, "*", color=f"C{number + 1}", markersize=13, label=model
-            )
-    axes.set(xlabel="forget loss (nats)", ylabel="retain loss (nats)", title="What forgetting cost")
-    axes.legend(fontsize="small")
+    figure, panels = _new_figure(2, 1.7, sharex=True)
+    for axes, side in zip(panels, sides, strict=True):
+        steps, values = zip(*lines[side], strict=True)
+        if not prefix:  # a step's few samples jump about
+            axes.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, values if prefix else smooth(values), color=BLUE, label="while unlearning")
+        for model in ("original", "reference"):
+            if side in report.models.get(model, {}):
+                colour, style, _ = MODELS[model]
+                axes.axhline(report.models[model][side].loss, color=colour, linestyle=style, label=model)
+        axes.set(ylabel=f"{side} loss (nats)")
+    panels[0].legend(fontsize="small", frameon=False)
+    panels[-1].set(xlabel="step")
     return figure
 
 
 def _draw_losses(report):
-    import numpy as np
-
-    if not report.losses:
+    models = [model for model in MODELS if model in report.losses]
+    if not models:
         return None
-    figure, panels = _new_figure(len(report.losses))
-    everything = np.concatenate([losses for sets in report.losses.values() for losses in sets.values()])
+    figure, panels = _new_figure(len(models), 1.4, sharex=True)
+    everything = np.concatenate([losses for model in models for losses in report.losses[model].values()])
     top = np.quantile(everything[np.isfinite(everything)], 0.99)
     edges = np.linspace(0, max(float(top), 1e-6), 30)
-    for axes, (model, sets) in zip(panels, report.losses.items(), strict=True):
-        for number, name in enumerate(("forget", "forget_unseen", "test")):
-            if name in sets:
-                weights = np.full(len(sets[name]), 1 / len(sets[name]))
-                values = np.clip(sets[name], 0, edges[-1])  # the last bin holds all beyond
-                axes.hist(values, edges, weights=weights, histtype="step", color=f"C{number}", label=name)
-        axes.set(xlabel="loss of a sample (nats)", ylabel="share of samples", title=model)
-        axes.legend(fontsize="small")
+    for axes, model in zip(panels, models, strict=True):
+        for name, (colour, style) in SETS.items():
+            losses = report.losses[model].get(name)
+            if losses is not None:
+                weights = np.full(len(losses), 100 / len(losses))
+                values = np.clip(losses, 0, edges[-1])  # the last bin holds all beyond
+                kind = {"histtype": "step", "linewidth": 1.5, "linestyle": style}
+                axes.hist(values, edges, weights=weights, color=colour, label=name.replace("_", ", "), **kind)
+        axes.set(ylabel="samples (%)", title=model)
+    panels[0].legend(fontsize="small", frameon=False)
+    panels[-1].set(xlabel="loss of a sample (nats)")
+    return figure
+
+
+def _draw_groups(report):
+    models = [model for model in MODELS if report.models.get(model, {}).get("test") is not None]
+    groups = {model: report.models[model]["test"].groups for model in models}
+    if not groups.get("original") or not groups.get("unlearned"):
+        return None
+    sign = -1 if report.greater_is_better else 1
+    harm = {name: sign * (groups["unlearned"][name] - before) for name, before in groups["original"].items()}
+    names = sorted(harm, key=harm.get)[-MOST_GROUPS:]
+    figure, (axes,) = _new_figure(1, 0.9 + 0.22 * len(names))
+    for model in models:
+        if groups[model]:
+            colour, _, marker = MODELS[model]
+            axes.plot([groups[model][name] for name in names], names, marker, color=colour, label=model, alpha=0.8)
+    axes.set(xlabel=f"{report.metric} on unseen samples, the worst hit on top")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize="small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     return figure
 
 
 def _draw_relearning(report):
     if not report.relearning:
         return None
-    figure, panels = _new_figure(len(report.relearning))
+    figure, panels = _new_figure(len(report.relearning), 2.2)
     for axes, (attack, curves) in zip(panels, report.relearning.items(), strict=True):
         for model, curve in curves.items():
             values = [point.loss if point.value is None else point.value for point in curve]
-            axes.plot([point.step for point in curve], values, ".-", label=model)
+            colour, style, marker = MODELS[model]
+            axes.plot([point.step for point in curve], values, style + marker, color=colour, label=model)
         axes.set(xlabel="step of the attack", ylabel=f"forget {report.metric or 'loss (nats)'}", title=attack)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", frameon=False)
     return figure
 
 
@@ -128,9 +192,11 @@ def _draw_costs(report):
     names = [name for name in ("seconds", "peak_memory_gib") if any(cost.get(name) for cost in report.cost.values())]
     if not names:
         return None
-    figure, panels = _new_figure(len(names))
+    figure, panels = _new_figure(len(names), 0.9 + 0.3 * len(report.cost))
     for axes, name in zip(panels, names, strict=True):
         known = {what: cost[name] for what, cost in report.cost.items() if cost.get(name)}
-        axes.bar_label(axes.bar(list(known), list(known.values())), fmt="%.3g")
-        axes.set(ylabel={"seconds": "time (s)", "peak_memory_gib": "peak memory (GiB)"}[name])
+        bars = axes.barh(list(known), list(known.values()), color=BLUE, height=0.4)
+        axes.bar_label(bars, fmt="%.3g", padding=3)
+        axes.margins(x=0.15)
+        axes.set(xlabel={"seconds": "time (s)", "peak_memory_gib": "peak memory (GiB)"}[name])
     return figure

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from .membership import MembershipInference
 from .quality import Quality, Rate
+from .tables import report_as_markdown
 
 
 REPORT_NAME = "unlearning_report"
-NOT_MEASURED = "not measured"
 
 
 @dataclass
@@ -153,14 +153,20 @@ class UnlearningReport:
         values["checks"] = [Check(**check) for check in values["checks"]]
         return cls(**values)
 
-    def save(self, folder: str | Path) -> None:
-        """Writes `unlearning_report.json`, `.md` and the figures."""
+    def save(self, folder: str | Path, page: bool = True) -> None:
+        """Writes `unlearning_report.json`, `.md`, `.html` and the figures.
+
+        Args:
+            page (`bool`, defaults to `True`): Whether to write the page.
+        """
         from .figures import plot_report
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{REPORT_NAME}.json").write_text(self.to_json() + "\n")
         (folder / f"{REPORT_NAME}.md").write_text(self.to_markdown() + "\n")
+        if page:
+            (folder / f"{REPORT_NAME}.html").write_text(self.to_html(), encoding="utf-8")
         plot_report(self, folder)
 
     @classmethod
@@ -170,86 +176,13 @@ class UnlearningReport:
 
     def to_markdown(self) -> str:
         """Tables of all that was measured; "not measured" where something was not."""
-        parts = [
-            f"({AUDIENCES[self.audience]})\n\n# Unlearning report\n\nGoal: {GOALS[self.goal]}",
-            "## Against a model retrained without the forget set\n\n" + self._checks_table(),
-            f"## Quality\n\n{self._quality_table()}",
-            "## Privacy\n\n" + self._privacy_table(),
-            "## Relearning\n\n" + self._relearning_table(),
-            "## Summary and cost\n\n" + self._summary_table(),
-        ]
-        return "\n\n".join(parts)
+        return report_as_markdown(self, AUDIENCES[self.audience], GOALS[self.goal])
 
-    def _checks_table(self) -> str:
-        rows = [
-            (
-                check.name,
-                show(check.value),
-                show(check.compared_with),
-                check.rule,
-                {True: "yes", False: "no", None: NOT_MEASURED}[check.holds],
-            )
-            for check in self.checks
-        ]
-        return _table(("quantity", "unlearned", "compared with", "rule", "holds"), rows)
+    def to_html(self) -> str:
+        """The same with figures, as one page that needs no network; readable on a phone, in print, in light and dark."""
+        from .page import report_as_html
 
-    def _quality_table(self) -> str:
-        names = list(dict.fromkeys(name for sets in self.models.values() for name in sets))
-        rows = [
-            (model, *(_show_quality(sets[name]) if name in sets else NOT_MEASURED for name in names))
-            for model, sets in self.models.items()
-        ]
-        note = f"{self.metric} with its 95 % interval, and the mean loss in nats" if self.metric else "mean loss, nats"
-        worst = [
-            f"Worst group of {model} on {name}: {quality.worst_group}, {quality.groups[quality.worst_group]:.3f}."
-            for model, sets in self.models.items()
-            for name, quality in sets.items()
-            if quality.worst_group is not None and name in ("retain", "test") and model in ("unlearned", "reference")
-        ]
-        hit = [
-            f"Hardest hit group of {name}: {one.group}, from {one.before:.3f} to {one.after:.3f}."
-            for name, one in self.hardest_hit.items()
-        ]
-        return "\n\n".join([f"({note})", _table(("model", *names), rows), *worst, *hit])
-
-    def _privacy_table(self) -> str:
-        rows = [
-            (
-                model,
-                against,
-                show(found.auc),
-                show(found.tpr_at_1_percent_fpr),
-                f"{found.num_members} / {found.num_nonmembers}",
-            )
-            for model, sets in self.membership.items()
-            for against, found in sets.items()
-        ]
-        table = _table(("model", "forget set against", "MIA AUC", "TPR at 1 % FPR", "members / others"), rows)
-        distances = [
-            (model, name, show(value)) for model, sets in self.distances.items() for name, value in sets.items()
-        ]
-        return table + "\n\n" + _table(("model", "set", "KS distance of losses to the reference"), distances)
-
-    def _relearning_table(self) -> str:
-        rows = []
-        for attack, curves in self.relearning.items():
-            for model, curve in curves.items():
-                values = " ".join(
-                    f"{point.step}: {show(point.loss if point.value is None else point.value)}" for point in curve
-                )
-                recovery = self.recovery_steps.get(attack, {})
-                steps = NOT_MEASURED
-                if model in recovery:
-                    steps = f"> {curve[-1].step}" if recovery[model] is None else str(recovery[model])
-                rows.append((attack, model, values, steps))
-        head = ("attack", "model", f"forget {self.metric or 'loss'} by step", "steps until half is back")
-        return _table(head, rows)
-
-    def _summary_table(self) -> str:
-        rows = [(name, show(value)) for name, value in self.summary.items()]
-        for what, cost in self.cost.items():
-            rows += [(f"{what}, {name}", show(value)) for name, value in cost.items()]
-        return _table(("quantity", "value"), rows)
+        return report_as_html(self, AUDIENCES[self.audience], GOALS[self.goal])
 
 
 WHOLE_MODELS = ("unlearned", "original", "reference")  # all others are one of them after an attack
@@ -269,28 +202,6 @@ GOALS = {
     "retrained": "to behave as a model that was retrained without the forget set.",
     "erased": "to fail on the forget set, which a retrained model need not do.",
 }
-
-
-def show(value: float | None) -> str:
-    return NOT_MEASURED if value is None else f"{value:.4g}"
-
-
-def _show_quality(quality: Quality) -> str:
-    rates = {} if quality.value is None else {"": Rate(quality.value, quality.interval)}
-    shown = [f"{name} {_show_rate(rate)}".strip() for name, rate in {**rates, **quality.further}.items()]
-    return ", ".join([*shown, f"{quality.loss:.3f}"])
-
-
-def _show_rate(rate: Rate) -> str:
-    interval = "" if rate.interval is None else f" [{rate.interval[0]:.3f}, {rate.interval[1]:.3f}]"
-    return f"{rate.value:.3f}{interval}"
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    if not rows:
-        return f"{', '.join(head)}: {NOT_MEASURED}."
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def _nested(values: dict, make) -> dict:

@@ -8,7 +8,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.models.auto import modeling_auto as auto
 
-from ..evaluation.report import NOT_MEASURED, Quality, UnlearningReport, show
+from ..evaluation.report import Quality, UnlearningReport
+from ..evaluation.tables import NOT_MEASURED, show
 from .files import ADAPTER_WEIGHTS, CARD_NAME, FIGURES, REPORT_FILES
 from .record import UnlearningRecord, load_records
 

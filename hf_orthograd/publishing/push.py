@@ -184,7 +184,7 @@ def _complete(
     remove_paths(folder, record.base_model)
     if report is not None:
         public = report.public()
-        public.save(folder)
+        public.save(folder, page=False)  # a page is drawn anew from the report, and no record could vouch for it
         record.goal, record.report = public.goal, sha256_of(folder / REPORT_FILES[0])
     others = set(published_files(folder)) - weights.keys() - {*UNRECORDED, REPORT_FILES[0]}
     record.weights, record.files = weights, hashes_of(folder, others)
