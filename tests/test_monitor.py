@@ -8,6 +8,7 @@ from conftest import Samples
 from transformers import TrainerCallback
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
+from hf_orthograd.callbacks import show_one_bar
 
 
 K = 4
@@ -133,3 +134,20 @@ def test_projection_that_does_nothing_or_everything_is_warned_of(rows, message, 
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert sum(message in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("disable_tqdm", [False, True])
+def test_one_bar_carries_the_losses(make_model, make_samples, tmp_path, capfd, disable_tqdm):
+    args = OrthoGradConfig(
+        str(tmp_path), max_steps=3, logging_steps=1, report_to="none", disable_tqdm=disable_tqdm, use_cpu=True,
+        eval_strategy="steps", eval_steps=1, save_strategy="no",
+    )  # fmt: skip
+    samples = [make_samples("vit", 4, seed) for seed in range(3)]
+    sets = {"train_dataset": samples[0], "forget_dataset": samples[1], "eval_dataset": samples[2]}
+    show_one_bar(OrthoGradTrainer(make_model("vit"), args, **sets)).train()
+    out, err = capfd.readouterr()
+    if disable_tqdm:  # then Trainer prints, as it did
+        assert "{'loss'" in out and "|" not in err
+        return
+    assert "{" not in out and "forget=" in err and "retain=" in err and "kept=" in err
+    assert "3/3" in err and "1/1" not in err  # the evaluations' own bars

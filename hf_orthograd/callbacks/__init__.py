@@ -6,6 +6,7 @@ from transformers import TrainerCallback
 from .correction import UpdateCorrection
 from .monitor import UnlearningMonitor
 from .observer import BeginCallback, Found, Record, StepObserver, find_callback
+from .progress import LossesBesideTheBar, show_one_bar
 from .reference import ReferenceLosses, StartingFingerprint, objectives_of
 from .stopping import StoppingRule, check_stopping, has_rule, keep_best_model, stop_or_raise
 
@@ -13,6 +14,7 @@ from .stopping import StoppingRule, check_stopping, has_rule, keep_best_model, s
 __all__ = [
     "BeginCallback",
     "Found",
+    "LossesBesideTheBar",
     "Record",
     "ReferenceLosses",
     "StartingFingerprint",
@@ -27,6 +29,7 @@ __all__ = [
     "keep_best_model",
     "objectives_of",
     "set_callbacks",
+    "show_one_bar",
     "stop_or_raise",
 ]
 
