@@ -11,19 +11,22 @@ REQUIRED = [
     "transformers>=5.17,<6",
     "accelerate>=1.10",
     "peft>=0.18",
+    "pyyaml>=6.0",
     "datasets>=4.0",
     "evaluate>=0.4.6",
     "huggingface_hub>=1.5",
     "jinja2>=3.1",
     "jiwer>=4.0",
+    "markupsafe>=2.1",
+    "matplotlib>=3.9",
     "numpy>=2.0",
     "rouge-score>=0.1.2",
     "scikit-learn>=1.5",
     "scipy>=1.15",
     "soundfile>=0.13",
 ]
-BENCH = ["filelock>=3.12", "matplotlib>=3.9", "opacus>=1.6", "torchjd>=0.18"]
-DEMO = ["espeakng-loader>=0.2.4", "matplotlib>=3.9"]
+BENCH = ["filelock>=3.12", "opacus>=1.6", "torchjd>=0.18"]
+DEMO = ["espeakng-loader>=0.2.4"]
 SIGN = ["model-signing>=1.1", "pyopenssl>=24"]  # the first imports the second without naming it
 QUALITY = ["ruff==0.17.6"]
 TESTS = ["filelock>=3.12", "pytest>=8.0", "pytest-cov>=6.0", "pytest-xdist>=3.6"]
@@ -36,8 +39,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["hf_orthograd", "hf_orthograd.*"]),
-    package_data={"hf_orthograd.publishing": ["templates/*.md"]},
+    packages=[*find_packages(include=["hf_orthograd", "hf_orthograd.*"]), "hf_orthograd.scripts"],
+    package_dir={"hf_orthograd.scripts": "examples"},  # what `hf-orthograd unlearn` runs
+    package_data={
+        "hf_orthograd": ["py.typed"],
+        "hf_orthograd.evaluation": ["templates/*.html"],
+        "hf_orthograd.publishing": ["templates/*.md"],
+        "hf_orthograd.scripts": ["accelerate/*.yaml"],
+    },
     entry_points={"console_scripts": ["hf-orthograd = hf_orthograd.__main__:main"]},
     install_requires=REQUIRED,
     extras_require={"bench": BENCH, "demo": DEMO, "dev": DEMO + QUALITY + SIGN + TESTS, "sign": SIGN},

@@ -12,6 +12,7 @@ how digits move, and forgets those that move to the left.
 import copy
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ from transformers import (
 )
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
+from hf_orthograd.callbacks import show_one_bar
 from hf_orthograd.data import VaryImages, check_corpus
 from hf_orthograd.evaluation import Quantization, Relearning, evaluate_unlearning
 from hf_orthograd.publishing import check_access
@@ -84,6 +86,16 @@ class ScriptArguments:
         },
     )
     flip: bool = field(default=True, metadata={"help": "Whether a mirrored image is one of its class."})
+    dry_run: bool = field(default=False, metadata={"help": "Print what a step will take, and stop."})
+    evaluate_only: bool = field(
+        default=False, metadata={"help": "Unlearn nothing: the model is an unlearned one, which is measured."}
+    )
+    original_name_or_path: str | None = field(
+        default=None, metadata={"help": "For `--evaluate_only`: the model before it was unlearned."}
+    )
+    reference_name_or_path: str | None = field(
+        default=None, metadata={"help": "A model retrained without the forget set, in place of `--retrain`."}
+    )
     relearning_steps: int = field(default=20, metadata={"help": "Steps of the relearning attack; 0 for none."})
 
 
@@ -231,8 +243,25 @@ def finetune(model, images: Dataset, args: OrthoGradConfig, arguments: ScriptArg
         logging_steps=200,
     )
     transformers.set_seed(args.seed)
-    OrthoGradTrainer(model, args, train_dataset=images).train()
+    show_one_bar(OrthoGradTrainer(model, args, train_dataset=images)).train()
     return model
+
+
+def models_of(start, sets: dict, args: OrthoGradConfig, arguments: ScriptArguments):
+    """The model before unlearning and the reference, trained here or loaded; None for one that is not at hand."""
+    load_like = partial(type(start).from_pretrained, dtype=torch.float32)
+    original = reference = None
+    if arguments.original_name_or_path is not None:
+        original = load_like(arguments.original_name_or_path)
+    elif not arguments.evaluate_only:
+        everything = concatenate_datasets([sets["forget"], sets["others"]])
+        trains = arguments.finetune_epochs > 0 and not arguments.dry_run
+        original = finetune(start, everything, args, arguments) if trains else start
+    if arguments.reference_name_or_path is not None:
+        reference = load_like(arguments.reference_name_or_path)
+    elif arguments.retrain and not arguments.dry_run:
+        reference = finetune(start, sets["others"], args, arguments)
+    return original, reference
 
 
 def stopping_in_time(args: OrthoGradConfig, reference, sets: dict, arguments: ScriptArguments) -> OrthoGradConfig:
@@ -268,19 +297,14 @@ def main() -> None:
     names = [start.config.id2label[number] for number in range(start.config.num_labels)]
     sets = split(prepare(corpus, processor, arguments), names, arguments, args.seed)
 
-    original = reference = start
-    if arguments.finetune_epochs > 0:
-        everything = concatenate_datasets([sets["forget"], sets["others"]])
-        original = finetune(start, everything, args, arguments)
-    reference = finetune(start, sets["others"], args, arguments) if arguments.retrain else None
-
+    original, reference = models_of(start, sets, args, arguments)
     args = stopping_in_time(args, reference, sets, arguments)
     measured = {name: rows for name, rows in sets.items() if name != "others"}
     retain = sets["retain"]
     if arguments.vary_retain or (arguments.vary_retain is None and args.retain_loss == "kl" and not arguments.video):
         retain = retain.with_transform(VaryImages(flip=arguments.flip))
     trainer = OrthoGradTrainer(
-        copy.deepcopy(original),
+        copy.deepcopy(start if arguments.evaluate_only else original),
         args,
         train_dataset=retain,
         forget_dataset=sets["forget"],
@@ -288,8 +312,12 @@ def main() -> None:
         processing_class=processor,
         compute_metrics=accuracy,
     )
-    trainer.train()
-    trainer.save_model()
+    if arguments.dry_run:
+        print(trainer.estimate())
+        return
+    if not arguments.evaluate_only:
+        show_one_bar(trainer).train()
+        trainer.save_model()
     attacks = [Quantization(8), Quantization(4, group_size=64)]
     if arguments.relearning_steps > 0:
         # other data of the class, which was never trained on; of random images, a part of them
@@ -302,9 +330,10 @@ def main() -> None:
     )
     if trainer.is_world_process_zero():
         report.save(args.output_dir)
-        print(f"{report.to_markdown()}\n\nThe report, its figures and the model are in {args.output_dir}.")
-    publish = trainer.push_to_hub if args.push_to_hub else trainer.create_model_card
-    publish(report=report)
+        print(f"{report.to_markdown()}\n\nunlearning_report.html and the model are in {args.output_dir}.")
+    if not arguments.evaluate_only:
+        publish = trainer.push_to_hub if args.push_to_hub else trainer.create_model_card
+        publish(report=report)
     trainer.accelerator.end_training()
 
 

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
+from hf_orthograd.callbacks import show_one_bar
 from hf_orthograd.data import check_corpus, prepare_text_dataset
 from hf_orthograd.evaluation import Quantization, Relearning, evaluate_unlearning
 from hf_orthograd.evaluation.text import (
@@ -79,6 +80,16 @@ class RunArguments:
     use_lora: bool = field(default=False, metadata={"help": "Unlearn by LoRA, on all linear layers."})
     lora_rank: int = field(default=16, metadata={"help": "Its rank."})
     relearning_steps: int = field(default=10, metadata={"help": "Steps of the relearning attack; 0 for none."})
+    dry_run: bool = field(default=False, metadata={"help": "Print what a step will take, and stop."})
+    evaluate_only: bool = field(
+        default=False, metadata={"help": "Unlearn nothing: the model is an unlearned one, which is measured."}
+    )
+    original_name_or_path: str | None = field(
+        default=None, metadata={"help": "For `--evaluate_only`: the model before it was unlearned."}
+    )
+    reference_name_or_path: str | None = field(
+        default=None, metadata={"help": "A model retrained without the forget set, in place of `--retrain`."}
+    )
     num_shown: int = field(default=3, metadata={"help": "Answers shown before and after, of each set."})
 
 
@@ -208,8 +219,25 @@ def finetune(model, rows: Dataset, args: OrthoGradConfig, arguments: RunArgument
         logging_steps=100,
     )
     transformers.set_seed(args.seed)
-    OrthoGradTrainer(model, args, train_dataset=rows, **shared).train()
+    show_one_bar(OrthoGradTrainer(model, args, train_dataset=rows, **shared)).train()
     return model
+
+
+def models_of(start, sets: dict[str, Dataset], args: OrthoGradConfig, arguments: RunArguments, shared: dict):
+    """The model before unlearning and the reference, trained here or loaded; None for one that is not at hand."""
+    load_like = partial(type(start).from_pretrained, dtype=torch.float32)
+    original = reference = None
+    if arguments.original_name_or_path is not None:
+        original = load_like(arguments.original_name_or_path)
+    elif not arguments.evaluate_only:
+        everything = concatenate_datasets([sets["forget"], sets["others"]])
+        trains = arguments.finetune_epochs > 0 and not arguments.dry_run
+        original = finetune(start, everything, args, arguments, shared) if trains else start
+    if arguments.reference_name_or_path is not None:
+        reference = load_like(arguments.reference_name_or_path)
+    elif arguments.retrain and not arguments.dry_run:
+        reference = finetune(start, sets["others"], args, arguments, shared)
+    return original, reference
 
 
 def stopping_in_time(args: OrthoGradConfig, reference, sets: dict, arguments: RunArguments, shared: dict):
@@ -223,15 +251,16 @@ def stopping_in_time(args: OrthoGradConfig, reference, sets: dict, arguments: Ru
 
 
 def show_answers(trainer: OrthoGradTrainer, original, sets: dict[str, Dataset], count: int) -> str:
-    """A table of what both models say to the first questions of each set."""
-    lines = ["| set | before | after |", "|---|---|---|"]
+    """A table of what both models say to the first questions of each set; without the original one, of the unlearned."""
+    models = {"after": None} if original is None else {"before": original, "after": None}
+    lines = [f"| set | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
     for name, rows in sets.items():
         rows = rows.select(range(min(count, len(rows))))
         # a model that has forgotten may go on without end
         longest = max(sum(label != IGNORED_LABEL for label in row["labels"]) for row in rows)
-        said = [generate_answers(trainer, rows, model=model, max_new_tokens=2 * longest) for model in (original, None)]
+        said = [generate_answers(trainer, rows, model=model, max_new_tokens=2 * longest) for model in models.values()]
         cells = [[" ".join(text.replace("|", "\\|").split()) for text in one] for one in said]
-        lines += [f"| {name} | {before} | {after} |" for before, after in zip(*cells, strict=True)]
+        lines += [f"| {name} | {' | '.join(texts)} |" for texts in zip(*cells, strict=True)]
     return "\n".join(lines)
 
 
@@ -252,15 +281,11 @@ def run(
         shared (`dict`): What all trainers are given.
         vary (`Callable`, *optional*): A transform of retain rows, which makes each anew whenever it is read.
     """
-    original = start
-    if arguments.finetune_epochs > 0:
-        original = finetune(start, concatenate_datasets([sets["forget"], sets["others"]]), args, arguments, shared)
-    reference = finetune(start, sets["others"], args, arguments, shared) if arguments.retrain else None
-
+    original, reference = models_of(start, sets, args, arguments, shared)
     args = stopping_in_time(args, reference, sets, arguments, shared)
     measured = {name: rows for name, rows in sets.items() if name != "others"}
-    student = copy.deepcopy(original)
-    if arguments.use_lora:
+    student = copy.deepcopy(start if arguments.evaluate_only else original)
+    if arguments.use_lora and not arguments.evaluate_only:
         rank = arguments.lora_rank
         student = get_peft_model(student, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     trainer = OrthoGradTrainer(
@@ -271,8 +296,12 @@ def run(
         eval_dataset=measured,
         **shared,
     )
-    trainer.train()
-    trainer.save_model()
+    if arguments.dry_run:
+        print(trainer.estimate())
+        return
+    if not arguments.evaluate_only:
+        show_one_bar(trainer).train()
+        trainer.save_model()
     attacks = [Quantization(8), Quantization(4, group_size=64)]
     if arguments.relearning_steps > 0:
         # the first fifth of what was forgotten, in the order of the data set: does it bring back the rest?
@@ -295,10 +324,11 @@ def run(
         report.save(args.output_dir)
         Path(args.output_dir, "answers.md").write_text(answers + "\n")
         print(
-            f"{report.to_markdown()}\n\n{answers}\n\nReport, figures, answers and the model are in {args.output_dir}."
+            f"{report.to_markdown()}\n\n{answers}\n\nunlearning_report.html, answers and the model are in {args.output_dir}."
         )
-    publish = trainer.push_to_hub if args.push_to_hub else trainer.create_model_card
-    publish(report=report)
+    if not arguments.evaluate_only:
+        publish = trainer.push_to_hub if args.push_to_hub else trainer.create_model_card
+        publish(report=report)
     trainer.accelerator.end_training()
 
 

@@ -4,29 +4,35 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .launching import commands as launching
 from .publishing import commands as publishing
 from .publishing.patience import FAULTS
 from .requests import commands as requests
 
 
-_DESCRIPTION = """What happens to an unlearned model after training, and to one that is asked to forget again.
+_DESCRIPTION = """Makes a model forget, and does what follows: publishing, checking, and the next request.
+
+    hf-orthograd unlearn speech
+    hf-orthograd unlearn text --config run.yaml --max_steps 40
+    hf-orthograd estimate image --config run.yaml
+    hf-orthograd evaluate text --config run.yaml --model_name_or_path out
 
 A run writes what may be published to <output_dir>/public: weights, card, the report's public edition and a record of the
 request. Look at it, then publish it, and have anyone check it:
 
-    python -m hf_orthograd publish out/public me/whisper-tiny-unlearned
-    python -m hf_orthograd verify me/whisper-tiny-unlearned
+    hf-orthograd publish out/public me/whisper-tiny-unlearned
+    hf-orthograd verify me/whisper-tiny-unlearned
 
 A model that remembers was pushed long ago: push the unlearned one over it, and take the old revisions away:
 
-    python -m hf_orthograd publish out/public me/whisper-tiny --squash_history
-    python -m hf_orthograd retract me/whisper-tiny --delete_refs
+    hf-orthograd publish out/public me/whisper-tiny --squash_history
+    hf-orthograd retract me/whisper-tiny --delete_refs
 
 Requests keep coming: a folder holds a model's history of them, one command takes one in, another carries out what is pending:
 
-    python -m hf_orthograd requests begin history openai/whisper-tiny
-    python -m hf_orthograd requests add history --forget rows.parquet
-    python -m hf_orthograd requests run history --trainer train.py:make_trainer
+    hf-orthograd requests begin history openai/whisper-tiny
+    hf-orthograd requests add history --forget rows.parquet
+    hf-orthograd requests run history --trainer train.py:make_trainer
 
 Exit codes: 0, done and in order; 1, something differs, was refused or is still there; 2, wrong arguments."""
 
@@ -36,8 +42,11 @@ def run(arguments: Sequence[str]) -> int:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("hf-orthograd", description=_DESCRIPTION, formatter_class=form)
     commands = parser.add_subparsers(
-        title="commands", required=True, metavar="publish | verify | retract | card | requests"
+        title="commands",
+        required=True,
+        metavar="unlearn | estimate | evaluate | publish | verify | retract | card | requests",
     )
+    launching.add_commands(commands)
     publishing.add_commands(commands)
     requests.add_commands(commands)
     parsed = parser.parse_args(arguments)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from transformers import (
     AutoImageProcessor,
@@ -25,17 +26,17 @@ sys.path.insert(0, str(EXAMPLE.parent))
 import unlearn_image  # noqa: E402
 
 
-def run_example(*arguments):
-    command = [sys.executable, str(EXAMPLE), "--report_to", "none", "--disable_tqdm", "1", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500)
-
-
 def test_demo_forgets_a_class_and_reports(tmp_path):
-    shortened = ("--finetune_epochs", 1, "--max_steps", 3, "--relearning_steps", 4, "--output_dir", tmp_path)
-    finished = run_example(*shortened)
+    """From the command line, half of it in a file."""
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump({"finetune_epochs": 1, "max_steps": 9, "seed": None, "report_to": ["none"]}))
+    command = [sys.executable, "-m", "hf_orthograd", "unlearn", "image", "--config", str(config), "--max_steps", "3"]
+    command += ["--disable_tqdm", "1", "--relearning_steps", "4", "--output_dir", str(tmp_path)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "## Against a model retrained without the forget set" in finished.stdout
     report = UnlearningReport.load(tmp_path)
+    assert report.cost["unlearning"]["steps"] == 3
     assert set(report.models["unlearned"]) == {"forget", "retain", "test", "forget_unseen"}
     assert {"original", "reference", "unlearned, int8", "reference, int4"} <= set(report.models)
     assert report.models["unlearned"]["forget"].size == 128 and report.models["unlearned"]["retain"].size == 120
@@ -87,7 +88,7 @@ def folder(tmp_path, make_model):
     return tmp_path
 
 
-def test_random_images_of_a_folder(folder, monkeypatch):
+def test_random_images_of_a_folder(folder, monkeypatch, capsys):
     """In this process: a fresh one takes ten seconds to import what it needs."""
     inputs = [
         "--model_name_or_path",
@@ -114,6 +115,20 @@ def test_random_images_of_a_folder(folder, monkeypatch):
     assert 2 * 6 <= len(varied) < 4 * 6
     model = AutoModelForImageClassification.from_pretrained(folder / "out")
     assert model.config.id2label == {0: "cat", 1: "dog"}
+
+    # the same numbers from the saved model alone
+    saved = folder / "out"
+    again = [*inputs, *own, "--evaluate_only", "--relearning_steps", 0, "--model_name_or_path", saved]
+    again += ["--original_name_or_path", saved, "--reference_name_or_path", saved, "--output_dir", folder / "again"]
+    monkeypatch.setattr(sys, "argv", ["unlearn_image.py", *map(str, again)])
+    unlearn_image.main()
+    measured = UnlearningReport.load(folder / "again").models
+    assert measured["unlearned"] == measured["original"] == measured["reference"] == report.models["unlearned"]
+    assert not (folder / "again" / "model.safetensors").exists()
+
+    monkeypatch.setattr(sys, "argv", ["unlearn_image.py", *map(str, [*inputs, *own, "--dry_run"])])
+    unlearn_image.main()
+    assert "x GradDiff" in capsys.readouterr().out
 
     monkeypatch.setattr(sys, "argv", ["unlearn_image.py", *map(str, inputs), "--forget_values", "bird"])
     with pytest.raises(ValueError, match=r"`--forget_values` \['bird'\] are no classes of the data set, which has"):
