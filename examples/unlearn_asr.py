@@ -18,11 +18,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from datasets import DatasetDict, concatenate_datasets, load_dataset
+from accelerate import PartialState
+from datasets import DatasetDict, concatenate_datasets, disable_progress_bars, load_dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoProcessor, HfArgumentParser
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
+from hf_orthograd.callbacks import show_one_bar
 from hf_orthograd.data import VarySpeech, check_corpus
 from hf_orthograd.data.speech import (
     SpeechCollator,
@@ -85,6 +87,15 @@ class ScriptArguments:
     use_lora: bool = field(default=False, metadata={"help": "Unlearn by a LoRA adapter on the attention projections."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of the adapter."})
     dry_run: bool = field(default=False, metadata={"help": "Print what a step will take, and stop."})
+    evaluate_only: bool = field(
+        default=False, metadata={"help": "Unlearn nothing: the model is an unlearned one, which is measured."}
+    )
+    original_name_or_path: str | None = field(
+        default=None, metadata={"help": "For `--evaluate_only`: the model before it was unlearned."}
+    )
+    reference_name_or_path: str | None = field(
+        default=None, metadata={"help": "A model retrained without the forget set, in place of `--retrain`."}
+    )
     compare_projections: list[str] = field(
         default_factory=list, metadata={"help": "Repeat the run with these `projection`s, for the table alone."}
     )
@@ -95,22 +106,19 @@ class ScriptArguments:
 
 
 DEMO = {
-    "forget_values": ["duncan"],
-    "retain_size": 140,
-    "finetune_epochs": 25,
+    "forget_values": ["lena"],
+    "retain_size": 60,
+    "finetune_epochs": 20,
     "finetune_learning_rate": 1e-3,
-    "finetune_batch_size": 16,
+    "retrain": True,
     "compare_projections": ["none"],
-    # it shows a model that is made to fail on a speaker: a retrained one understands the synthetic voice nearly as well
-    "stop_in_time": False,
     "output_dir": "out/demo",
     "forget_loss": "npo",
-    "npo_beta": 2.0,
-    "alpha": 0.5,
-    "max_steps": 120,
-    "learning_rate": 5e-4,
-    "per_device_train_batch_size": 28,
+    "max_steps": 60,
+    "learning_rate": 1e-4,
+    "per_device_train_batch_size": 30,
     "logging_steps": 1,
+    "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 
 # stopping and pushing are for unlearning alone
@@ -135,6 +143,8 @@ def load(arguments: ScriptArguments):
     if arguments.model_name_or_path is None:
         from demo_corpus import build_demo_corpus, build_demo_recogniser
 
+        disable_progress_bars()  # of preparing and saving, which take seconds here
+        transformers.utils.logging.disable_progress_bar()
         corpus = build_demo_corpus()
         return *build_demo_recogniser(corpus["train"]["text"]), corpus
     corpus = load_dataset(arguments.dataset_name)
@@ -205,9 +215,39 @@ class Recogniser:
             **self.evaluation,
         )
         spoken = concatenate_datasets([self.sets[name] for name in sets])
-        trainer = OrthoGradTrainer(model, args, train_dataset=spoken, **self.shared)
+        trainer = show_one_bar(OrthoGradTrainer(model, args, train_dataset=spoken, **self.shared))
         trainer.train()
         trainer.save_model()
+
+    def models_of(self, start, args: OrthoGradConfig, arguments: ScriptArguments):
+        """The model before unlearning and the reference, trained here or loaded; None for one that is not at hand."""
+
+        def load_like(name: str):
+            model = type(start).from_pretrained(name, dtype=torch.float32)
+            if arguments.max_audio_seconds is not None:
+                shorten_whisper(model, self.shared["processing_class"], arguments.max_audio_seconds)
+            return model
+
+        say, original, reference = PartialState().print, None, None
+        if arguments.reference_name_or_path is not None:
+            reference = load_like(arguments.reference_name_or_path)
+        elif arguments.retrain:
+            reference = copy.deepcopy(start)
+        if arguments.original_name_or_path is not None:
+            original = load_like(arguments.original_name_or_path)
+        elif not arguments.evaluate_only:
+            original = start
+            if arguments.finetune_epochs > 0:
+                say(f"Learning from all speakers, {', '.join(arguments.forget_values)} among them ...")
+                self.finetune(original, ["forget", "others"], args, arguments, "finetuned")
+        if arguments.retrain and arguments.reference_name_or_path is None:
+            say("Learning from the others alone, as the reference ...")
+            self.finetune(reference, ["others"], args, arguments, "retrained")
+        return original, reference
+
+    def probe(self, model, args: OrthoGradConfig) -> OrthoGradTrainer:
+        """A trainer that only measures."""
+        return OrthoGradTrainer(model, replace(args, **WITHOUT_RULE, **self.evaluation), **self.shared)
 
     def unlearner(self, model, args: OrthoGradConfig, arguments: ScriptArguments) -> OrthoGradTrainer:
         retain = self.sets["retain"]
@@ -216,7 +256,8 @@ class Recogniser:
         sets = {"train_dataset": retain, "forget_dataset": self.sets["forget"]}
         if args.forget_target == "reference":
             sets["eval_dataset"] = self.measured | {"reference": self.measured["forget_unseen"]}
-        return OrthoGradTrainer(model, replace(args, save_strategy="no", **self.evaluation), **self.shared | sets)
+        args = replace(args, save_strategy="no", **self.evaluation)
+        return show_one_bar(OrthoGradTrainer(model, args, **self.shared | sets))
 
     def stopping_in_time(self, args: OrthoGradConfig, reference, arguments: ScriptArguments) -> OrthoGradConfig:
         """The arguments with a rule that stops where a model would be that never heard the speaker, if one is known."""
@@ -224,8 +265,7 @@ class Recogniser:
             return args
         level = "reference"
         if reference is not None:
-            probe = OrthoGradTrainer(reference, replace(args, **WITHOUT_RULE, **self.evaluation), **self.shared)
-            level = probe.evaluate(self.measured["forget"])[f"eval_{args.stop_metric}"]
+            level = self.probe(reference, args).evaluate(self.measured["forget"])[f"eval_{args.stop_metric}"]
         elif len(self.measured["forget_unseen"]) == 0:
             return args
         when = {"eval_strategy": "steps", "eval_steps": args.eval_steps or 2} if args.eval_strategy == "no" else {}
@@ -288,7 +328,7 @@ def report(rows: dict[str, dict], arguments: ScriptArguments, args: OrthoGradCon
     qualities = {method: {SETS[name]: row[name]["wer"] for name in SETS} for method, row in rows.items()}
     plot_unlearning(histories, qualities, "word error rate (%)", output / "curves.png")
     print(
-        f"\n{table}\n\nresults.json, curves.png, unlearning_report.md and the model are in {output}; what may be published, in {output}/public."
+        f"\n{table}\n\nThe model, unlearning_report.html and .md, results.json and curves.png are in {output}.\nWhat may be published is in {output}/public."
     )
 
 
@@ -301,7 +341,9 @@ def main() -> None:
     if (arguments.model_name_or_path is None) != (arguments.dataset_name is None):
         raise ValueError("Pass both `--model_name_or_path` and `--dataset_name`, or neither for the demo.")
     check_access(args)  # before fine-tuning: the trainer that unlearns is made hours later
+    say = PartialState().print  # in the first process
     transformers.set_seed(args.seed)
+    say("Data and model ...")
     model, processor, corpus = load(arguments)
     columns = {"audio_column": arguments.audio_column, "text_column": arguments.text_column}
     sets = {
@@ -311,28 +353,33 @@ def main() -> None:
     if arguments.dry_run:
         print(recogniser.unlearner(make_student(model, arguments), args, arguments).estimate())
         return
-    reference = copy.deepcopy(model) if arguments.retrain else None
-    if arguments.finetune_epochs > 0:
-        recogniser.finetune(model, ["forget", "others"], args, arguments, "finetuned")
-    if reference is not None:
-        recogniser.finetune(reference, ["others"], args, arguments, "retrained")
-
-    probe = OrthoGradTrainer(model, replace(args, **WITHOUT_RULE, **recogniser.evaluation), **recogniser.shared)
-    rows = {"before": recogniser.rates_of(probe)}
+    original, reference = recogniser.models_of(model, args, arguments)
+    known = {
+        "before": original,
+        "retrained without": reference,
+        "unlearned": model if arguments.evaluate_only else None,
+    }
+    rows = {name: recogniser.rates_of(recogniser.probe(one, args)) for name, one in known.items() if one is not None}
     args = recogniser.stopping_in_time(args, reference, arguments)
-    for projection in (*arguments.compare_projections, args.projection):
-        student = make_student(model, arguments)
+    if arguments.evaluate_only:
+        trainer = recogniser.unlearner(model, args, arguments)
+    for projection in () if arguments.evaluate_only else (*arguments.compare_projections, args.projection):
+        say(f'Unlearning, projection="{projection}" ...')
+        student = make_student(original, arguments)
         transformers.set_seed(args.seed)
         trainer = recogniser.unlearner(student, replace(args, projection=projection), arguments)
         rows[f'projection="{projection}"'] = recogniser.unlearn(trainer)
 
-    trainer.save_model()
-    examined = recogniser.examine(trainer, model, reference, arguments)
+    say("Saving and measuring ...")
+    if not arguments.evaluate_only:
+        trainer.save_model()
+    examined = recogniser.examine(trainer, original, reference, arguments)
     if trainer.is_world_process_zero():
         examined.save(args.output_dir)
         report(rows, arguments, args)
-    publish = trainer.push_to_hub if args.push_to_hub else trainer.create_model_card
-    publish(report=examined)
+    if not arguments.evaluate_only:
+        publish = trainer.push_to_hub if args.push_to_hub else trainer.create_model_card
+        publish(report=examined)
     trainer.accelerator.end_training()
 
 

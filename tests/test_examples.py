@@ -81,10 +81,8 @@ def seconds(row):
 
 def test_corpus_says_the_same_every_time_and_shares_no_sentence():
     corpus, again = (build_demo_corpus(train_per_speaker=3, test_per_speaker=2) for _ in range(2))
-    assert corpus["train"]["text"] == again["train"]["text"]
-    # eSpeak NG varies pitch and breath by itself, the length of an utterance hardly
-    assert all(abs(seconds(a) - seconds(b)) < 0.05 for a, b in zip(corpus["train"], again["train"], strict=True))
-    assert all(1 < seconds(row) < 3 for row in corpus["train"])
+    assert list(corpus["train"]) == list(again["train"])  # to the last sample, breath and flutter of the voices too
+    assert all(0.8 < seconds(row) < 2 for row in corpus["train"])
     sentences = list(corpus["train"]["text"]) + list(corpus["test"]["text"])
     assert len(set(sentences)) == len(sentences) == 5 * len(SPEAKERS)
     assert set(corpus["train"]["speaker"]) == set(SPEAKERS)
@@ -97,12 +95,12 @@ def test_demo_in_two_processes_from_corpus_to_one_push(tmp_path, hub):
     push = ("--push_to_hub", "--hub_model_id", "owner/forgetful", "--output_dir", str(tmp_path))
     online = {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_write"}
     printed = run_example(*SHORTENED, *rule, "--use_cpu", "1", *push, launcher=launcher, environment=online)
-    results = check_outputs(tmp_path, ["before", 'projection="none"', 'projection="orthogonal"'])
+    results = check_outputs(tmp_path, ["before", "retrained without", 'projection="none"', 'projection="orthogonal"'])
     assert (tmp_path / "checkpoint-0").is_dir()
-    assert "| before |" in printed and results["arguments"]["forget_values"] == ["duncan"]
+    assert "| before |" in printed and results["arguments"]["forget_values"] == ["lena"]
     history = results["rows"]['projection="orthogonal"']["history"]
     assert [entry["step"] for entry in history] == [1, 2]
-    assert 0 < history[0]["kept_signal"] < 1 and history[0]["projection_rank"] > 28  # of both processes
+    assert 0 < history[0]["kept_signal"] < 1 and history[0]["projection_rank"] > 30  # of both processes
     model = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
     processor = AutoProcessor.from_pretrained(tmp_path)
     audio = torch.zeros(16000).numpy()
@@ -111,14 +109,14 @@ def test_demo_in_two_processes_from_corpus_to_one_push(tmp_path, hub):
     assert sum("/commit/" in request for request in hub.requests) == 1
     assert verify("owner/forgetful") == []
     assert "wer, with its 95 % interval" in ModelCard.load("owner/forgetful").text
-    assert not any(b"duncan" in received for received in hub.received)
+    assert not any(b"lena" in received for received in hub.received)
 
 
 def test_dry_run_prints_the_estimate_and_makes_nothing(run_here, tmp_path, capsys):
     run_here("--dry_run", "--output_dir", str(tmp_path / "out"), "--use_lora")
     printed = capsys.readouterr().out
     assert "engine 'gram'" in printed
-    assert "8 forget and 28 retain samples" in printed
+    assert "8 forget and 30 retain samples" in printed
     assert "x GradDiff" in printed
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
