@@ -90,7 +90,7 @@ def _sentences(count: int, generator: random.Random) -> list[str]:
 def build_demo_corpus(train_per_speaker: int = 50, test_per_speaker: int = 20, seed: int = 0) -> DatasetDict:
     """Speaks the corpus: every sentence is said once, by one speaker, so no test sentence was ever trained on.
 
-    The corpus depends on its arguments alone, to the last sample.
+    The first corpus of a process depends on its arguments alone, to the last sample; eSpeak NG carries something over to the next.
 
     Returns:
         `DatasetDict` with splits `train` and `test`, columns `audio` (bytes of a WAV file), `text`, `speaker`, `id`.

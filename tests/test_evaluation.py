@@ -287,7 +287,8 @@ def test_page_says_what_holds_and_needs_no_network(planted, trainer_of):
     assert page.tags["script"] == page.tags["link"] == page.tags["img"] == 0
     assert all(address.startswith("#") for address in page.addresses)
     assert max(count for name, count in page.ids.items() if name is not None) == 1
-    assert (page.classes["yes"], page.classes["no"], page.classes["unknown"]) == (1, 6, 1)
+    for kind, holds in {"yes": True, "no": False, "unknown": None}.items():
+        assert page.classes[kind] == sum(check.holds is holds for check in report.checks) > 0
     assert page.classes["owner"] == 1 and "test" in report.to_html()
     public = report.public()
     assert Page(public.to_html()).classes["owner"] == 0
