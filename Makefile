@@ -1,9 +1,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := hf_orthograd examples benchmarks tests setup.py
+SOURCES := hf_orthograd examples benchmarks tests docs setup.py
+STUBS := out/stubs
 
-.PHONY: demo test test-oldest bench quality style
+.PHONY: demo test test-oldest bench docs quality style
 
 # torch comes first: with it in place no other package pulls in a build with CUDA
 $(BIN)/.installed: setup.py constraints.txt
@@ -36,9 +37,17 @@ bench: $(BIN)/.installed  # hours on a small machine; skips what is measured alr
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/step_cost.py --methods graddiff two_pass gram func loop torchjd opacus \
 		--memory_methods graddiff two_pass gram func torchjd
 
+docs: $(BIN)/.installed  # the site, in out/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# signatures are checked in stubs, which have no bodies and no private names
 quality: $(BIN)/.installed  # check only
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/python docs/_sentences.py README.md CONTRIBUTING.md CHANGELOG.md docs
+	rm -rf $(STUBS) && $(BIN)/stubgen -q -p hf_orthograd -o $(STUBS)
+	cd $(STUBS) && $(CURDIR)/$(BIN)/mypy -p hf_orthograd --ignore-missing-imports --disallow-untyped-defs --disallow-incomplete-defs \
+		--python-executable $(CURDIR)/$(BIN)/python
 
 style: $(BIN)/.installed  # fix
 	$(BIN)/ruff check --fix $(SOURCES)

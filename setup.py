@@ -28,8 +28,9 @@ REQUIRED = [
 BENCH = ["filelock>=3.12", "opacus>=1.6", "torchjd>=0.18"]
 DEMO = ["espeakng-loader>=0.2.4"]
 SIGN = ["model-signing>=1.1", "pyopenssl>=24"]  # the first imports the second without naming it
-QUALITY = ["ruff==0.17.6"]
-TESTS = ["filelock>=3.12", "pytest>=8.0", "pytest-cov>=6.0", "pytest-xdist>=3.6"]
+DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.30"]
+QUALITY = ["mypy>=1.18", "ruff==0.17.6"]
+TESTS = ["build>=1.2", "filelock>=3.12", "ipykernel>=6.29", "nbclient>=0.10", "pytest>=8.0", "pytest-cov>=6.0", "pytest-xdist>=3.6"]
 
 setup(
     name="hf-orthograd",
@@ -49,7 +50,13 @@ setup(
     },
     entry_points={"console_scripts": ["hf-orthograd = hf_orthograd.__main__:main"]},
     install_requires=REQUIRED,
-    extras_require={"bench": BENCH, "demo": DEMO, "dev": DEMO + QUALITY + SIGN + TESTS, "sign": SIGN},
+    extras_require={
+        "bench": BENCH,
+        "demo": DEMO,
+        "dev": DEMO + DOCS + QUALITY + SIGN + TESTS,
+        "docs": DOCS,
+        "sign": SIGN,
+    },
     classifiers=[
         "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",

@@ -29,6 +29,7 @@ from hf_orthograd.data import VarySpeech, check_corpus
 from hf_orthograd.data.speech import (
     SpeechCollator,
     is_whisper_like,
+    load_audio_folder,
     most_likely_tokens,
     prepare_speech_dataset,
     shorten_whisper,
@@ -147,7 +148,8 @@ def load(arguments: ScriptArguments):
         transformers.utils.logging.disable_progress_bar()
         corpus = build_demo_corpus()
         return *build_demo_recogniser(corpus["train"]["text"]), corpus
-    corpus = load_dataset(arguments.dataset_name)
+    of_files = Path(arguments.dataset_name, "train", "metadata.csv").exists()
+    corpus = (load_audio_folder if of_files else load_dataset)(arguments.dataset_name)
     columns = ("audio_column", "text_column", "forget_column")
     check_corpus(corpus, {f"--{name}": getattr(arguments, name) for name in columns})
     processor = AutoProcessor.from_pretrained(arguments.model_name_or_path)

@@ -6,6 +6,6 @@ from .projection import project_orthogonal
 from .trainer import OrthoGradTrainer
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["OrthoGradConfig", "OrthoGradTrainer", "project_orthogonal", "split_forget_retain"]

@@ -37,8 +37,8 @@ Requests keep coming: a folder holds a model's history of them, one command take
 Exit codes: 0, done and in order; 1, something differs, was refused or is still there; 2, wrong arguments."""
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Runs one command and returns its exit code; what went wrong is said on stderr in one line."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; `command` of what it parsed takes it, and returns the exit code."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("hf-orthograd", description=_DESCRIPTION, formatter_class=form)
     commands = parser.add_subparsers(
@@ -49,7 +49,12 @@ def run(arguments: Sequence[str]) -> int:
     launching.add_commands(commands)
     publishing.add_commands(commands)
     requests.add_commands(commands)
-    parsed = parser.parse_args(arguments)
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command and returns its exit code; what went wrong is said on stderr in one line."""
+    parsed = make_parser().parse_args(arguments)
     try:
         return parsed.command(parsed)
     except (ValueError, *FAULTS) as error:

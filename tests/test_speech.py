@@ -17,6 +17,7 @@ from transformers import (
 from hf_orthograd.data.speech import (
     SpeechCollator,
     decode_audio,
+    load_audio_folder,
     match_case,
     most_likely_tokens,
     normalize_text,
@@ -137,3 +138,20 @@ def test_window_out_of_range(seconds, make_model):
     model.config.max_source_positions = 100
     with pytest.raises(ValueError, match=f"from 1 to 2, the model's window, but is {seconds}"):
         shorten_whisper(model, Processor(WhisperFeatureExtractor()), seconds)
+
+
+def test_folder_of_audio_files_needs_its_tables(tmp_path):
+    with pytest.raises(ValueError, match="has no folder with a metadata.csv"):
+        load_audio_folder(tmp_path)
+    (tmp_path / "train").mkdir()
+    table = tmp_path / "train" / "metadata.csv"
+    table.write_text("text\nhello\n")
+    with pytest.raises(ValueError, match="has no rows with a column `file_name`"):
+        load_audio_folder(tmp_path)
+    table.write_text('file_name,text,speaker\na.wav,"well, hello",ann\n')
+    with pytest.raises(ValueError, match="names a.wav, which is not there"):
+        load_audio_folder(tmp_path)
+    soundfile.write(tmp_path / "train" / "a.wav", np.full(160, 0.5), 16000)
+    row = load_audio_folder(tmp_path)["train"][0]
+    assert (row["text"], row["speaker"]) == ("well, hello", "ann")
+    assert np.allclose(decode_audio(row["audio"], 16000), 0.5, atol=1e-3)

@@ -40,7 +40,7 @@ class BaselineTrainer(OrthoGradTrainer):
         raise NotImplementedError
 
     def retain_loss(self, model: nn.Module, batch: Batch) -> Tensor | None:
-        """What is descended on a retain batch: by default what `retain_loss` asks for, in the mean over its samples."""
+        """What is descended on a retain batch, a scalar: by default what `retain_loss` asks for, in the mean over its samples."""
         _, terms = batch.losses_and_terms(model, self.per_sample_loss, self.retain_term)
         return terms.mean()
 

@@ -35,22 +35,22 @@ class GradientTrainer(BaselineTrainer):
             raise ValueError(f"{type(self).__name__} needs retain samples, but `train_dataset` has none. Pass some.")
 
     def forget_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Minus what is ascended."""
+        """Minus what is ascended, a scalar in nats."""
         (objective,) = objectives_of([batch], self.args, self.callback_handler)
         return -objective.value(batch.losses(model, self.per_sample_loss))
 
     def step_of(self, forget: list[Tensor], retain: list[Tensor], trained: list[nn.Parameter]) -> list[Tensor]:
-        """What the optimizer is handed, from the gradients of both losses, both to be descended."""
+        """What the optimizer is handed, from the gradients of both losses, both to be descended; each of the shape of its parameter."""
         raise NotImplementedError
 
     def gradients(self, loss: Tensor, trained: list[nn.Parameter]) -> list[Tensor]:
-        """The gradient of a loss, the mean over processes, float32."""
+        """The gradient of a scalar loss by parameter, the mean over processes, float32."""
         found = [g.float() for g in torch.autograd.grad(loss, trained, materialize_grads=True)]
         self.group.average(found)
         return found
 
     def forget_gradients(self, model: nn.Module, batch: Batch, trained: list[nn.Parameter]) -> tuple[Tensor, list]:
-        """The loss on the forget batch and its gradient."""
+        """The loss on the forget batch, a scalar, and its gradient by parameter."""
         loss = self.forget_loss(model, batch)
         return loss, self.gradients(loss, trained)
 
@@ -122,6 +122,9 @@ class GuTrainer(GradientTrainer):
 
     Args:
         rank (`int`): How many retain gradients are kept, each the size of the parameters.
+
+    Raises:
+        ValueError: `rank` below 1, or a run that is resumed: earlier retain gradients are not saved.
     """
 
     keeps_gradients = True
@@ -189,7 +192,7 @@ class SamTrainer(GradientTrainer):
 
 
 def rectify(descended: list[Tensor], retain_gradient: list[Tensor]) -> list[Tensor]:
-    """What is descended, without its part against the retain gradient; as it is where it has none."""
+    """What is descended, without its part against the retain gradient; as it is where it has none. Lists of tensors, of the same shapes."""
     along = sum(torch.stack([(a * b).sum() for a, b in zip(descended, retain_gradient, strict=True)]))
     squared = sum(torch.stack([gradient.square().sum() for gradient in retain_gradient]))
     # no branch on a number that is on the device

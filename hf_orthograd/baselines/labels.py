@@ -18,6 +18,9 @@ class RandomLabelTrainer(BaselineTrainer):
 
     Args:
         saliency (`float`, *optional*): Share of the weights that is trained; the paper takes 0.5. All by default.
+
+    Raises:
+        ValueError: `saliency` out of (0, 1], or with it a run that is resumed: its masks are of the original model.
     """
 
     def __init__(self, *args, saliency: float | None = None, **kwargs):
@@ -65,7 +68,7 @@ class RandomLabelTrainer(BaselineTrainer):
 
 
 def saliency_masks(gradients: list[Tensor], share: float) -> list[Tensor]:
-    """1 where the absolute gradient is among the largest `share` of all entries of all tensors, else 0."""
+    """1 where the absolute gradient is among the largest `share` of all entries of all tensors, else 0; in the gradients' shapes."""
     magnitudes = torch.cat([gradient.abs().flatten() for gradient in gradients])
     kept = max(1, round(share * len(magnitudes)))
     threshold = magnitudes.kthvalue(len(magnitudes) - kept + 1).values

@@ -18,6 +18,9 @@ class RmuTrainer(TeacherTrainer):
     Args:
         layer (`str`): Name of the module, as "model.layers.7", whose output, or the first part of it, is (B, T, width).
         steering, retain_weight (`float`): The paper's c and alpha.
+
+    Raises:
+        ValueError: The model has no module of the name `layer`.
     """
 
     def __init__(self, *args, layer: str, steering: float = 6.5, retain_weight: float = 1200.0, **kwargs):

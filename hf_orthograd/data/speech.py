@@ -1,15 +1,17 @@
 """What scripts on speech recognisers share: decoding audio, features and labels, collators, shorter Whisper windows."""
 
+import csv
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
 import torch
-from datasets import Audio, Dataset
+from datasets import Audio, Dataset, DatasetDict
 from scipy.signal import resample_poly
 from torch import nn
 from transformers import ProcessorMixin
@@ -75,6 +77,41 @@ def match_case(text: str, vocabulary: Mapping[str, int]) -> str:
 def is_whisper_like(model: nn.Module) -> bool:
     """Whether a recogniser generates text with a decoder, as Whisper does, or labels frames, as CTC models do."""
     return bool(model.config.is_encoder_decoder)
+
+
+def load_audio_folder(folder: str | Path) -> DatasetDict:
+    """A corpus of audio files, laid out as the `audiofolder` of datasets: in each split's folder the files and a `metadata.csv`.
+
+    Files are read when rows are prepared, by soundfile: neither FFmpeg nor torchcodec is needed, as `load_dataset` needs.
+
+    Args:
+        folder (`str` or `Path`): With a folder for each split, as `train`. Their `metadata.csv` has a column `file_name`, and
+            others, as the transcript and the speaker, which are kept as text.
+
+    Returns:
+        `datasets.DatasetDict` whose column `audio` holds the files' paths.
+
+    Raises:
+        ValueError: No split has a `metadata.csv`, one has no `file_name`, or a file is not there.
+    """
+    tables = sorted(Path(folder).glob("*/metadata.csv"))
+    if not tables:
+        raise ValueError(f"`folder` {str(folder)!r} has no folder with a metadata.csv, as train/metadata.csv.")
+    splits = {}
+    for table in tables:
+        with table.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if not rows or "file_name" not in rows[0]:
+            raise ValueError(f"{str(table)!r} has no rows with a column `file_name`.")
+        for row in rows:
+            path = table.parent / row.pop("file_name")
+            if not path.exists():
+                raise ValueError(
+                    f"{str(table)!r} names {path.name}, which is not there. Remove the row, or add the file."
+                )
+            row["audio"] = {"bytes": None, "path": str(path)}
+        splits[table.parent.name] = Dataset.from_list(rows)
+    return DatasetDict(splits)
 
 
 def prepare_speech_dataset(

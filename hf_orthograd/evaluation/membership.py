@@ -81,7 +81,7 @@ def _mean_by_group(losses: np.ndarray, groups: Sequence) -> np.ndarray:
 def loss_distance(losses: np.ndarray, reference_losses: np.ndarray) -> float:
     """Kolmogorov-Smirnov distance of two models' per-sample losses: the largest difference of their distributions.
 
-    0 if they are the same, 1 if they do not overlap. Two models retrained with different seeds are not at 0 either.
+    Losses have shapes (n,) and (m,). 0 if they are the same, 1 if they do not overlap. Two models retrained with different seeds are not at 0 either.
     """
     return float(stats.ks_2samp(losses, reference_losses).statistic)
 

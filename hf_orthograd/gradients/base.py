@@ -183,7 +183,7 @@ class GradientEngine(ABC):
     def forget_gradients(
         self, model: nn.Module, forget: list[ForgetBatch], group: ProcessGroup, loss_scale: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """This process' forget losses, and `g_u`, times the loss scale, of all processes by name of each parameter in use."""
+        """This process' forget losses, (m,), and `g_u`, times the loss scale, of all processes by name of each parameter in use."""
         trainable, device = self.parameters.trainable, self.parameters.device
         # divided before it goes backward: half precision has no room for sums
         total = group.layout(sum(batch.size for batch in forget), device).total

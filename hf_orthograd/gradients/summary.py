@@ -75,7 +75,7 @@ def mean_retain_term(step: StepGradients) -> float:
 
 
 def value_of(step: StepGradients, forget: list[Batch], objectives: list[ForgetObjective], alpha: float) -> Tensor:
-    """GradDiff's loss, for the log: `alpha` times the mean retain term, less `1 - alpha` times what is ascended."""
+    """GradDiff's loss, a scalar for the log: `alpha` times the mean retain term, less `1 - alpha` times what is ascended."""
     parts = zip(objectives, step.forget_losses.split([batch.size for batch in forget]), strict=True)
     ascent = sum(objective.value(own) * len(own) for objective, own in parts) / len(step.forget_losses)
     terms = step.retain_losses if step.retain_terms is None else step.retain_terms

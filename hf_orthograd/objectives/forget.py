@@ -16,7 +16,7 @@ class Ascent:
         return torch.ones_like(losses)
 
     def value(self, losses: Tensor) -> Tensor:
-        """What is ascended: the mean loss, in nats."""
+        """What is ascended, a scalar: the mean of the losses (m,), in nats."""
         return losses.mean()
 
 
@@ -42,7 +42,7 @@ class NegativePreference:
         return 2 * torch.sigmoid(self._beta * (self._reference_losses - losses))
 
     def value(self, losses: Tensor) -> Tensor:
-        """What is ascended: minus the mean of what NPO minimises."""
+        """What is ascended, a scalar: minus the mean of what NPO minimises."""
         return -(2 / self._beta * F.softplus(self._beta * (self._reference_losses - losses))).mean()
 
 
@@ -65,7 +65,7 @@ class SimpleNegativePreference:
         return 2 * torch.sigmoid(self._gamma - self._beta * losses)
 
     def value(self, losses: Tensor) -> Tensor:
-        """What is ascended: minus the mean of what SimNPO minimises."""
+        """What is ascended, a scalar: minus the mean of what SimNPO minimises."""
         return -(2 / self._beta * F.softplus(self._gamma - self._beta * losses)).mean()
 
 

@@ -61,6 +61,7 @@ UNRECORDED = (CARD_NAME, RECORD_NAME, SIGNATURE_NAME, REPORT_FILES[1], *FIGURES)
 
 
 def is_weights(name: str) -> bool:
+    """Whether a published file of this name holds weights."""
     return any(fnmatch(name, pattern) for pattern in (*WEIGHTS, *ADAPTER_WEIGHTS))
 
 

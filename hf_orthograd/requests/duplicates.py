@@ -144,6 +144,9 @@ class Sketches:
             rows (`Iterable`): As [`of`] takes them.
             salt (`bytes`): That of the sketches.
             similarity (`float`, *optional*): From which on a row counts: 0.3 of text, 0.7 of audio by default.
+
+        Raises:
+            ValueError: Rows that are text beside sketches of audio, or the other way round.
         """
         new = Sketches.of(rows, salt)
         if len(new) == 0 or len(self) == 0:

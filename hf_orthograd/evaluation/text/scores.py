@@ -111,6 +111,9 @@ class MinKProbability(_AnswerMetric):
 
     Args:
         share (`float`): Of the tokens, at least one; the paper's k % is 20 %.
+
+    Raises:
+        ValueError: `share` out of (0, 1].
     """
 
     def __init__(self, share: float = 0.2):

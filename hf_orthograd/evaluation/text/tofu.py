@@ -40,7 +40,7 @@ def truth_ratio(right: np.ndarray, wrong: np.ndarray) -> np.ndarray:
 def forget_quality(ratios: np.ndarray, reference_ratios: np.ndarray) -> float:
     """p-value of the two-sample Kolmogorov-Smirnov test that truth ratios on the forget set are those of a retrained model.
 
-    High is good. Below 0.05 the two models are told apart.
+    Ratios have shapes (n,) and (m,). High is good. Below 0.05 the two models are told apart.
     """
     return float(stats.ks_2samp(ratios, reference_ratios).pvalue)
 
