@@ -9,12 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import soundfile
 import torch
 from conftest import MODELS
 from datasets import ClassLabel, Dataset, Features, Image
+from nbclient import NotebookClient
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -147,6 +149,29 @@ def image_folder():
         pictures = list(draw.integers(0, 255, (count, 16, 16, 3), dtype=np.uint8))
         rows = Dataset.from_dict({"image": pictures, "label": [0, 1, 2] * (count // 3)}, features=features)
         rows.to_parquet(f"corpus/{split}.parquet")
+
+
+def test_notebook_goes_from_a_model_to_a_push(image_folder, hub, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    notebook = nbformat.read(ROOT / "examples" / "notebooks" / "forget_a_class.ipynb", as_version=4)
+    assert len(notebook.cells) <= 20
+    assert all(not cell.get("outputs") for cell in notebook.cells)
+    given = {
+        "MODEL": "model", "DATASET": "corpus", "IMAGE": "image", "LABEL": "label", "FORGET": "cat", "AT_HAND": 12,
+        "PROTECTED": 6, "STEPS": 2, "REPOSITORY": "owner/from-a-notebook",
+    }  # fmt: skip
+    settings = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    assert re.findall(r"^(\w+)(?:, (\w+))? =", settings.source, re.M) == [
+        ("MODEL", ""), ("DATASET", ""), ("IMAGE", "LABEL"), ("FORGET", ""), ("AT_HAND", ""), ("PROTECTED", ""), ("STEPS", ""),
+        ("REPOSITORY", ""),
+    ]  # fmt: skip
+    settings.source = "\n".join(f"{name} = {value!r}" for name, value in given.items())
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert "x GradDiff" in said and "as recorded" in said
+    shown = [output.data for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+    assert any("Unlearning report" in data.get("text/html", "") for data in shown)
+    assert hub.repositories["owner/from-a-notebook"]
 
 
 def shortened(output_dir, hub_model_id, **given):
