@@ -85,7 +85,7 @@ def report_as_html(report, audience: str, goal: str) -> str:
         colours=COLOURS,
         counts=[(words, found[WORDS[holds]]) for holds, words in PLURALS.items()],
         checks=[_show_check(check) for check in report.checks],
-        quality_note=f"{quality_note(report).capitalize()}.",
+        quality_note=f"In each cell: {quality_note(report)}.",
         sets=sets,
         quality_lines=quality_lines,
         groups=[*worst_groups(report), *_hit_groups(report)],
