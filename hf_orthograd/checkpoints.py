@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
@@ -18,6 +19,12 @@ from transformers.utils import logging
 
 from .config import OrthoGradConfig
 from .trials import replaced
+
+
+if TYPE_CHECKING:
+    from torch.nn.modules.module import _IncompatibleKeys
+
+    from .trainer import OrthoGradTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -104,7 +111,7 @@ def merges(model: nn.Module, args: OrthoGradConfig, *, sharded: bool) -> bool:
     return not sharded
 
 
-def save_merged(trainer, folder: str) -> None:
+def save_merged(trainer: "OrthoGradTrainer", folder: str) -> None:
     """Saves the base model of a LoRA run with the adapter merged into it, as Trainer saves a model."""
     remove_adapter_files(folder)
     with replaced(trainer, "model", merged_copy(trainer.accelerator.unwrap_model(trainer.model))):
@@ -146,7 +153,7 @@ class CompleteLoading:
     def __init__(self):
         self._in_part = False
 
-    def is_in_part(self, load_result, model: nn.Module) -> bool:
+    def is_in_part(self, load_result: "_IncompatibleKeys", model: nn.Module) -> bool:
         """Whether weights were missing that are neither tied nor left out on purpose; [`complete`] then loads them."""
         ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())

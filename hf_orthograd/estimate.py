@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -19,6 +20,10 @@ from .gradients.gram.rules import RULES
 from .objectives import PerSampleLosses
 from .parallel import Parameters
 from .trials import preserved_modes, preserved_random_state
+
+
+if TYPE_CHECKING:
+    from .trainer import OrthoGradTrainer
 
 
 _GIB = 1 << 30
@@ -117,7 +122,7 @@ class _Sampled:
     functions: dict[str, tuple[str, str]]
 
 
-def estimate_run(trainer) -> Estimate:
+def estimate_run(trainer: "OrthoGradTrainer") -> Estimate:
     """Counts a step of a trainer, without making one.
 
     From forward and backward passes over two samples of each set, padded as the first batch is. Time counts the

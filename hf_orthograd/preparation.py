@@ -1,6 +1,7 @@
 """What a run needs before its first step: its engine, after a look at the first samples of both sets, and its retain term."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,7 +13,11 @@ from .starting_model import KeepPredictions, ReferenceModel, StartingModel
 from .trials import preserved_random_state
 
 
-def prepare_engine(trainer, model: nn.Module) -> GradientEngine:
+if TYPE_CHECKING:
+    from .trainer import OrthoGradTrainer
+
+
+def prepare_engine(trainer: "OrthoGradTrainer", model: nn.Module) -> GradientEngine:
     """Checks the model and a few samples, and finds the engine that follows it.
 
     Args:
@@ -62,7 +67,7 @@ def prepare_engine(trainer, model: nn.Module) -> GradientEngine:
     return engine
 
 
-def prepare_retain_term(trainer, start: StartingModel | None) -> KeepPredictions:
+def prepare_retain_term(trainer: "OrthoGradTrainer", start: StartingModel | None) -> KeepPredictions:
     """Keeps the model that a run starts from, or takes the one given, for `retain_loss="kl"`.
 
     Args:

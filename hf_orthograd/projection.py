@@ -8,6 +8,7 @@ factorisation of G^T). Only inner products enter `c`, so it can be found without
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -173,7 +174,7 @@ def _solve_by_eigenvalues(system: Tensor, target: Tensor, cut: float) -> tuple[T
     return basis @ ((basis.T @ target) / eigenvalues[independent]), int(independent.sum())
 
 
-def solve_projections(grams: dict[str, Tensor], **settings) -> Projection:
+def solve_projections(grams: dict[str, Tensor], **settings: Any) -> Projection:
     """Solves for all parameters as one vector, or for each tensor alone.
 
     Args:

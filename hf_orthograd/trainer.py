@@ -3,27 +3,28 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from datasets import Dataset
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from . import callbacks as watching
-from . import checkpoints, publishing, validation, verbosity
+from . import checkpoints, evaluation, parallel, preparation, publishing, starting_model, trials, validation, verbosity
+from .annotations import AnyDataset, EvalDatasets, NumItems, Processor, TrainDataset
+from .any_arguments import AnyArgumentsTrainer
 from .config import OrthoGradConfig, with_unlearning
 from .data import Batch, ForgetStream, PairedBatches, RowSource, fill_last_batch
 from .estimate import Estimate, estimate_run
 from .gradients import ForgetBatch, GradientEngine, check_finite, mean_retain_term, summarize_step, value_of
 from .objectives import PerSampleLoss
-from .parallel import ProcessGroup
-from .preparation import prepare_engine, prepare_retain_term
 from .projection import solve_projections, update_weights
-from .starting_model import StartingModel
-from .trials import replaced
 
 
-class OrthoGradTrainer(Seq2SeqTrainer):
+class OrthoGradTrainer(AnyArgumentsTrainer):
     """Trainer that makes a model forget `forget_dataset` while it keeps learning from `train_dataset`.
 
     Each step ascends the forget gradient after projecting it onto the orthogonal complement of the gradients of the
@@ -59,9 +60,9 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         model: nn.Module | None = None,
         args: TrainingArguments | None = None,
         data_collator: Callable | None = None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
+        train_dataset: TrainDataset | None = None,
+        eval_dataset: EvalDatasets | None = None,
+        processing_class: Processor | None = None,
         model_init: Callable[[], nn.Module] | None = None,
         compute_loss_func: Callable | None = None,
         compute_metrics: Callable | None = None,
@@ -70,7 +71,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         optimizer_cls_and_kwargs: tuple | None = None,
         preprocess_logits_for_metrics: Callable | None = None,
         *,
-        forget_dataset=None,
+        forget_dataset: AnyDataset | None = None,
         ref_model: nn.Module | None = None,
         compute_divergence_func: Callable | None = None,
     ):
@@ -96,10 +97,10 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         super(Seq2SeqTrainer, self).__init__(*given, preprocess_logits_for_metrics)
         if isinstance(args, Seq2SeqTrainingArguments) and args.generation_config is not None:
             self.model.generation_config = self.load_generation_config(args.generation_config)
-        self.group = ProcessGroup(self.accelerator.num_processes, self.accelerator.process_index)
+        self.group = parallel.ProcessGroup(self.accelerator.num_processes, self.accelerator.process_index)
         self.gradient_engine: GradientEngine | None = None
         self._forget_stream: ForgetStream | None = None
-        self._start: StartingModel | None = None  # as it was before a checkpoint was loaded
+        self._start: starting_model.StartingModel | None = None  # as it was before a checkpoint was loaded
         self._observers, self._window, self._loading = [], PairedBatches(), checkpoints.CompleteLoading()
         self._recorded: dict[str, list[float]] = defaultdict(list)
         if unlearns:
@@ -119,7 +120,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
 
     # ---- Before the first step ----
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As [`~transformers.Trainer.train`]; `True` goes on from the last checkpoint that was saved to its end."""
         if self.forget_dataset is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -133,29 +134,25 @@ class OrthoGradTrainer(Seq2SeqTrainer):
 
     def begin_unlearning(self) -> None:
         """Finds the engine and what steps are compared with; called when model and optimizer are ready for the first step."""
-        self._window, model = PairedBatches(), self.model_wrapped
+        self._window, model, args, handler = PairedBatches(), self.model_wrapped, self.args, self.callback_handler
         self._recorded.clear()
         plain = self.accelerator.unwrap_model(self.model)
         self.per_sample_loss = PerSampleLoss(plain, self.per_sample_loss_func, self.divergence_func)
-        self.retain_term = prepare_retain_term(self, self._start) if self.args.keeps_predictions else None
-        self._forget_stream = ForgetStream(
-            self._source("forget_dataset"), self.args, self._train_batch_size, self.group
-        )
+        self.retain_term = preparation.prepare_retain_term(self, self._start) if self.args.keeps_predictions else None
+        self._forget_stream = ForgetStream(self._source("forget_dataset"), args, self._train_batch_size, self.group)
         if self.is_world_process_zero() and self.has_retain:
             validation.check_steps(self.args, self._train_batch_size, self.train_dataset)
         with self.compute_loss_context_manager():
             self.gradient_engine = self.make_gradient_engine(model)
             watching.begin_run(self, model, self._observers)
-        if (rule := watching.find_callback(self.callback_handler, watching.StoppingRule)) is not None:
+        if (rule := watching.find_callback(handler, watching.StoppingRule)) is not None:
             save = partial(self._save_checkpoint, self.model, trial=None)
             rule.begin_run(self.args, self.state, evaluate=self.evaluate, save=save)
-        self._forget_stream.start(
-            self.state.global_step, self.callback_handler.train_dataloader, self.args.gradient_accumulation_steps
-        )
+        self._forget_stream.start(self.state.global_step, handler.train_dataloader, args.gradient_accumulation_steps)
 
     def make_gradient_engine(self, model: nn.Module) -> GradientEngine:
         """Looks at the first samples of both sets and finds the engine that follows the model, as the steps run it."""
-        return prepare_engine(self, self._step_model(model))
+        return preparation.prepare_engine(self, self._step_model(model))
 
     def estimate(self) -> Estimate:
         """Counts what a step will take, without making one: parameters under the projection, rules, memory, time."""
@@ -163,22 +160,20 @@ class OrthoGradTrainer(Seq2SeqTrainer):
 
     # ---- The two streams ----
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """The retain stream, as in Trainer; with a forget set its batches carry row numbers, and each step is full."""
         if self.forget_dataset is None:
             return super().get_train_dataloader()
         source = self._source("train_dataset")
-        with replaced(self, "data_collator", source.collator):
+        with trials.replaced(self, "data_collator", source.collator):
             if not source.is_indexed:
                 return super().get_train_dataloader()
-            step_size = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            size = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             return self._get_dataloader(
                 dataset=source.dataset,
                 description="Training",
                 batch_size=self._train_batch_size,
-                sampler_fn=lambda rows: fill_last_batch(
-                    self._get_train_sampler(self.train_dataset), len(rows), step_size
-                ),
+                sampler_fn=lambda rows: fill_last_batch(self._get_train_sampler(self.train_dataset), len(rows), size),
                 is_training=True,
             )
 
@@ -200,7 +195,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
 
     # ---- The step: forward, inner products, k numbers, one backward ----
 
-    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: NumItems = None) -> Tensor:
         if self.forget_dataset is None:
             return super().training_step(model, inputs, num_items_in_batch)
         if self._forget_stream is None:
@@ -218,7 +213,9 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             watching.stop_or_raise(error, self)
             return torch.zeros((), device=self.args.device)
 
-    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: NumItems = None
+    ) -> Tensor | tuple[Tensor, Any]:
         if isinstance(inputs, PairedBatches):
             if self.args.freeze_batch_norm:
                 validation.freeze_batch_norm(model)
@@ -274,14 +271,20 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         """Takes a quantity of this step; the log shows the mean since the last one."""
         self._recorded[name].append(value)
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the means of what was recorded: forget_loss, retain_loss, kept_signal, projection_rank and others."""
         if "loss" in logs:
             logs = {**logs, **{name: sum(values) / len(values) for name, values in self._recorded.items()}}
             self._recorded.clear()
         super().log(logs, *args, **kwargs)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval", **gen_kwargs):
+    def evaluate(
+        self,
+        eval_dataset: EvalDatasets | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **gen_kwargs: Any,
+    ) -> dict[str, float]:
         """As in Trainer; while training under a stopping rule, the forget set is evaluated too, and the rule judges."""
         evaluate = self._parent.evaluate
         metrics = evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
@@ -290,17 +293,6 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             evaluate_forget = partial(evaluate, self.forget_dataset, ignore_keys, "eval_forget", **gen_kwargs)
             rule.take_evaluation(metrics, evaluate_forget, self.state, self.control)
         return metrics
-
-    def predict(self, *args, **kwargs):
-        return self._parent.predict(*args, **kwargs)
-
-    def prediction_step(self, *args, **kwargs):
-        return self._parent.prediction_step(*args, **kwargs)
-
-    @property
-    def _parent(self):
-        # Seq2SeqTrainer reads arguments of its own; with any others this is Trainer
-        return super() if isinstance(self.args, Seq2SeqTrainingArguments) else super(Seq2SeqTrainer, self)
 
     # ---- What is saved ----
 
@@ -320,7 +312,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
         elif self.args.should_save:
             checkpoints.save_merged(self, output_dir or self.args.output_dir)
 
-    def create_model_card(self, *args, report=None, **kwargs) -> None:
+    def create_model_card(self, *args: Any, report: evaluation.UnlearningReport | None = None, **kwargs: Any) -> None:
         """As in Trainer; with a forget set all that may be published, in `output_dir/public`, its card from a `report`.
         `kwargs` are the fields of [`~hf_orthograd.publishing.CardOptions`].
         """
@@ -328,7 +320,15 @@ class OrthoGradTrainer(Seq2SeqTrainer):
             return super().create_model_card(*args, **kwargs)
         publishing.prepare_folder(self, report=report, options=publishing.CardOptions(*args, **kwargs))
 
-    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, *args, **kwargs):
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> CommitInfo:  # as Trainer has it, whose own is None too in all processes but one
         """As in Trainer; with a forget set pushes what [`create_model_card`] writes, given its arguments, and waits."""
         if self.forget_dataset is None:
             publishing.refuse_owner_files(self.args.output_dir)
@@ -341,7 +341,7 @@ class OrthoGradTrainer(Seq2SeqTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if self.forget_dataset is not None and self.args.keeps_predictions:
-            self._start = StartingModel(self.accelerator.unwrap_model(self.model))
+            self._start = starting_model.StartingModel(self.accelerator.unwrap_model(self.model))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._loading.complete(resume_from_checkpoint, model or self.model)
 

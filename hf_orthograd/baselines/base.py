@@ -2,10 +2,13 @@
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
+from ..annotations import AnyDataset
 from ..config import OrthoGradConfig, with_unlearning
 from ..data import Batch
 from ..trainer import OrthoGradTrainer
@@ -23,7 +26,14 @@ class BaselineTrainer(OrthoGradTrainer):
 
     keeps_objective = False
 
-    def __init__(self, model=None, args=None, *further, forget_dataset=None, **kwargs):
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *further: Any,
+        forget_dataset: AnyDataset | None = None,
+        **kwargs: Any,
+    ):
         if forget_dataset is not None:
             args = OrthoGradConfig("tmp_trainer") if args is None else args
             args = copy.copy(with_unlearning(args))

@@ -1,5 +1,7 @@
 """Methods that make a step of the gradients of both batches: GRU, GU and SAM-NPO."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,7 @@ class GradientTrainer(BaselineTrainer):
     keeps_objective = True
     keeps_gradients = False  # of earlier steps, which no checkpoint holds
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.forget_dataset is None:
             return
@@ -94,7 +96,7 @@ class GruTrainer(GradientTrainer):
 
     keeps_gradients = True
 
-    def __init__(self, *args, smoothing: float = 0.8, **kwargs):
+    def __init__(self, *args: Any, smoothing: float = 0.8, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._smoothing, self._retain_gradient = smoothing, None
 
@@ -129,7 +131,7 @@ class GuTrainer(GradientTrainer):
 
     keeps_gradients = True
 
-    def __init__(self, *args, rank: int = 8, **kwargs):
+    def __init__(self, *args: Any, rank: int = 8, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if rank < 1:
             raise ValueError(f"`rank` must be at least 1, but is {rank}.")
@@ -169,7 +171,7 @@ class SamTrainer(GradientTrainer):
         radius (`float`): The paper's rho, in the norm of all trained parameters.
     """
 
-    def __init__(self, *args, radius: float = 0.01, **kwargs):
+    def __init__(self, *args: Any, radius: float = 0.01, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._radius = radius
 

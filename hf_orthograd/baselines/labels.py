@@ -1,5 +1,7 @@
 """Methods that train the forget set on wrong labels: random labels and SalUn."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ class RandomLabelTrainer(BaselineTrainer):
         ValueError: `saliency` out of (0, 1], or with it a run that is resumed: its masks are of the original model.
     """
 
-    def __init__(self, *args, saliency: float | None = None, **kwargs):
+    def __init__(self, *args: Any, saliency: float | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if saliency is not None and not 0 < saliency <= 1:
             raise ValueError(f"`saliency` must lie in (0, 1], but is {saliency}.")

@@ -1,5 +1,7 @@
 """Methods that steer hidden states: RMU."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ class RmuTrainer(TeacherTrainer):
         ValueError: The model has no module of the name `layer`.
     """
 
-    def __init__(self, *args, layer: str, steering: float = 6.5, retain_weight: float = 1200.0, **kwargs):
+    def __init__(self, *args: Any, layer: str, steering: float = 6.5, retain_weight: float = 1200.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if layer not in dict(self.model.named_modules()):
             raise ValueError(f"`layer` is {layer!r}, but the model has no module of that name.")

@@ -1,6 +1,7 @@
 """Methods that keep a copy of the starting model as a teacher: SCRUB, Bad Teacher and UNDIAL."""
 
 import copy
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -14,7 +15,7 @@ from .base import BaselineTrainer, weigh_by_alpha
 class TeacherTrainer(BaselineTrainer):
     """Keeps the model it starts from as a teacher: one more copy of the parameters."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.forget_dataset is not None and not self.has_retain:
             raise ValueError(
@@ -41,7 +42,9 @@ class ScrubTrainer(TeacherTrainer):
         forget_share (`float`): Share of all steps after which the forget set is left alone.
     """
 
-    def __init__(self, *args, retain_weight: float = 0.001, gamma: float = 0.99, forget_share: float = 0.7, **kwargs):
+    def __init__(
+        self, *args: Any, retain_weight: float = 0.001, gamma: float = 0.99, forget_share: float = 0.7, **kwargs: Any
+    ):
         super().__init__(*args, **kwargs)
         self._retain_weight, self._gamma, self._forget_share = retain_weight, gamma, forget_share
 
@@ -69,7 +72,7 @@ class BadTeacherTrainer(TeacherTrainer):
         incompetent (`torch.nn.Module`, *optional*): That model; one of the same configuration, drawn anew, by default.
     """
 
-    def __init__(self, *args, incompetent: nn.Module | None = None, **kwargs):
+    def __init__(self, *args: Any, incompetent: nn.Module | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         drawn = type(base)(copy.deepcopy(base.config)) if incompetent is None else incompetent
@@ -96,7 +99,7 @@ class UndialTrainer(TeacherTrainer):
         strength (`float`): By how much the logit of the label is lowered, the paper's gamma.
     """
 
-    def __init__(self, *args, strength: float = 10.0, **kwargs):
+    def __init__(self, *args: Any, strength: float = 10.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._strength = strength
 

@@ -1,5 +1,7 @@
 """Methods that ascend tokens by weights of their own: WGA and SatImp."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,7 +37,7 @@ class WgaTrainer(TokenWeightedTrainer):
         beta (`float`): The paper's exponent.
     """
 
-    def __init__(self, *args, beta: float = 1.0, **kwargs):
+    def __init__(self, *args: Any, beta: float = 1.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._beta = beta
 
@@ -50,7 +52,7 @@ class SatImpTrainer(TokenWeightedTrainer):
         beta1, beta2 (`float`): The paper's exponents.
     """
 
-    def __init__(self, *args, beta1: float = 5.0, beta2: float = 1.0, **kwargs):
+    def __init__(self, *args: Any, beta1: float = 5.0, beta2: float = 1.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._beta1, self._beta2 = beta1, beta2
 

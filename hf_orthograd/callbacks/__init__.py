@@ -1,5 +1,7 @@
 """What watches a run: losses to compare with, stopping, what steps really do, and their correction."""
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 from transformers import TrainerCallback
 
@@ -9,6 +11,10 @@ from .observer import BeginCallback, Found, Record, StepObserver, find_callback
 from .progress import LossesBesideTheBar, show_one_bar
 from .reference import ReferenceLosses, StartingFingerprint, objectives_of
 from .stopping import StoppingRule, check_stopping, has_rule, keep_best_model, stop_or_raise
+
+
+if TYPE_CHECKING:
+    from ..trainer import OrthoGradTrainer
 
 
 __all__ = [
@@ -34,7 +40,7 @@ __all__ = [
 ]
 
 
-def set_callbacks(trainer) -> list[StepObserver]:
+def set_callbacks(trainer: "OrthoGradTrainer") -> list[StepObserver]:
     """Gives a trainer the callbacks that its arguments ask for as they are now, in place of those of an earlier call.
 
     Args:
@@ -73,7 +79,7 @@ def set_callbacks(trainer) -> list[StepObserver]:
     return observers
 
 
-def begin_run(trainer, model: nn.Module, observers: list[StepObserver]) -> None:
+def begin_run(trainer: "OrthoGradTrainer", model: nn.Module, observers: list[StepObserver]) -> None:
     """Takes what a run is compared with, before its first step; all processes have to come here.
 
     Args:

@@ -6,10 +6,12 @@ sample of the step becomes worse.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from scipy.optimize import nnls
 from torch import Tensor
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..gradients import StepGradients
 from ..gradients.products import accumulation_dtype
@@ -81,11 +83,15 @@ class UpdateCorrection(StepObserver):
     def take_gradients(self, step: StepGradients) -> None:
         self._step = step
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._before = {name: parameter.detach().clone() for name, parameter in self._parameters.stored.items()}
 
     @torch.no_grad()
-    def on_optimizer_step(self, args, state, control, **kwargs):
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         step, self._step = self._step, None
         before, self._before = self._before, {}
         if step is None:  # nothing was made to step along: a loss was not finite

@@ -1,9 +1,11 @@
 """What the steps really do to the retain samples, beside what was predicted."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..data import Batch
@@ -76,7 +78,9 @@ class UnlearningMonitor(StepObserver):
         self._step = step
 
     @torch.no_grad()
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         step, self._step = self._step, None
         before, self._before = self._before, {}
         if step is None:
@@ -100,7 +104,14 @@ class UnlearningMonitor(StepObserver):
             self.record(name, value)
         self._let_go()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         kept = (logs or {}).get("kept_signal")
         if kept is None:
             return

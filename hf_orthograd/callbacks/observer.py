@@ -1,10 +1,10 @@
 """How a callback takes part in an unlearning step, between its batches and the optimizer."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from ..data import Batch
@@ -49,7 +49,9 @@ class BeginCallback(TrainerCallback):
     def __init__(self, begin: Callable[[], None]):
         self._begin = begin
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._begin()
 
 

@@ -1,7 +1,12 @@
 """What a run shows on the screen."""
 
-from transformers import ProgressCallback
+from typing import Any, TypeVar
 
+from torch.utils.data import DataLoader
+from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+
+
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 SHOWN = {"forget_loss": "forget", "retain_loss": "retain", "kept_signal": "kept", "loss": "loss"}
 
@@ -9,7 +14,14 @@ SHOWN = {"forget_loss": "forget", "retain_loss": "retain", "kept_signal": "kept"
 class LossesBesideTheBar(ProgressCallback):
     """One bar with the newest losses (nats) beside it, where Trainer writes a line for each log and a bar for each evaluation."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if state.is_world_process_zero and self.training_bar is not None:
             unlearns = "forget_loss" in logs
             shown = {
@@ -18,11 +30,18 @@ class LossesBesideTheBar(ProgressCallback):
             if shown:
                 self.training_bar.set_postfix(shown)
 
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: DataLoader | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Draws nothing."""
 
 
-def show_one_bar(trainer):
+def show_one_bar(trainer: AnyTrainer) -> AnyTrainer:
     """Puts [`LossesBesideTheBar`] in the place of a trainer's bar, if it has one, and returns the trainer."""
     bars = [one for one in trainer.callback_handler.callbacks if isinstance(one, ProgressCallback)]
     for bar in bars:

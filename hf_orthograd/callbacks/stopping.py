@@ -4,15 +4,21 @@ import copy
 import math
 import os
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
+from ..annotations import AnyDataset, EvalDatasets
 from ..config import SCORE, OrthoGradConfig
 from ..trials import preserved_random_state
 from .observer import find_callback
+
+
+if TYPE_CHECKING:
+    from ..trainer import OrthoGradTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -159,7 +165,7 @@ class StoppingRule(TrainerCallback, ExportableState):
         return found
 
 
-def stop_or_raise(error: FloatingPointError, trainer) -> None:
+def stop_or_raise(error: FloatingPointError, trainer: "OrthoGradTrainer") -> None:
     """At losses that are not finite: ends the run without a step if a rule has a model to go back to, and raises if not."""
     args, state = trainer.args, trainer.state
     error = FloatingPointError(
@@ -175,7 +181,12 @@ def stop_or_raise(error: FloatingPointError, trainer) -> None:
         trainer.accelerator.backward(0.0 * sum(parameter.sum() for parameter in trained))
 
 
-def check_stopping(args: OrthoGradConfig, forget_dataset, eval_dataset, compute_metrics) -> None:
+def check_stopping(
+    args: OrthoGradConfig,
+    forget_dataset: AnyDataset | None,
+    eval_dataset: EvalDatasets | None,
+    compute_metrics: Callable | None,
+) -> None:
     """Checks that what the rule goes by will be evaluated.
 
     Raises:

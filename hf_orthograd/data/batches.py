@@ -1,12 +1,14 @@
 """Batches that know which samples they hold, and how many: an error can name the sample, and none is counted twice."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..annotations import TrainDataset
 from ..objectives import PerSampleLosses
 
 
@@ -82,7 +84,7 @@ class IndexedDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> tuple[int, Any]:
         return index, self._dataset[index]
 
 
@@ -92,7 +94,7 @@ class IndexedCollator:
     def __init__(self, collator: Callable):
         self._collator = collator
 
-    def __call__(self, features: list):
+    def __call__(self, features: list) -> MutableMapping:
         indices, examples = zip(*features, strict=True)
         batch = self._collator(list(examples))
         batch[SAMPLE_INDEX] = torch.tensor(indices)
@@ -105,7 +107,7 @@ class CountingCollator:
     def __init__(self, collator: Callable):
         self._collator = collator
 
-    def __call__(self, features: list):
+    def __call__(self, features: list) -> MutableMapping:
         batch = self._collator(features)
         batch[SAMPLE_INDEX] = torch.full((len(features),), UNKNOWN_ROW)
         return batch
@@ -124,7 +126,7 @@ class RowSource:
         dataset, collator: What a loader is to be made of.
     """
 
-    def __init__(self, dataset, collator: Callable, name: str):
+    def __init__(self, dataset: TrainDataset, collator: Callable, name: str):
         self.is_indexed, self._name = hasattr(dataset, "__len__"), name
         self.dataset = IndexedDataset(dataset) if self.is_indexed else dataset
         self.collator = IndexedCollator(collator) if self.is_indexed else CountingCollator(collator)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from transformers import SequenceFeatureExtractor
 
 
@@ -34,7 +35,7 @@ class VaryImages:
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
         return {**rows, self.column: [self.vary(image) for image in _column(rows, self.column)]}
 
-    def vary(self, image) -> torch.Tensor:
+    def vary(self, image: ArrayLike) -> torch.Tensor:
         image = torch.from_numpy(np.asarray(image, dtype=np.float32))
         height, width = image.shape[-2:]
         down, right = round(self.shift * height), round(self.shift * width)
@@ -75,7 +76,7 @@ class VarySpeech:
         column = self.extractor.model_input_names[0]
         return {**rows, column: [self.vary(utterance) for utterance in _column(rows, column)]}
 
-    def vary(self, utterance) -> np.ndarray:
+    def vary(self, utterance: ArrayLike) -> np.ndarray:
         varied = np.array(utterance, dtype=np.float32)
         is_mel = varied.ndim == 2  # (mel bins, frames), else samples
         rate = self.extractor.sampling_rate / (self.extractor.hop_length if is_mel else 1)

@@ -3,14 +3,16 @@
 import copy
 import os
 from collections.abc import Callable, Collection
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import OptimizerNames
+from transformers.utils import ModelOutput
 
+from ..annotations import AnyDataset, NumItems
 from ..trials import preserved_random_state
 from .measure import loss_function
 
@@ -101,7 +103,7 @@ class Relearning:
 
     def __init__(
         self,
-        dataset,
+        dataset: AnyDataset,
         trainer: Trainer,
         *,
         max_steps: int,
@@ -167,7 +169,7 @@ class _MeanLoss:
     def __init__(self, loss: Callable):
         self._loss = loss
 
-    def __call__(self, outputs, labels, num_items_in_batch=None) -> Tensor:
+    def __call__(self, outputs: ModelOutput, labels: Tensor, num_items_in_batch: NumItems = None) -> Tensor:
         return self._loss(outputs, labels, num_items_in_batch=None).mean()
 
 
@@ -175,6 +177,13 @@ class _Observer(TrainerCallback):
     def __init__(self, steps: Collection[int], observe: Callable[[int, nn.Module], None]):
         self._steps, self._observe = steps, observe
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         if state.global_step in self._steps:
             self._observe(state.global_step, model)

@@ -87,7 +87,15 @@ class _Goodness:
     def of(self, one: Quality | RelearningPoint) -> float:
         return self.sign * (one.loss if self._is_loss else one.value)
 
-    def check(self, name: str, rule: str, value, compared_with, tolerance: float, holds: bool | None) -> Check:
+    def check(
+        self,
+        name: str,
+        rule: str,
+        value: float | None,
+        compared_with: float | None,
+        tolerance: float,
+        holds: bool | None,
+    ) -> Check:
         """With the metric's own sign."""
         signed = (None if one is None else self.sign * one for one in (value, compared_with))
         return _check(name, rule, *signed, tolerance, holds)

@@ -5,8 +5,14 @@ One palette for all, that of Okabe and Ito, whose colours stay apart for the col
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+
+if TYPE_CHECKING:
+    from .report import UnlearningReport
 
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
@@ -53,7 +59,7 @@ def plot_unlearning(
     figure.savefig(path, dpi=110)
 
 
-def plot_report(report, folder: str | Path) -> list[Path]:
+def plot_report(report: "UnlearningReport", folder: str | Path) -> list[Path]:
     """Saves each figure of `draw_report` as an image.
 
     Returns:
@@ -66,7 +72,7 @@ def plot_report(report, folder: str | Path) -> list[Path]:
     return written
 
 
-def draw_report(report) -> dict:
+def draw_report(report: "UnlearningReport") -> dict:
     """Draws what an [`UnlearningReport`] holds, and leaves out the figures for which it holds nothing.
 
     Returns:
@@ -84,7 +90,7 @@ def draw_report(report) -> dict:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def smooth(values, window: int | None = None) -> np.ndarray:
+def smooth(values: ArrayLike, window: int | None = None) -> np.ndarray:
     """The mean over a window around each value, (n,), shorter at both ends; by default of a tenth of the values."""
     values = np.asarray(values, dtype=float)
     half = (max(1, len(values) // 10) if window is None else window) // 2

@@ -11,6 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, Trainer
 
+from ..annotations import AnyDataset
 from ..objectives import PerSampleLoss
 from ..parallel.sharding import is_sharded
 from ..trials import preserved_modes, preserved_random_state
@@ -26,7 +27,7 @@ class Measurement:
     counts: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def measure(trainer: Trainer, dataset, metrics: Sequence[SampleMetric] = ()) -> Measurement:
+def measure(trainer: Trainer, dataset: AnyDataset, metrics: Sequence[SampleMetric] = ()) -> Measurement:
     """Measures a set under the trainer's model, in evaluation mode, in the order of its rows.
 
     Predictions are the trainer's own: with `predict_with_generate` they are generated.
@@ -55,7 +56,7 @@ def _first_rows(arrays: np.ndarray | tuple, count: int) -> np.ndarray | tuple:
     return tuple(array[:count] for array in arrays) if isinstance(arrays, tuple) else arrays[:count]
 
 
-def per_sample_losses(trainer: Trainer, dataset) -> np.ndarray:
+def per_sample_losses(trainer: Trainer, dataset: AnyDataset) -> np.ndarray:
     """The loss of each sample, shape (n,), in nats, in the order of the rows, the same on every process.
 
     Raises:
@@ -107,7 +108,7 @@ def examining(trainer: Trainer, model: nn.Module) -> Iterator[None]:
         model.to(device)  # two models and a copy under attack need not be on the device at once
 
 
-def column_values(dataset, column: str) -> Sequence:
+def column_values(dataset: AnyDataset, column: str) -> Sequence:
     """The values of one column, of a `datasets.Dataset` or of any data set whose rows are dicts.
 
     Raises:

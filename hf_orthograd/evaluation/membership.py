@@ -12,6 +12,8 @@ from sklearn import metrics
 from torch import nn
 from torch.utils.data import Subset
 
+from ..annotations import AnyDataset
+
 
 @dataclass
 class MembershipInference:
@@ -104,7 +106,7 @@ class ShadowLosses:
 
 def shadow_losses(
     model: nn.Module,
-    candidates,
+    candidates: AnyDataset,
     *,
     train: Callable[[nn.Module, object], nn.Module],
     unlearn: Callable[[nn.Module, object], nn.Module],

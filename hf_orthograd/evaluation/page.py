@@ -3,6 +3,7 @@
 import io
 import re
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -19,6 +20,10 @@ from .tables import (
     summary_table,
     worst_groups,
 )
+
+
+if TYPE_CHECKING:
+    from .report import UnlearningReport
 
 
 # name on the page, on white, on black: the figures' palette, lightened for a dark page, and the words of the checks
@@ -56,7 +61,7 @@ LIMITS = (
 )
 
 
-def report_as_html(report, audience: str, goal: str) -> str:
+def report_as_html(report: "UnlearningReport", audience: str, goal: str) -> str:
     """The page of a report.
 
     Args:

@@ -1,13 +1,19 @@
 """What an [`UnlearningReport`] holds as tables, for its Markdown edition and its page."""
 
+from typing import TYPE_CHECKING
+
 from .quality import Quality, Rate
+
+
+if TYPE_CHECKING:
+    from .report import UnlearningReport
 
 
 NOT_MEASURED = "not measured"
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]  # head and rows
 
 
-def report_as_markdown(report, audience: str, goal: str) -> str:
+def report_as_markdown(report: "UnlearningReport", audience: str, goal: str) -> str:
     """All tables, under headings."""
     hit = [
         f"Hardest hit group of {name}: {one.group}, from {one.before:.3f} to {one.after:.3f}."
@@ -29,7 +35,7 @@ def show(value: float | None) -> str:
     return NOT_MEASURED if value is None else f"{value:.4g}"
 
 
-def checks_table(report) -> Table:
+def checks_table(report: "UnlearningReport") -> Table:
     words = {True: "yes", False: "no", None: NOT_MEASURED}
     rows = [
         (check.name, show(check.value), show(check.compared_with), check.rule, words[check.holds])
@@ -38,11 +44,11 @@ def checks_table(report) -> Table:
     return ("quantity", "unlearned", "compared with", "rule", "holds"), rows
 
 
-def quality_note(report) -> str:
+def quality_note(report: "UnlearningReport") -> str:
     return f"{report.metric} with its 95 % interval, and the mean loss in nats" if report.metric else "mean loss, nats"
 
 
-def quality_table(report) -> Table:
+def quality_table(report: "UnlearningReport") -> Table:
     names = list(dict.fromkeys(name for sets in report.models.values() for name in sets))
     rows = [
         (model, *(", ".join(quality_lines(sets[name])) if name in sets else NOT_MEASURED for name in names))
@@ -51,7 +57,7 @@ def quality_table(report) -> Table:
     return ("model", *names), rows
 
 
-def worst_groups(report) -> list[str]:
+def worst_groups(report: "UnlearningReport") -> list[str]:
     """A sentence for each set of retained samples."""
     return [
         f"Worst group of {model} on {name}: {quality.worst_group}, {quality.groups[quality.worst_group]:.3f}."
@@ -61,7 +67,7 @@ def worst_groups(report) -> list[str]:
     ]
 
 
-def membership_table(report) -> Table:
+def membership_table(report: "UnlearningReport") -> Table:
     rows = [
         (
             model,
@@ -76,12 +82,12 @@ def membership_table(report) -> Table:
     return ("model", "forget set against", "MIA AUC", "TPR at 1 % FPR", "members / others"), rows
 
 
-def distances_table(report) -> Table:
+def distances_table(report: "UnlearningReport") -> Table:
     rows = [(model, name, show(value)) for model, sets in report.distances.items() for name, value in sets.items()]
     return ("model", "set", "KS distance of losses to the reference"), rows
 
 
-def relearning_table(report) -> Table:
+def relearning_table(report: "UnlearningReport") -> Table:
     rows = []
     for attack, curves in report.relearning.items():
         for model, curve in curves.items():
@@ -96,7 +102,7 @@ def relearning_table(report) -> Table:
     return ("attack", "model", f"forget {report.metric or 'loss'} by step", "steps until half is back"), rows
 
 
-def summary_table(report) -> Table:
+def summary_table(report: "UnlearningReport") -> Table:
     rows = [(name, show(value)) for name, value in report.summary.items()]
     for what, cost in report.cost.items():
         rows += [(f"{what}, {name}", show(value)) for name, value in cost.items()]

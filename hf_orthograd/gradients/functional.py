@@ -1,5 +1,7 @@
 """Per-sample gradients by torch.func: one vectorised backward over the retain samples, in chunks."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +27,9 @@ class FunctionalEngine(MaterializingEngine):
         super().__init__(parameters, per_sample_losses)
         self.chunk_size = chunk_size
 
-    def retain_rows(self, model: nn.Module, retain: Batch, loss_scale: float, term: RetainTerm | None):
+    def retain_rows(
+        self, model: nn.Module, retain: Batch, loss_scale: float, term: RetainTerm | None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor]]:
         tensors = {name: value for name, value in retain.inputs.items() if isinstance(value, Tensor)}
         constants = {name: value for name, value in retain.inputs.items() if not isinstance(value, Tensor)}
         other = [name for name, value in tensors.items() if value.ndim == 0 or len(value) != retain.size]
@@ -65,8 +69,8 @@ class _FunctionalModel:
     def __init__(self, model: nn.Module, parameters: dict[str, Tensor]):
         self._model, self._parameters = model, parameters
 
-    def __call__(self, *args, **inputs):
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
         return torch.func.functional_call(self._model, self._parameters, args, inputs)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)

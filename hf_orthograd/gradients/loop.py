@@ -138,7 +138,9 @@ class LoopEngine(MaterializingEngine):
 
     name = "loop"
 
-    def retain_rows(self, model: nn.Module, retain: Batch, loss_scale: float, term: RetainTerm | None):
+    def retain_rows(
+        self, model: nn.Module, retain: Batch, loss_scale: float, term: RetainTerm | None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor]]:
         losses, terms = retain.losses_and_terms(model, self.per_sample_losses, term)
         of_terms = sum_gradients(loss_scale * terms.sum(), self.parameters.trainable) if term is not None else {}
         return losses, _stacked_gradients(list(loss_scale * losses), self.parameters.trainable), terms, of_terms

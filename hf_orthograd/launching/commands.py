@@ -19,7 +19,7 @@ _EVALUATE = f"""Unlearns nothing: `--model_name_or_path` is a model that was unl
 `--original_name_or_path` and `--reference_name_or_path` where they are given. {_NOTE}"""
 
 
-def add_commands(commands) -> None:
+def add_commands(commands: argparse._SubParsersAction) -> None:
     """Adds them to a parser's subparsers."""
     for name, summary, description, flags in (
         ("unlearn", "make a model forget, by the example of a modality", _UNLEARN, ()),

@@ -3,6 +3,9 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils import ModelOutput
+
+from ..annotations import NumItems
 
 
 class FixedNegatives:
@@ -33,13 +36,15 @@ class FixedNegatives:
         self._images, self._texts = image_embeds.detach(), text_embeds.detach()
         self._checked = False
 
-    def __call__(self, outputs, labels=None, num_items_in_batch=None) -> Tensor:
+    def __call__(
+        self, outputs: ModelOutput, labels: Tensor | None = None, num_items_in_batch: NumItems = None
+    ) -> Tensor:
         """Losses of shape (B,), in nats."""
         logits = self._logits(outputs)
         own = torch.zeros(logits.shape[1], dtype=torch.long, device=logits.device)
         return torch.stack([F.cross_entropy(side, own, reduction="none") for side in logits]).mean(dim=0)
 
-    def divergences(self, outputs, start_outputs, labels=None) -> Tensor:
+    def divergences(self, outputs: ModelOutput, start_outputs: ModelOutput, labels: Tensor | None = None) -> Tensor:
         """KL(start || model) over which one belongs to it, the mean of both sides, in nats, shape (B,)."""
         own, start = (self._logits(one).log_softmax(-1) for one in (outputs, start_outputs))
         return F.kl_div(own, start, reduction="none", log_target=True).sum(-1).mean(dim=0)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.utils import ModelOutput
 
 
 IGNORED_LABEL = -100
@@ -63,11 +65,11 @@ class Family:
     label_names = ("labels",)
     shifts_labels = False
 
-    def losses(self, outputs, inputs: Mapping, model: nn.Module) -> Tensor:
+    def losses(self, outputs: ModelOutput, inputs: Mapping, model: nn.Module) -> Tensor:
         """Shape (B,); for a single sample what the model itself computes."""
         return token_losses(*self.positions(outputs, inputs, model))
 
-    def positions(self, outputs, inputs: Mapping, model: nn.Module) -> tuple[Tensor, Tensor]:
+    def positions(self, outputs: ModelOutput, inputs: Mapping, model: nn.Module) -> tuple[Tensor, Tensor]:
         """Logits (B, T, V) beside the labels (B, T) that they predict, -100 where none counts.
 
         Raises:
@@ -77,17 +79,19 @@ class Family:
             f"{type(model).__name__}'s loss here is not one of positions with a label each, which this method needs."
         )
 
-    def divergences(self, outputs, start_outputs, inputs: Mapping, model: nn.Module) -> Tensor:
+    def divergences(
+        self, outputs: ModelOutput, start_outputs: ModelOutput, inputs: Mapping, model: nn.Module
+    ) -> Tensor:
         """How far predictions have gone from the starting model's, shape (B,): KL(start || model), in nats."""
         logits, labels = self.positions(outputs, inputs, model)
         start_logits, _ = self.positions(start_outputs, inputs, model)
         return kl_divergence(logits, start_logits, labels != IGNORED_LABEL)
 
-    def num_classes(self, config) -> int | None:
+    def num_classes(self, config: PreTrainedConfig) -> int | None:
         """How many values a label may have, where the configuration says."""
         return getattr(config.get_text_config(decoder=True), "vocab_size", None)
 
-    def ignored_label(self, config) -> int:
+    def ignored_label(self, config: PreTrainedConfig) -> int:
         """The label of a position that does not count."""
         return IGNORED_LABEL
 
@@ -95,7 +99,7 @@ class Family:
 class AlignedTokens(Family):
     """Encoder-decoder models, masked language models and token classifiers: position t predicts label t."""
 
-    def positions(self, outputs, inputs, model):
+    def positions(self, outputs: ModelOutput, inputs: Mapping, model: nn.Module) -> tuple[Tensor, Tensor]:
         return outputs.logits, inputs["labels"]
 
 
@@ -104,11 +108,11 @@ class CausalTokens(Family):
 
     shifts_labels = True
 
-    def losses(self, outputs, inputs, model):
+    def losses(self, outputs: ModelOutput, inputs: Mapping, model: nn.Module) -> Tensor:
         smoothing = getattr(model.config.get_text_config(decoder=True), "label_smoothing", None)  # BLIP
         return token_losses(*self.positions(outputs, inputs, model), label_smoothing=smoothing or 0.0)
 
-    def positions(self, outputs, inputs, model):
+    def positions(self, outputs: ModelOutput, inputs: Mapping, model: nn.Module) -> tuple[Tensor, Tensor]:
         labels = inputs["labels"]
         return outputs.logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
 
@@ -117,7 +121,7 @@ class ClassHead(Family):
     """Classifiers of whole samples: one class, several, or numbers, as `problem_type` and labels say."""
 
     @staticmethod
-    def problem(labels: Tensor, config) -> str:
+    def problem(labels: Tensor, config: PreTrainedConfig) -> str:
         """The model's own rule: without a `problem_type` one output is a regression, and floating labels are several."""
         if config.problem_type is not None:
             return config.problem_type
@@ -125,7 +129,7 @@ class ClassHead(Family):
             return "regression"
         return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
 
-    def losses(self, outputs, inputs, model):
+    def losses(self, outputs: ModelOutput, inputs: Mapping, model: nn.Module) -> Tensor:
         logits, labels = outputs.logits.float(), inputs["labels"]
         problem = self.problem(labels, model.config)
         if problem == "single_label_classification":
@@ -134,12 +138,14 @@ class ClassHead(Family):
         measure = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
         return measure(logits, targets, reduction="none").mean(dim=1)
 
-    def positions(self, outputs, inputs, model):
+    def positions(self, outputs: ModelOutput, inputs: Mapping, model: nn.Module) -> tuple[Tensor, Tensor]:
         if self.problem(inputs["labels"], model.config) != "single_label_classification":
             return super().positions(outputs, inputs, model)
         return outputs.logits[:, None], inputs["labels"][:, None]
 
-    def divergences(self, outputs, start_outputs, inputs, model):
+    def divergences(
+        self, outputs: ModelOutput, start_outputs: ModelOutput, inputs: Mapping, model: nn.Module
+    ) -> Tensor:
         problem = self.problem(inputs["labels"], model.config)
         if problem == "single_label_classification":
             return super().divergences(outputs, start_outputs, inputs, model)
@@ -150,7 +156,7 @@ class ClassHead(Family):
         pairs = [torch.stack([value, torch.zeros_like(value)], dim=-1) for value in (logits, start)]
         return kl_divergence(*pairs, torch.ones_like(logits, dtype=torch.bool))
 
-    def num_classes(self, config):
+    def num_classes(self, config: PreTrainedConfig) -> int | None:
         return getattr(config, "num_labels", None)
 
 
@@ -159,7 +165,7 @@ class Spans(Family):
 
     label_names = ("start_positions", "end_positions")
 
-    def losses(self, outputs, inputs, model):
+    def losses(self, outputs: ModelOutput, inputs: Mapping, model: nn.Module) -> Tensor:
         return torch.stack([self._edge(*edge) for edge in self._edges(outputs, inputs)]).mean(dim=0)
 
     @staticmethod
@@ -172,7 +178,9 @@ class Spans(Family):
         outside = logits.shape[1]
         return F.cross_entropy(logits, positions.clamp(0, outside), reduction="none", ignore_index=outside)
 
-    def divergences(self, outputs, start_outputs, inputs, model):
+    def divergences(
+        self, outputs: ModelOutput, start_outputs: ModelOutput, inputs: Mapping, model: nn.Module
+    ) -> Tensor:
         edges = zip(self._edges(outputs, inputs), self._edges(start_outputs, inputs), strict=True)
         found = []
         for (logits, positions), (start_logits, _) in edges:
@@ -180,23 +188,23 @@ class Spans(Family):
             found.append(kl_divergence(logits[:, None], start_logits[:, None], counted))
         return torch.stack(found).mean(dim=0)
 
-    def num_classes(self, config):
+    def num_classes(self, config: PreTrainedConfig) -> int | None:
         return None
 
 
 class Pixels(Family):
     """Semantic segmentation: a class for each pixel, predicted on a coarser grid and interpolated, as the models do."""
 
-    def positions(self, outputs, inputs, model):
+    def positions(self, outputs: ModelOutput, inputs: Mapping, model: nn.Module) -> tuple[Tensor, Tensor]:
         labels = inputs["labels"]
         logits = F.interpolate(outputs.logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
         labels = labels.masked_fill(labels == self.ignored_label(model.config), IGNORED_LABEL)
         return logits.flatten(2).transpose(1, 2), labels.flatten(1)
 
-    def num_classes(self, config):
+    def num_classes(self, config: PreTrainedConfig) -> int | None:
         return config.num_labels
 
-    def ignored_label(self, config):
+    def ignored_label(self, config: PreTrainedConfig) -> int:
         return getattr(config, "semantic_loss_ignore_index", IGNORED_LABEL)
 
 
@@ -207,7 +215,7 @@ class Ctc(Family):
     the mean; under "sum" it is the total, in nats.
     """
 
-    def losses(self, outputs, inputs, model):
+    def losses(self, outputs: ModelOutput, inputs: Mapping, model: nn.Module) -> Tensor:
         config, labels = model.config, inputs["labels"]
         present = labels >= 0
         frames = _num_frames(outputs, inputs, model)
@@ -228,7 +236,9 @@ class Ctc(Family):
         losses = losses.float()
         return losses / target_lengths if config.ctc_loss_reduction == "mean" else losses
 
-    def divergences(self, outputs, start_outputs, inputs, model):
+    def divergences(
+        self, outputs: ModelOutput, start_outputs: ModelOutput, inputs: Mapping, model: nn.Module
+    ) -> Tensor:
         logits, frames = outputs.logits, _num_frames(outputs, inputs, model)
         counted = torch.arange(logits.shape[1], device=logits.device) < frames[:, None]
         return kl_divergence(logits, start_outputs.logits, counted)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
+from transformers.utils import ModelOutput
 
 from .families import IGNORED_LABEL, AlignedTokens, CausalTokens, ClassHead, Ctc, Family, Pixels, Spans
 
@@ -129,7 +130,7 @@ class PerSampleLoss:
         own = self._compute_loss_func is not None
         return model(**{name: value for name, value in inputs.items() if not own or name != "labels"})
 
-    def positions(self, outputs, inputs: Mapping) -> tuple[Tensor, Tensor]:
+    def positions(self, outputs: ModelOutput, inputs: Mapping) -> tuple[Tensor, Tensor]:
         """Logits (B, T, V) beside the labels (B, T) that they predict; -100 where none counts. A class is one position.
 
         Raises:
@@ -138,7 +139,7 @@ class PerSampleLoss:
         family = Family() if self._family is None else self._family
         return family.positions(outputs, inputs, self.model)
 
-    def divergences(self, outputs, start_outputs, inputs: Mapping) -> Tensor:
+    def divergences(self, outputs: ModelOutput, start_outputs: ModelOutput, inputs: Mapping) -> Tensor:
         """How far each sample's predictions have gone from those of the starting model, shape (B,).
 
         KL(start || model) in nats: of the classes, or the mean over the tokens or frames that count; of a regression the mean

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from .process_group import ProcessGroup
 
@@ -68,12 +69,12 @@ class Parameters:
 
 class _KnownGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
         return torch.zeros((), device=parameters[0].device)
 
     @staticmethod
-    def backward(ctx, scale: Tensor):
+    def backward(ctx: FunctionCtx, scale: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         torch._foreach_mul_(gradients, scale)
         return None, *gradients

@@ -77,7 +77,7 @@ def _row(path: str, number: int) -> dict:
     return stored_row(rows, number)
 
 
-def add_commands(commands) -> None:
+def add_commands(commands: argparse._SubParsersAction) -> None:
     """Adds "publish", "verify", "retract" and "card" to a parser's subparsers."""
     own = _command(commands, "publish", _publish, "push a folder that a run wrote", _PUBLISH)
     own.add_argument("folder", help="<output_dir>/public of a run")

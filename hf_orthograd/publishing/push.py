@@ -6,6 +6,7 @@ from datetime import datetime, timezone
 from glob import escape
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo, HfApi, get_token
 from peft import PeftModel
@@ -44,6 +45,10 @@ from .record import (
 from .verification import verify_folder
 
 
+if TYPE_CHECKING:
+    from ..trainer import OrthoGradTrainer
+
+
 logger = logging.get_logger(__name__)
 
 _PACKAGES = ("hf_orthograd", "torch", "transformers", "accelerate", "peft", "datasets", "huggingface_hub")
@@ -63,7 +68,7 @@ class Publication:
 
 
 def publish_trainer(
-    trainer,
+    trainer: "OrthoGradTrainer",
     commit_message: str = "End of training",
     token: str | None = None,
     revision: str | None = None,
@@ -71,7 +76,7 @@ def publish_trainer(
     *,
     report: UnlearningReport | None = None,
     request_id: str | None = None,
-    **card,
+    **card: Any,
 ) -> CommitInfo | None:
     """Writes `output_dir/public` and pushes it: all of it in one process, saving in all of them.
 
@@ -106,7 +111,7 @@ def publish_trainer(
 
 
 def prepare_folder(
-    trainer,
+    trainer: "OrthoGradTrainer",
     *,
     report: UnlearningReport | None = None,
     request_id: str | None = None,
@@ -193,7 +198,7 @@ def _complete(
 
 
 def make_record(
-    trainer, model: nn.Module, request_id: str | None, goal: str | None, lineage: Lineage
+    trainer: "OrthoGradTrainer", model: nn.Module, request_id: str | None, goal: str | None, lineage: Lineage
 ) -> UnlearningRecord:
     """What is known of a request from its trainer, all but the files and the report."""
     args = trainer.args

@@ -13,6 +13,8 @@ from huggingface_hub import hf_hub_download, is_offline_mode
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
+from torch import nn
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..validation import row_digest
@@ -118,7 +120,7 @@ class Lineage:
     earlier: list[UnlearningRecord] = field(default_factory=list)
 
 
-def find_lineage(config, token: str | None = None) -> Lineage:
+def find_lineage(config: PreTrainedConfig | None, token: str | None = None) -> Lineage:
     """That of a model with this configuration, which says from where it was loaded.
 
     Raises:
@@ -163,7 +165,7 @@ class Origin:
         request_id (`str`): Drawn once: what is published twice is one request.
     """
 
-    def __init__(self, model, token: str | None = None, *, is_first: bool = True):
+    def __init__(self, model: nn.Module, token: str | None = None, *, is_first: bool = True):
         self._config, self._token, self._is_first = getattr(model, "config", None), token, is_first
         self._found: Lineage | None = None
         self.request_id = uuid.uuid4().hex

@@ -19,7 +19,7 @@ keep. `run` needs a function of yours that makes the trainer, in a file:
 Rows are a folder of `save_to_disk`, or a parquet or JSON file, prepared as the trainer takes them."""
 
 
-def add_commands(commands) -> None:
+def add_commands(commands: argparse._SubParsersAction) -> None:
     """Adds "requests" with its own subcommands to a parser's subparsers."""
     form = argparse.RawDescriptionHelpFormatter
     own = commands.add_parser(

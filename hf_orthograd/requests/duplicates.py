@@ -18,6 +18,7 @@ import numpy as np
 from datasets import Dataset
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
+from ..annotations import AnyDataset
 from ..data.speech import decode_audio
 from ..publishing import UnlearningRecord, commit
 from ..validation import row_digests
@@ -50,7 +51,9 @@ class FoundRow:
     similarity: float
 
 
-def check_dataset(dataset, records: UnlearningRecord | Sequence[UnlearningRecord], salt: bytes) -> list[FoundRow]:
+def check_dataset(
+    dataset: AnyDataset, records: UnlearningRecord | Sequence[UnlearningRecord], salt: bytes
+) -> list[FoundRow]:
     """Rows of a data set that a record commits to.
 
     A row counts as the same if what the model reads of it and its labels are, whatever its other columns: the set has to be
@@ -86,7 +89,7 @@ def check_dataset(dataset, records: UnlearningRecord | Sequence[UnlearningRecord
     return sorted(found, key=lambda one: one.row)
 
 
-def same_rows(dataset, rows: Dataset, request_id: str) -> list[FoundRow]:
+def same_rows(dataset: Dataset, rows: Dataset, request_id: str) -> list[FoundRow]:
     """Rows of a data set that are equal to some of `rows` in the columns that both have."""
     columns = frozenset(set(dataset.column_names) & set(rows.column_names)) - {"labels"}
     known = set(row_digests(rows, columns))

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
@@ -292,7 +293,7 @@ class RequestHistory:
                 found[one.row, one.request_id] = max(before, one, key=lambda each: each.similarity)
         return sorted(found.values(), key=lambda one: (-one.similarity, one.row))
 
-    def stays_forgotten(self, data_collator: Callable = default_data_collator, **settings) -> StaysForgotten:
+    def stays_forgotten(self, data_collator: Callable = default_data_collator, **settings: Any) -> StaysForgotten:
         """A callback for any Trainer that trains the model of today on: it watches, or holds, what all requests forgot.
 
         Args:

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, default_data_collator
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, default_data_collator
 from transformers.utils import logging
 
+from ..annotations import AnyDataset
 from ..objectives import PerSampleLoss
 from ..parallel import ProcessGroup
 from ..parallel.sharding import is_sharded
@@ -65,7 +67,7 @@ class StaysForgotten(TrainerCallback):
 
     def __init__(
         self,
-        dataset,
+        dataset: AnyDataset,
         data_collator: Callable = default_data_collator,
         *,
         levels: float | np.ndarray | None = None,
@@ -94,7 +96,15 @@ class StaysForgotten(TrainerCallback):
         self._levels: Tensor | None = None
         self.history: list[Watched] = []
 
-    def on_train_begin(self, args, state, control, model: nn.Module, **kwargs):
+    # `model` is always there: None is for TrainerCallback, which names no argument beyond `control`
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         if self._hold and (is_sharded(model) or args.fsdp or args.deepspeed):
             raise ValueError(
                 "`hold` is True, but FSDP and DeepSpeed give each process a part of the gradient, or keep it. Leave it out."
@@ -117,7 +127,14 @@ class StaysForgotten(TrainerCallback):
         self.history.clear()
         self._watch(state.global_step, self._measure(model).mean().item())
 
-    def on_pre_optimizer_step(self, args, state, control, model: nn.Module, **kwargs):
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not self._hold:
             return
         first = (state.global_step * args.world_size + args.process_index) * self._batch_size
@@ -141,7 +158,14 @@ class StaysForgotten(TrainerCallback):
         _project([parameter.grad for parameter in trained], falls)
         torch._foreach_add_([parameter.grad for parameter in trained], lifts)
 
-    def on_step_end(self, args, state, control, model: nn.Module, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         every = self._watch_steps or max(1, int(state.logging_steps))
         if state.global_step % every == 0:
             self._watch(state.global_step, self._measure(model).mean().item())

@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import nn
 from transformers.utils import logging
 
+from ..annotations import AnyDataset, TrainDataset
 from ..config import OrthoGradConfig
 from ..objectives import IGNORED_LABEL
 
@@ -20,7 +21,7 @@ from ..objectives import IGNORED_LABEL
 logger = logging.get_logger(__name__)
 
 
-def is_empty(dataset) -> bool:
+def is_empty(dataset: TrainDataset | None) -> bool:
     """Whether there is no data set, or one that says it has no rows."""
     return dataset is None or (hasattr(dataset, "__len__") and len(dataset) == 0)
 
@@ -30,7 +31,7 @@ def needs_retain(args: OrthoGradConfig) -> bool:
     return args.projection != "none" or args.alpha > 0
 
 
-def check_datasets(args: OrthoGradConfig, forget, retain) -> None:
+def check_datasets(args: OrthoGradConfig, forget: AnyDataset, retain: TrainDataset | None) -> None:
     """Checks that both sets have rows, and the same columns.
 
     Raises:
@@ -78,7 +79,7 @@ def _check_columns(forget, retain) -> None:
         )
 
 
-def check_overlap(forget, retain, model: nn.Module) -> None:
+def check_overlap(forget: AnyDataset, retain: TrainDataset, model: nn.Module) -> None:
     """Looks for rows that stand in both sets, by what the model reads of them.
 
     Other columns (an id, a transcript beside its tokens), padding and the type of a sequence make no difference. Rows
@@ -103,13 +104,13 @@ def check_overlap(forget, retain, model: nn.Module) -> None:
         )
 
 
-def read_columns(dataset, model: nn.Module) -> frozenset[str] | None:
+def read_columns(dataset: AnyDataset, model: nn.Module) -> frozenset[str] | None:
     """What the model's forward pass reads besides labels; None, for all, where it reads none, as before a transform."""
     taken = set(inspect.signature(model.forward).parameters) - {"labels", "attention_mask"}
     return frozenset(taken & (_columns(dataset) or set())) or None
 
 
-def row_digests(dataset, columns: frozenset[str] | None) -> list[bytes]:
+def row_digests(dataset: AnyDataset, columns: frozenset[str] | None) -> list[bytes]:
     """What stands in each row, by a hash of these columns and the labels; of all columns without.
 
     Padding, the type of a sequence and other columns make no difference; rows are taken as they are stored.
@@ -127,7 +128,7 @@ def stored_row(dataset: Dataset, row: int) -> dict:
     return {name: values[0] for name, values in dataset.with_format("arrow")[row].to_pydict().items()}
 
 
-def row_digest(example, columns: frozenset[str] | None) -> bytes:
+def row_digest(example: object, columns: frozenset[str] | None) -> bytes:
     """That of one row, as [`row_digests`]."""
     digest = hashlib.blake2b(digest_size=16)
     if not isinstance(example, Mapping):

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.utils import logging
 
+from ..annotations import TrainDataset
 from ..config import OrthoGradConfig
 from ..parallel import Parameters
 
@@ -89,7 +90,7 @@ def _refuse(refusals: dict[str, bool]) -> None:
             raise ValueError(f"Unlearning with a `forget_dataset` does not support {feature}.")
 
 
-def check_steps(args: OrthoGradConfig, batch_size: int, retain) -> None:
+def check_steps(args: OrthoGradConfig, batch_size: int, retain: TrainDataset) -> None:
     """Says so if a step protects few retain samples, or fewer than were asked for.
 
     Args:

@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from ..annotations import TrainDataset
 from ..config import OrthoGradConfig
 from ..data import Batch
 from ..objectives import IGNORED_LABEL, PerSampleLoss
@@ -168,7 +169,7 @@ def find_unlabelled_rows(labels: Tensor, shifted: bool) -> list[int]:
     return (~(counted >= 0).flatten(1).any(dim=1)).nonzero().flatten().tolist()
 
 
-def check_label_column(dataset, name: str, per_sample_loss: PerSampleLoss) -> None:
+def check_label_column(dataset: TrainDataset, name: str, per_sample_loss: PerSampleLoss) -> None:
     """The same for every row of a data set that holds its labels ready-made."""
     if not isinstance(dataset, Dataset) or "labels" not in dataset.column_names or dataset.format["type"] == "custom":
         return

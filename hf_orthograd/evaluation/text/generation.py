@@ -8,8 +8,9 @@ from accelerate.utils import gather_object
 from rouge_score import rouge_scorer
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, Trainer
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer
 
+from ...annotations import AnyDataset
 from ...objectives import IGNORED_LABEL
 from ...parallel.sharding import is_sharded
 from ...trials import preserved_modes
@@ -17,7 +18,7 @@ from ...trials import preserved_modes
 
 def generate_answers(
     trainer: Trainer,
-    dataset,
+    dataset: AnyDataset,
     *,
     model: nn.Module | None = None,
     prompt_length: int | None = None,
@@ -75,7 +76,7 @@ def _prompt_of(row, number: int, length: int | None, config) -> list[int]:
     return tokens[:length].tolist()
 
 
-def tokenizer_of(trainer: Trainer):
+def tokenizer_of(trainer: Trainer) -> PreTrainedTokenizerBase:
     """The trainer's, or that of its processor.
 
     Raises:
@@ -115,14 +116,14 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> tuple[np.n
     return np.array([one.recall for one in scores]), np.array([one.fmeasure for one in scores])
 
 
-def knowledge_memorization(trainer: Trainer, dataset, *, max_new_tokens: int = 64) -> float:
+def knowledge_memorization(trainer: Trainer, dataset: AnyDataset, *, max_new_tokens: int = 64) -> float:
     """MUSE's KnowMem (arXiv 2407.06460, section 3.1): mean ROUGE-L F1 of what the model answers to questions, from 0 to 1."""
     said = generate_answers(trainer, dataset, max_new_tokens=max_new_tokens)
     return float(rouge_l(said, _texts(trainer, dataset, 0))[1].mean())
 
 
 def verbatim_memorization(
-    trainer: Trainer, dataset, *, prompt_length: int, max_new_tokens: int | None = None
+    trainer: Trainer, dataset: AnyDataset, *, prompt_length: int, max_new_tokens: int | None = None
 ) -> float:
     """MUSE's VerbMem (arXiv 2407.06460, section 3.1): mean ROUGE-L F1 of how the model goes on with texts, from 0 to 1.
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import EvalPrediction, Trainer
 
+from ...annotations import AnyDataset
 from ...objectives import IGNORED_LABEL
 from ..measure import measure
 from ..membership import MembershipInference, membership_inference
@@ -79,7 +80,7 @@ class ExactAnswers(_AnswerMetric):
 
     name = "exact answers"
 
-    def of(self, tokens, log_probabilities, labels):
+    def of(self, tokens: np.ndarray, log_probabilities: np.ndarray, labels: np.ndarray) -> float:
         return float((tokens == labels).all())
 
 
@@ -88,7 +89,7 @@ class AnswerProbability(_AnswerMetric):
 
     name = "answer probability"
 
-    def of(self, tokens, log_probabilities, labels):
+    def of(self, tokens: np.ndarray, log_probabilities: np.ndarray, labels: np.ndarray) -> float:
         return float(np.exp(log_probabilities.mean()))
 
 
@@ -100,7 +101,7 @@ class ExtractionStrength(_AnswerMetric):
 
     name = "extraction strength"
 
-    def of(self, tokens, log_probabilities, labels):
+    def of(self, tokens: np.ndarray, log_probabilities: np.ndarray, labels: np.ndarray) -> float:
         wrong = np.flatnonzero(tokens != labels)
         known_from = wrong[-1] + 1 if len(wrong) else 0
         return 1 - known_from / len(labels)
@@ -121,7 +122,7 @@ class MinKProbability(_AnswerMetric):
             raise ValueError(f"`share` must lie above 0 and not beyond 1, but is {share}.")
         self.share, self.name = share, f"min-{share:.0%} log-probability"
 
-    def of(self, tokens, log_probabilities, labels):
+    def of(self, tokens: np.ndarray, log_probabilities: np.ndarray, labels: np.ndarray) -> float:
         count = max(1, int(self.share * len(log_probabilities)))
         return float(np.sort(log_probabilities)[:count].mean())
 
@@ -137,13 +138,15 @@ class TokenLoss:
         return losses, lengths
 
 
-def perplexity(trainer: Trainer, dataset) -> float:
+def perplexity(trainer: Trainer, dataset: AnyDataset) -> float:
     """`exp` of the mean negative log-likelihood over all tokens that have a label, under the trainer's model."""
     losses, lengths = measure(trainer, dataset, [TokenLoss()]).counts[TokenLoss.name]
     return float(np.exp(losses.sum() / lengths.sum()))
 
 
-def min_k_membership(trainer: Trainer, members, nonmembers, share: float = 0.2) -> MembershipInference:
+def min_k_membership(
+    trainer: Trainer, members: AnyDataset, nonmembers: AnyDataset, share: float = 0.2
+) -> MembershipInference:
     """Whether text was trained on, guessed from [`MinKProbability`] under the trainer's model.
 
     Args:

@@ -6,11 +6,12 @@ import numpy as np
 from scipy import stats
 from transformers import Trainer
 
+from ...annotations import AnyDataset
 from ..measure import measure
 from .scores import AnswerProbability
 
 
-def answer_probabilities(trainer: Trainer, dataset) -> np.ndarray:
+def answer_probabilities(trainer: Trainer, dataset: AnyDataset) -> np.ndarray:
     """`P(answer | prompt)^(1 / length)` of each row under the trainer's model, shape (n,)."""
     return measure(trainer, dataset, [AnswerProbability()]).counts[AnswerProbability.name][0]
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import GradientEdge
 
 from ..base import UnsupportedModelError
@@ -47,12 +48,12 @@ class SavedArguments(torch.autograd.Function):
     """Keeps tensors as autograd keeps its own: checkpointing recomputes them, offloading moves them."""
 
     @staticmethod
-    def forward(ctx, anchor: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, anchor: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         return anchor.new_empty(0)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> NoReturn:
         raise AssertionError("unreachable: nothing depends on the result")
 
 

@@ -124,6 +124,7 @@ class RepeatedGradients(StepGradients):
         chunks (`list[Chunk]`): The retain samples of this process.
     """
 
+    retain_terms: Tensor | None  # again, as [`combine`] sets it: stubgen would give it a default
     losses_of: Callable[[Chunk], tuple[Tensor, Tensor]]
     loss_scale: float
     forget_gradients: dict[str, Tensor]

@@ -8,6 +8,7 @@ still is a function of the parameters alone, and the call that brings it togethe
 """
 
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +97,9 @@ class Recorder(TorchFunctionMode):
         start, one = get_gradient_edge(loss), torch.ones_like(loss)
         return torch.autograd.grad(start, edges, one, retain_graph=retain_graph, allow_unused=True)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable, types: Collection[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if self._paused or (self._in_backward and not torch.is_grad_enabled()):
             return func(*args, **kwargs)
