@@ -30,7 +30,15 @@ DEMO = ["espeakng-loader>=0.2.4"]
 SIGN = ["model-signing>=1.1", "pyopenssl>=24"]  # the first imports the second without naming it
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.30"]
 QUALITY = ["mypy>=1.18", "ruff==0.17.6"]
-TESTS = ["build>=1.2", "filelock>=3.12", "ipykernel>=6.29", "nbclient>=0.10", "pytest>=8.0", "pytest-cov>=6.0", "pytest-xdist>=3.6"]
+TESTS = [
+    "build>=1.2",
+    "filelock>=3.12",
+    "ipykernel>=6.29",
+    "nbclient>=0.10",
+    "pytest>=8.0",
+    "pytest-cov>=6.0",
+    "pytest-xdist>=3.6",
+]
 
 setup(
     name="hf-orthograd",
