@@ -57,16 +57,16 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
             Weight of the retain mean in the update; the projected forget gradient has weight 1 - alpha. 0 is pure
             projection, 1 trains on the retain set alone (arXiv 2503.02312, equation 5).
         forget_loss (`str`, *optional*, defaults to `"npo"`):
-            What is ascended on the forget set: "npo", the bounded negative preference optimisation (arXiv 2404.05868),
-            "simnpo", the same without a reference (arXiv 2410.07163), or "ascent", the loss itself, unbounded, as in
-            the paper. The first step of "npo" is that of "ascent". Bounded by default, because there is no stopping
-            rule by default: `docs/choosing_settings.md` has the numbers.
+            What is ascended on the forget set. "npo" is the bounded negative preference optimisation (arXiv
+            2404.05868), "simnpo" the same without a reference (arXiv 2410.07163). "ascent" is the loss itself,
+            unbounded, as in the paper. The first step of "npo" is that of "ascent". Bounded by default, because there
+            is no stopping rule by default: `docs/choosing_settings.md` has the numbers.
         retain_loss (`str`, *optional*, defaults to `"nll"`):
-            What is descended on the retain set: "nll", the loss of its labels, as in the paper, or "kl", how far
+            What is descended on the retain set. "nll" is the loss of its labels, as in the paper. "kl" is how far
             predictions have gone from those of the starting model, KL(start || model) per class, token or frame. Few
-            samples whose labels are trained on are learned by heart, and the rest of the retained data pays. The projection is
-            on the gradients of the loss in either case. "kl" takes a forward pass of the starting model at each step, and
-            one more copy of what is trained.
+            samples whose labels are trained on are learned by heart, and the rest of the retained data pays. The
+            projection is on the gradients of the loss in either case. "kl" takes a forward pass of the starting model
+            at each step, and one more copy of what is trained.
         npo_beta (`float`, *optional*, defaults to `1.0`):
             Inverse temperature of NPO and SimNPO, in 1 / nats of per-sample loss. The larger, the sooner a sample
             counts as forgotten.
@@ -78,38 +78,38 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
             What is taken out of the forget gradient: "orthogonal", the span of the per-sample retain gradients,
             "mean", the direction of their mean, or "none".
         projection_scope (`str`, *optional*, defaults to `"global"`):
-            "global" projects the gradient of all parameters as one vector; "per_tensor" each tensor alone, which
+            "global" projects the gradient of all parameters as one vector, "per_tensor" each tensor alone. The latter
             removes all signal from tensors with no more entries than retain samples.
         projection_parameters (`str`, *optional*, defaults to `"trainable"`):
             Which parameters the projection runs over: "trainable", all that are trained, or "lora", only those of the
-            LoRA adapter, so that a classifier head, say, takes the unprojected update.
+            LoRA adapter. A classifier head, say, then takes the unprojected update.
         projection_target (`str`, *optional*, defaults to `"gradient"`):
             What is guaranteed: "gradient", that the gradient handed to the optimizer is orthogonal; momentum, Adam's
             scaling, weight decay and clipping bend it afterwards. "update" also corrects the step that the optimizer
             then makes, by the smallest change after which, to first order, no retain sample of the step is worse (for
             alpha = 0: neither worse nor better). It takes one more copy of the parameters.
         projection_solver (`str`, *optional*, defaults to `"exact"`):
-            How the k x k system of inner products is solved: "exact", by eigenvalues in float64, "cg", by conjugate
-            gradients, or "kaczmarz", by sweeps over the retain samples. The last two are there to study what an
-            approximation does: they save nothing, as all inner products are found before, and solving takes
-            microseconds. Where gradients are at hand as vectors they do save, in [`project_orthogonal`].
+            How the k x k system of inner products is solved. "exact" takes eigenvalues in float64, "cg" conjugate
+            gradients, "kaczmarz" sweeps over the retain samples. The last two are there to study what an approximation
+            does: they save nothing, as all inner products are found before, and solving takes microseconds. Where
+            gradients are at hand as vectors they do save, in [`project_orthogonal`].
         projection_iterations (`int`, *optional*):
             Most iterations of "cg" or sweeps of "kaczmarz"; 100 by default.
         projection_rtol (`float`, *optional*):
             Relative tolerance: the eigenvalue cut of "exact", k times the float32 epsilon by default, or the relative
             residual at which the iterative solvers stop, 1e-6 by default.
         gradient_engine (`str`, *optional*, defaults to `"auto"`):
-            How inner products of per-sample gradients are found: "gram", without forming the gradients, "func", by
-            torch.func, "loop", by one backward pass per sample, or "auto", the first of these that follows the model,
-            said in the log.
+            How inner products of per-sample gradients are found. "gram" does not form the gradients, "func" takes
+            torch.func, "loop" one backward pass per sample. "auto" takes the first of these that follows the model,
+            and says it in the log.
         func_chunk_size (`int`, *optional*):
             Samples that the "func" engine vectorises at once; all retain samples of the batch by default.
         retain_chunk_size (`int`, *optional*):
             How many retain samples memory holds at once under the "gram" engine, for batches of more. The projection stays
             that on all of them; time grows with the square of the number of chunks. All by default.
         check_overlap (`bool`, *optional*, defaults to `True`):
-            Whether rows that stand in both sets are looked for when the trainer is made: by what the model reads of a row,
-            whatever its other columns or padding. It reads every row once, in the first process.
+            Whether rows that stand in both sets are looked for when the trainer is made. What the model reads of a row
+            counts, not its other columns or padding. It reads every row once, in the first process.
         freeze_batch_norm (`bool`, *optional*, defaults to `False`):
             Keeps BatchNorm layers in evaluation mode while training. In training mode they couple the samples of a
             batch, and per-sample gradients do not exist.
@@ -117,12 +117,13 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
             Whether `save_model()` and `push_to_hub()` write a LoRA model merged into its base. Deleting an adapter
             undoes the unlearning it holds. Checkpoints keep the adapter.
         monitor_steps (`int`, *optional*):
-            Every how many steps the change of the retain losses that a step really made is measured and logged beside
-            the one predicted, for two more forward passes over its retain samples; 0 for never. `logging_steps` by
-            default.
+            Every how many steps the change that a step really made to its retain losses is measured, and logged beside
+            the one predicted. It takes two more forward passes over the retain samples. 0 for never. `logging_steps`
+            by default.
         forget_target (`float` or `"reference"`, *optional*):
-            What `stop_metric` on the forget set is to reach for training to stop: a number, or "reference", its value
-            before the first step on `eval_dataset["reference"]`, data of the kind to forget that the model never saw.
+            What `stop_metric` on the forget set is to reach for training to stop: a number, or "reference". That is
+            its value before the first step on `eval_dataset["reference"]`, data of the kind to forget that the model
+            never saw.
         retain_budget (`float`, *optional*):
             By how much `stop_metric` may become worse on `eval_dataset["retain"]`, or an `eval_dataset` that is not a
             dict. In the end the model is that of the evaluation inside the budget at which most was forgotten, also

@@ -1,8 +1,8 @@
 """From inner products to the projection: which combination of retain gradients to take out of the forget gradient.
 
-With the retain gradients as the rows of G, shape (k, d), and the forget gradient g_u, shape (d,), the projected gradient
-is `g_u - G^T c` where `c` solves `(G G^T) c = G g_u` (arXiv 2503.02312, Algorithm 1, which writes it with a QR
-factorisation of G^T). Only inner products enter `c`, so it can be found without holding the gradients.
+The retain gradients are the rows of G, shape (k, d), the forget gradient is g_u, shape (d,). The projected gradient is
+`g_u - G^T c` where `c` solves `(G G^T) c = G g_u` (arXiv 2503.02312, Algorithm 1, with a QR factorisation of G^T).
+Only inner products enter `c`, so it can be found without holding the gradients.
 """
 
 import math

@@ -117,10 +117,11 @@ class GruTrainer(GradientTrainer):
 class GuTrainer(GradientTrainer):
     """Geometric-disentanglement unlearning (arXiv 2511.17100): the ascent, normal to retain gradients in Adam's geometry.
 
-    Of each tensor, gradients are divided by the square root of Adam's denominator; the forget gradient loses its part in
-    the span of the retain gradients of the last steps, each the mean of a batch. So the step that Adam makes of it does not
-    change their losses, to first order. Weights are `1 - alpha`, and `alpha` on the retain gradient. Before the first
-    step Adam has no denominator, and under another optimizer none at all: the geometry is then the plain one.
+    Of each tensor, gradients are divided by the square root of Adam's denominator. The forget gradient loses its part
+    in the span of the retain gradients of the last steps, each the mean of a batch. So the step that Adam makes of it
+    does not change their losses, to first order. Weights are `1 - alpha`, and `alpha` on the retain gradient. Before
+    the first step Adam has no denominator, and under another optimizer none at all: the geometry is then the plain
+    one.
 
     Args:
         rank (`int`): How many retain gradients are kept, each the size of the parameters.

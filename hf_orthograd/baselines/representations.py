@@ -12,10 +12,11 @@ from .teachers import TeacherTrainer
 class RmuTrainer(TeacherTrainer):
     """RMU (arXiv 2403.03218, section 4): hidden states of forget samples go to one random direction, others stay.
 
-    Minimises the squared distance of a layer's output to `steering * u` on forget samples, `u` a random unit vector, and
-    `retain_weight` times that to the starting model's output on retain samples; both are means over the positions of all
-    samples. With `retain_loss="kl"` the divergence takes the place of the latter. The paper trains the MLP weights of this
-    layer and the two before: the trainable parameters are the user's to choose, by `requires_grad`.
+    Minimises the squared distance of a layer's output to `steering * u` on forget samples, `u` a random unit vector.
+    To it comes `retain_weight` times the squared distance to the starting model's output on retain samples. Both are
+    means over the positions of all samples. With `retain_loss="kl"` the divergence takes the place of the latter. The
+    paper trains the MLP weights of this layer and the two before: the trainable parameters are the user's to choose,
+    by `requires_grad`.
 
     Args:
         layer (`str`): Name of the module, as "model.layers.7", whose output, or the first part of it, is (B, T, width).

@@ -34,8 +34,8 @@ class ScrubTrainer(TeacherTrainer):
     """SCRUB (arXiv 2302.09880, equation 3): away from the original model on the forget set, towards it on the rest.
 
     Minimises `retain_weight * KL_retain + gamma * loss_retain - KL_forget`, KL being that of the original model's
-    predictions to the model's. As in the paper steps alternate between the two sets, one of ascent on the forget set and
-    then one on the retain set, and the last ones are on the retain set alone.
+    predictions to the model's. As in the paper steps alternate: one of ascent on the forget set, then one on the
+    retain set. The last ones are on the retain set alone.
 
     Args:
         retain_weight, gamma (`float`): The paper's alpha and gamma.
@@ -65,8 +65,8 @@ class ScrubTrainer(TeacherTrainer):
 class BadTeacherTrainer(TeacherTrainer):
     """Bad Teacher (arXiv 2205.08096, equation 3): towards an incompetent model on the forget set.
 
-    Minimises, over the samples of both batches, the mean of KL from the original model's predictions on retain samples
-    and KL from those of a model with random weights on forget samples.
+    Minimises the mean over the samples of both batches: on retain samples of KL from the original model's predictions,
+    on forget samples of KL from those of a model with random weights.
 
     Args:
         incompetent (`torch.nn.Module`, *optional*): That model; one of the same configuration, drawn anew, by default.

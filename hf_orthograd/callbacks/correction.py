@@ -57,9 +57,10 @@ class UpdateCorrection(StepObserver):
     """Corrects each step of the optimizer by the retain gradients of that step.
 
     Works with any optimizer of torch: it looks at parameters before and after. Takes the memory of one more copy of the
-    projected parameters, and of the retain gradients or their factors until the step is made. For each step are recorded
-    "update_kept", the norm of the corrected step over that of the optimizer's, and "update_residual", the largest cosine of
-    the corrected step with a retain gradient by which a retain loss would still rise.
+    projected parameters, and of the retain gradients or their factors until the step is made. For each step two
+    numbers are recorded. "update_kept" is the norm of the corrected step over that of the optimizer's.
+    "update_residual" is the largest cosine of the corrected step with a retain gradient by which a retain loss would
+    still rise.
 
     Args:
         equality (`bool`): Whether no retain loss may fall either: for alpha = 0, where the update is to leave the retain

@@ -127,8 +127,8 @@ def prepare_speech_dataset(
         `datasets.Dataset` with the feature extractor's input column (`input_features` or `input_values`) and `labels`.
 
     Raises:
-        ValueError: A column is missing; or, naming the row: audio that cannot be decoded, a transcript that is none, or an
-            utterance longer than Whisper's window, which would cut it but not its transcript.
+        ValueError: A column is missing. Or, naming the row: audio that cannot be decoded, a transcript that is none,
+            or an utterance longer than Whisper's window, which would cut it but not its transcript.
     """
     for argument, column in (("audio_column", audio_column), ("text_column", text_column)):
         if column not in dataset.column_names:

@@ -21,9 +21,9 @@ def prepare_text_dataset(
 ) -> Dataset:
     """Turns rows into `input_ids`, `attention_mask` and `labels`, keeping the other columns.
 
-    A row is plain text, all of which is learned; or a prompt and its answer; or messages of a chat, as
-    `apply_chat_template` takes them, of which the last, the assistant's, is learned. Prompts have labels of -100. A prompt and
-    an answer become a chat where the tokenizer has a template for one. Pad with
+    A row is plain text, all of which is learned. Or it is a prompt and its answer. Or it is the messages of a chat, as
+    `apply_chat_template` takes them, of which the last, the assistant's, is learned. Prompts have labels of -100. A
+    prompt and an answer become a chat where the tokenizer has a template for one. Pad with
     [`~transformers.DataCollatorForSeq2Seq`], which pads labels by -100.
 
     Args:
@@ -32,8 +32,8 @@ def prepare_text_dataset(
         is_encoder_decoder (`bool`): Whether the model reads the prompt in an encoder, as T5: labels are then the answer alone.
 
     Raises:
-        ValueError: None or several of the forms, or a column that is not there; or, naming the row: text that is empty or no
-            text, a chat that does not end with the assistant, a row that is too long, which would be cut.
+        ValueError: None or several of the forms, or a column that is not there. Or, naming the row: text that is empty
+            or no text, a chat that does not end with the assistant, a row that is too long, which would be cut.
     """
     forms = {
         "text": (text_column,),

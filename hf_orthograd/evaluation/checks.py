@@ -160,9 +160,9 @@ def tug_of_war(unlearned: Mapping[str, float], retrained: Mapping[str, float]) -
 def unlearning_impact_score(original_test: float, test: float, forget: float, *, erased: bool) -> float:
     """UIS (arXiv 2503.02312); lower is better.
 
-    With O and T the test accuracy of the original and of the unlearned model, and F the accuracy on the forget set:
-    `(|O - T| / O + |O - F| / O) / 2` where forgotten samples are to be as unseen ones are, and
-    `(|O - T| / O + F / O) / 2` where they are to be got wrong.
+    O and T are the test accuracy of the original and of the unlearned model, F is the accuracy on the forget set. It
+    is `(|O - T| / O + |O - F| / O) / 2` where forgotten samples are to be as unseen ones are. It is `(|O - T| / O + F
+    / O) / 2` where they are to be got wrong.
 
     Args:
         original_test, test, forget (`float`): O, T and F; for an error rate, 1 minus the rate.

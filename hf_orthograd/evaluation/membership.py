@@ -19,7 +19,7 @@ from ..annotations import AnyDataset
 class MembershipInference:
     """How well a threshold on the loss tells samples trained on from samples never seen (arXiv 1709.01604).
 
-    0.5 is what a model gives that treats both alike, but what counts is a model retrained without the forget set: its
+    0.5 is what a model gives that treats both alike. What counts is a model retrained without the forget set: its
     forget samples are as new to it as others, and still may be easier or harder. An AUC far *below* the retrained
     model's is a leak as well: such losses tell that these samples were unlearned.
 
@@ -176,8 +176,8 @@ def attack_shadows(shadows: ShadowLosses) -> list[MembershipInference]:
     """U-LiRA (arXiv 2403.01218) on each shadow in turn, by one who knows the others: of the method, not of one model it made.
 
     What is told apart is the half that the shadow has unlearned from the half it never saw. Its complement is left out
-    with it. Otherwise each candidate would be known from one shadow fewer on the side that it is on, and look as if it were
-    on the other: a method that hides everything would come out below 0.5.
+    with it. Otherwise each candidate would be known from one shadow fewer on the side that it is on, and look as if it
+    were on the other. A method that hides everything would come out below 0.5.
 
     Args:
         shadows ([`ShadowLosses`]): As [`shadow_losses`] returns them, each shadow beside its complement; at least 6.

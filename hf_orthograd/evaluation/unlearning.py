@@ -53,9 +53,9 @@ def evaluate_unlearning(
             models are measured on "forget", "forget_unseen", "forget_reworded" and "test".
         original (`torch.nn.Module`, *optional*): The model before unlearning.
         datasets (`Mapping`, *optional*): Named sets; `trainer.eval_dataset` by default. "forget", "retain" and "test"
-            have the meaning of the words; "forget_unseen" is data of the forgotten source that was never trained on,
-            "forget_reworded" asks for the forgotten in words that were never trained on.
-            Any other name is measured for its quality.
+            have the meaning of the words. "forget_unseen" is data of the forgotten source that was never trained on.
+            "forget_reworded" asks for the forgotten in words that were never trained on. Any other name is measured
+            for its quality.
         metric ([`SampleMetric`], *optional*): For image, audio and text classifiers [`Accuracy`] by default; for others
             only losses are measured without one.
         further_metrics (`Sequence[SampleMetric]`, *optional*): Reported beside it and not judged, as character errors

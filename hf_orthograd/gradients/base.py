@@ -47,8 +47,9 @@ class StepGradients(ABC):
         retain_losses (`torch.Tensor`): Of this process' retain samples, detached.
         retain_terms (`torch.Tensor`, *optional*): What is descended on them in place of their losses, detached; `None` without
             a term of its own, and where only [`combine`] finds it.
-        grams (`dict[str, torch.Tensor]`): The Gram matrix over the retain samples of all processes, shape (1 + k, 1 + k),
-            float64, under the name "", or, where that was asked for, the part of each projected parameter.
+        grams (`dict[str, torch.Tensor]`): The Gram matrix over the retain samples of all processes, shape (1 + k, 1 +
+            k), float64. Its name is ""; where that was asked for, there is the part of each projected parameter under
+            its name.
         layout ([`SampleLayout`]): The rows of this process among those of all.
         parameters ([`Parameters`]): What the gradients belong to.
         group ([`ProcessGroup`]): The processes whose samples make up the step.

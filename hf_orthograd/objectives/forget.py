@@ -23,8 +23,8 @@ class Ascent:
 class NegativePreference:
     """Negative preference optimisation (arXiv 2404.05868, equation 3), a bounded form of ascent.
 
-    NPO minimises `(2 / beta) log(1 + (p / p_ref)^beta)`. The paper takes the log-likelihood of the whole sequence; here
-    `log p` is minus the per-sample loss, a mean over tokens, so that `beta` means the same for short and long samples.
+    NPO minimises `(2 / beta) log(1 + (p / p_ref)^beta)`. The paper takes the log-likelihood of the whole sequence.
+    Here `log p` is minus the per-sample loss, a mean over tokens: `beta` means the same for short and long samples.
 
     Args:
         reference_losses (`torch.Tensor`): Shape (m,), the samples' losses under the starting model, in nats.

@@ -39,12 +39,12 @@ class Watched:
 class StaysForgotten(TrainerCallback):
     """Watches what was forgotten while any [`~transformers.Trainer`] trains on, and with `hold` keeps it away.
 
-    Held, each optimizer step's gradient g loses what would lower the mean loss of some forgotten rows,
-    `g - max(0, <g, f>) / <f, f> f`, with f the gradient of that loss: the projection of A-GEM (arXiv 1812.00420, equation 11),
-    turned round. Rows whose loss is below its level are pushed back to it, by the gradient of `mean(max(0, level - loss))`, which
-    clipping does not reach: momentum and Adam's scaling bend what the projection leaves. This takes one more forward and backward
-    pass of `batch_size` rows a step and process. Levels stand in the trainer's state, and so in checkpoints: these stay with the
-    owner.
+    Held, each optimizer step's gradient g loses what would lower the mean loss of some forgotten rows: `g - max(0, <g,
+    f>) / <f, f> f`, with f the gradient of that loss. This is the projection of A-GEM (arXiv 1812.00420, equation 11),
+    turned round. Rows whose loss is below its level are pushed back to it, by the gradient of `mean(max(0, level -
+    loss))`, which clipping does not reach. Momentum and Adam's scaling bend what the projection leaves. This takes one
+    more forward and backward pass of `batch_size` rows a step and process. Levels stand in the trainer's state, and so
+    in checkpoints: these stay with the owner.
 
     Args:
         dataset (`Dataset`): Rows that were forgotten; or, if they were deleted, others that tell as much, as paraphrases.

@@ -1,9 +1,10 @@
 """What one parameter adds to the Gram matrix, and what is kept of its gradients for the update.
 
-Each retain sample's gradient of the parameter is formed, multiplied with the others and with the forget gradient, and
-then kept in whichever form is smaller: the gradients themselves, or the factors they are products of. For a linear layer
-over T positions the k gradients take `k p q` numbers, the factors `k T (p + q)`; in a speech encoder the gradients are
-smaller, in a decoder or a small image model the factors, which replace what the graph of the forward pass gives free.
+Each retain sample's gradient of the parameter is formed, and multiplied with the others and with the forget gradient.
+Then it is kept in whichever form is smaller: the gradients themselves, or the factors they are products of. For a
+linear layer over T positions the k gradients take `k p q` numbers, the factors `k T (p + q)`. In a speech encoder the
+gradients are smaller, in a decoder or a small image model the factors. These replace what the graph of the forward
+pass gives free.
 """
 
 from dataclasses import dataclass

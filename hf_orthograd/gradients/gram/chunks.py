@@ -3,9 +3,9 @@
 A chunk's inner products with the other chunks need their gradients side by side. So parameters are taken in groups whose
 gradients (or factors) of *all* samples take no more memory than all parameters' would of three quarters of *one* chunk,
 or than the model. For each group all samples run forward, a quarter of a chunk at a time, and backward as far as the
-group reaches; then all inner products of the group are taken at once. With n chunks there are about 4/3 n groups, and as
-many passes over k samples, which is quadratic in k, and one more for the update. Where everything fits into one group, as
-with an adapter, there is one pass in all, and whole chunks run forward.
+group reaches. Then all inner products of the group are taken at once. With n chunks there are about 4/3 n groups, and
+as many passes over k samples, which is quadratic in k, and one more for the update. Where everything fits into one
+group, as with an adapter, there is one pass in all, and whole chunks run forward.
 """
 
 from collections.abc import Callable, Iterable

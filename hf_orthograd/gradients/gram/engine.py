@@ -1,8 +1,8 @@
 """The Gram matrix of per-sample gradients, parameter by parameter, without the gradients of the whole model.
 
 The forget batch takes an ordinary backward pass. Then one backward pass over the activations of the retain batch
-delivers the gradient of each recorded call's output; the call's part of the inner products is formed at once, and what
-the update will need of it is kept in its smaller form while the graph is given free.
+delivers the gradient of each recorded call's output. The call's part of the inner products is formed at once. What the
+update will need of it is kept in its smaller form while the graph is given free.
 """
 
 from collections import defaultdict

@@ -3,8 +3,8 @@
 A module is not the right unit: Whisper's encoder reads the weight of its position embedding without calling it, a
 Vision Transformer adds bare parameters, T5 shares one position bias among all layers. So calls of torch functions are
 watched. Each one whose arguments hold a trained parameter together with data of the batch is recorded. One that holds
-parameters but no data of the batch (a reshaped bias table, a weight-normalised kernel) makes a *derived* tensor: it
-still is a function of the parameters alone, and the call that brings it together with data is the one recorded.
+parameters but no data of the batch (a reshaped bias table, a weight-normalised kernel) makes a *derived* tensor, which
+still is a function of the parameters alone. The call that brings it together with data is the one recorded.
 """
 
 from collections.abc import Callable, Collection, Mapping

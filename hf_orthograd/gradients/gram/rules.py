@@ -1,8 +1,8 @@
 """Rules for the torch functions that hold most parameters, and how a user adds one.
 
 A rule turns a recorded call and the gradient of its output into one form for each of its sources: the per-sample
-gradients themselves ([`Dense`]), or factors whose products they are ([`Outer`]), from which inner products can be had
-without ever forming a gradient of the size of the vocabulary. Calls without a rule go to the general one.
+gradients themselves ([`Dense`]), or factors whose products they are ([`Outer`]). From factors inner products can be
+had without ever forming a gradient of the size of the vocabulary. Calls without a rule go to the general one.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def register_rule(*functions: Callable) -> Callable[[Rule], Rule]:
     """Registers a rule for torch functions, in place of the general one.
 
     The rule gets a [`Call`] and the gradient of its output, whose first dimension runs over the samples (possibly
-    times windows or positions, sample by sample), and returns a [`Dense`] or [`Outer`] form for each [`Source`] among
+    times windows or positions, sample by sample). It returns a [`Dense`] or [`Outer`] form for each [`Source`] among
     the call's arguments, or `None` to leave this call to the general rule. A form's memory is given away: it may be
     written over.
     """
