@@ -38,13 +38,13 @@ def template(node: ast.AST) -> str:
 
 
 def raised(path: Path) -> list[tuple[str, str]]:
-    """Kind and message of each error in a file; what is only passed on has no message of its own."""
+    """Kind and message of each error that a file makes; what is only passed on has no message of its own."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-            text = template(node.exc.args[0]).strip()
+        if isinstance(node, ast.Call) and node.args and ast.unparse(node.func).endswith("Error"):
+            text = template(node.args[0]).strip()
             if any(letter.isalpha() for letter in text):
-                found.append((node.lineno, ast.unparse(node.exc.func), text))
+                found.append((node.lineno, ast.unparse(node.func), text))
     return [(kind, text) for _, kind, text in sorted(found)]
 
 

@@ -1,6 +1,6 @@
 """Makes a speech recogniser forget a speaker, and reports in word error rate what that did.
 
-With no arguments: a small Whisper is trained on eight synthetic speakers and forgets one of them, without network.
+With no arguments: a small Whisper is trained on seven synthetic speakers and forgets one of them, without network.
 
     accelerate launch examples/unlearn_asr.py --model_name_or_path openai/whisper-tiny.en \
         --dataset_name path/or/hub-id --forget_column speaker --forget_values 1088 --retain_size 36 \
@@ -21,6 +21,7 @@ import transformers
 from accelerate import PartialState
 from datasets import DatasetDict, concatenate_datasets, disable_progress_bars, load_dataset
 from peft import LoraConfig, get_peft_model
+from shared import WITHOUT_RULE, ComparisonArguments, compared_models, where_it_is
 from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoProcessor, HfArgumentParser
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
@@ -49,7 +50,7 @@ from hf_orthograd.publishing import check_access
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(ComparisonArguments):
     """What to forget, in which model; see [`OrthoGradConfig`] for how."""
 
     model_name_or_path: str | None = field(
@@ -64,13 +65,9 @@ class ScriptArguments:
     retain_size: int | None = field(default=None, metadata={"help": "Utterances of the others still at hand."})
     audio_column: str = field(default="audio", metadata={"help": "Column with the audio."})
     text_column: str = field(default="text", metadata={"help": "Column with the transcript."})
-    finetune_epochs: float = field(default=0, metadata={"help": "Epochs of fine-tuning on all speakers first."})
     finetune_learning_rate: float = field(default=2e-5, metadata={"help": "Its learning rate."})
     finetune_batch_size: int = field(default=8, metadata={"help": "Its batch size per device."})
     max_audio_seconds: int | None = field(default=None, metadata={"help": "Whisper: window shorter than 30 s."})
-    retrain: bool = field(
-        default=False, metadata={"help": "Also fine-tune without the forgotten speakers, as the report's reference."}
-    )
     stop_in_time: bool = field(
         default=True,
         metadata={
@@ -87,16 +84,6 @@ class ScriptArguments:
     )
     use_lora: bool = field(default=False, metadata={"help": "Unlearn by a LoRA adapter on the attention projections."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    dry_run: bool = field(default=False, metadata={"help": "Print what a step will take, and stop."})
-    evaluate_only: bool = field(
-        default=False, metadata={"help": "Unlearn nothing: the model is an unlearned one, which is measured."}
-    )
-    original_name_or_path: str | None = field(
-        default=None, metadata={"help": "For `--evaluate_only`: the model before it was unlearned."}
-    )
-    reference_name_or_path: str | None = field(
-        default=None, metadata={"help": "A model retrained without the forget set, in place of `--retrain`."}
-    )
     compare_projections: list[str] = field(
         default_factory=list, metadata={"help": "Repeat the run with these `projection`s, for the table alone."}
     )
@@ -120,15 +107,6 @@ DEMO = {
     "per_device_train_batch_size": 30,
     "logging_steps": 1,
     "dataloader_pin_memory": torch.accelerator.is_available(),
-}
-
-# stopping and pushing are for unlearning alone
-WITHOUT_RULE = {
-    "forget_target": None,
-    "retain_budget": None,
-    "save_strategy": "no",
-    "eval_strategy": "no",
-    "push_to_hub": False,
 }
 
 SETS = {
@@ -168,14 +146,16 @@ def split(corpus: DatasetDict, arguments: ScriptArguments) -> DatasetDict:
     at_hand = split_forget_retain(
         corpus["train"], **by_speaker, retain_size=arguments.retain_size, stratify_by=arguments.forget_column
     )
-    unseen = split_forget_retain(corpus["test"], **by_speaker)
-    return DatasetDict(
-        forget=everyone["forget"],
-        retain=at_hand["retain"],
-        others=everyone["retain"],
-        test=unseen["retain"],
-        forget_unseen=unseen["forget"],
-    )
+    sets = {
+        "forget": everyone["forget"],
+        "retain": at_hand["retain"],
+        "others": everyone["retain"],
+        "test": corpus["test"],
+    }
+    if set(arguments.forget_values) <= set(corpus["test"].unique(arguments.forget_column)):
+        unseen = split_forget_retain(corpus["test"], **by_speaker)
+        sets |= {"test": unseen["retain"], "forget_unseen": unseen["forget"]}
+    return DatasetDict(sets)
 
 
 class Recogniser:
@@ -183,7 +163,11 @@ class Recogniser:
 
     def __init__(self, model, processor, sets: DatasetDict, max_eval_samples: int | None = None):
         self.sets, whisper = sets, is_whisper_like(model)
-        self.measured = {name: sets[name].take(min(max_eval_samples or sys.maxsize, len(sets[name]))) for name in SETS}
+        self.measured = {
+            name: sets[name].take(min(max_eval_samples or sys.maxsize, len(sets[name])))
+            for name in SETS
+            if name in sets
+        }
         self.transcribe = transcripts(processor, whisper)
         self.rates = (WordErrorRate(keep_in_memory=True), CharacterErrorRate(keep_in_memory=True))
         self.shared = {
@@ -202,7 +186,13 @@ class Recogniser:
         both = [rate.compute(predictions=predictions, references=references) for rate in self.rates]
         return {name: value for rate in both for name, value in rate.items()}
 
-    def finetune(self, model, sets: list[str], args: OrthoGradConfig, arguments: ScriptArguments, name: str) -> None:
+    def finetune(self, model, sets: list[str], args: OrthoGradConfig, arguments: ScriptArguments):
+        """A copy of the model, trained on these sets by the plain Trainer, and saved."""
+        model, name = copy.deepcopy(model), "finetuned" if "forget" in sets else "retrained"
+        forgotten = ", ".join(arguments.forget_values)
+        PartialState().print(
+            f"Learning from all speakers, {forgotten} {'among them' if 'forget' in sets else 'left out'} ..."
+        )
         args = replace(
             args,
             output_dir=str(Path(args.output_dir) / name),
@@ -220,32 +210,7 @@ class Recogniser:
         trainer = show_one_bar(OrthoGradTrainer(model, args, train_dataset=spoken, **self.shared))
         trainer.train()
         trainer.save_model()
-
-    def models_of(self, start, args: OrthoGradConfig, arguments: ScriptArguments):
-        """The model before unlearning and the reference, trained here or loaded; None for one that is not at hand."""
-
-        def load_like(name: str):
-            model = type(start).from_pretrained(name, dtype=torch.float32)
-            if arguments.max_audio_seconds is not None:
-                shorten_whisper(model, self.shared["processing_class"], arguments.max_audio_seconds)
-            return model
-
-        say, original, reference = PartialState().print, None, None
-        if arguments.reference_name_or_path is not None:
-            reference = load_like(arguments.reference_name_or_path)
-        elif arguments.retrain:
-            reference = copy.deepcopy(start)
-        if arguments.original_name_or_path is not None:
-            original = load_like(arguments.original_name_or_path)
-        elif not arguments.evaluate_only:
-            original = start
-            if arguments.finetune_epochs > 0:
-                say(f"Learning from all speakers, {', '.join(arguments.forget_values)} among them ...")
-                self.finetune(original, ["forget", "others"], args, arguments, "finetuned")
-        if arguments.retrain and arguments.reference_name_or_path is None:
-            say("Learning from the others alone, as the reference ...")
-            self.finetune(reference, ["others"], args, arguments, "retrained")
-        return original, reference
+        return model
 
     def probe(self, model, args: OrthoGradConfig) -> OrthoGradTrainer:
         """A trainer that only measures."""
@@ -268,7 +233,7 @@ class Recogniser:
         level = "reference"
         if reference is not None:
             level = self.probe(reference, args).evaluate(self.measured["forget"])[f"eval_{args.stop_metric}"]
-        elif len(self.measured["forget_unseen"]) == 0:
+        elif "forget_unseen" not in self.measured:
             return args
         when = {"eval_strategy": "steps", "eval_steps": args.eval_steps or 2} if args.eval_strategy == "no" else {}
         return replace(args, forget_target=level, **when)
@@ -295,7 +260,9 @@ class Recogniser:
 
     def rates_of(self, trainer: OrthoGradTrainer) -> dict[str, dict[str, float]]:
         metrics = trainer.evaluate(self.measured)
-        return {name: {rate: 100 * metrics[f"eval_{name}_{rate}"] for rate in ("wer", "cer")} for name in SETS}
+        return {
+            name: {rate: 100 * metrics[f"eval_{name}_{rate}"] for rate in ("wer", "cer")} for name in self.measured
+        }
 
 
 def make_student(model, arguments: ScriptArguments):
@@ -306,15 +273,17 @@ def make_student(model, arguments: ScriptArguments):
 
 
 def to_markdown(rows: dict[str, dict]) -> str:
-    lines = ["| WER / CER (%) | " + " | ".join(SETS.values()) + " |", "|---" * (len(SETS) + 1) + "|"]
+    shown = [name for name in SETS if all(name in row for row in rows.values())]
+    lines = ["| WER / CER (%) | " + " | ".join(SETS[name] for name in shown) + " |", "|---" * (len(shown) + 1) + "|"]
     for method, row in rows.items():
-        cells = [f"{row[name]['wer']:.1f} / {row[name]['cer']:.1f}" for name in SETS]
+        cells = [f"{row[name]['wer']:.1f} / {row[name]['cer']:.1f}" for name in shown]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def report(rows: dict[str, dict], arguments: ScriptArguments, args: OrthoGradConfig) -> None:
-    """Writes results.json, results.md and curves.png, and prints the table."""
+def report(rows: dict[str, dict], found: UnlearningReport, arguments: ScriptArguments, args: OrthoGradConfig) -> None:
+    """Writes the report, results.json, results.md and curves.png, and prints the table."""
+    found.save(args.output_dir)
     output, table = Path(args.output_dir), to_markdown(rows)
     results = {
         "rows": rows,
@@ -327,11 +296,11 @@ def report(rows: dict[str, dict], arguments: ScriptArguments, args: OrthoGradCon
     (output / "results.json").write_text(json.dumps(results, indent=1, default=str))
     (output / "results.md").write_text(table + "\n")
     histories = {method: row["history"] for method, row in rows.items() if "history" in row}
-    qualities = {method: {SETS[name]: row[name]["wer"] for name in SETS} for method, row in rows.items()}
+    qualities = {
+        method: {SETS[name]: row[name]["wer"] for name in SETS if name in row} for method, row in rows.items()
+    }
     plot_unlearning(histories, qualities, "word error rate (%)", output / "curves.png")
-    print(
-        f"\n{table}\n\nThe model, unlearning_report.html and .md, results.json and curves.png are in {output}.\nWhat may be published is in {output}/public."
-    )
+    print(f"\n{table}\n\n{where_it_is(args.output_dir, found, arguments)}")
 
 
 def main() -> None:
@@ -342,6 +311,7 @@ def main() -> None:
     arguments, args = parser.parse_args_into_dataclasses()
     if (arguments.model_name_or_path is None) != (arguments.dataset_name is None):
         raise ValueError("Pass both `--model_name_or_path` and `--dataset_name`, or neither for the demo.")
+    arguments.check(args, arguments.model_name_or_path)
     check_access(args)  # before fine-tuning: the trainer that unlearns is made hours later
     say = PartialState().print  # in the first process
     transformers.set_seed(args.seed)
@@ -353,18 +323,25 @@ def main() -> None:
     }
     recogniser = Recogniser(model, processor, DatasetDict(sets), arguments.max_eval_samples)
     if arguments.dry_run:
-        print(recogniser.unlearner(make_student(model, arguments), args, arguments).estimate())
+        say(recogniser.unlearner(make_student(model, arguments), args, arguments).estimate())
         return
-    original, reference = recogniser.models_of(model, args, arguments)
-    known = {
-        "before": original,
-        "retrained without": reference,
-        "unlearned": model if arguments.evaluate_only else None,
-    }
+
+    def train(names: list[str]):
+        return recogniser.finetune(model, names, args, arguments)
+
+    def load_another(name: str):
+        another = type(model).from_pretrained(name, dtype=torch.float32)
+        if arguments.max_audio_seconds is not None:
+            shorten_whisper(another, processor, arguments.max_audio_seconds)
+        return another
+
+    original, reference = compared_models(model, arguments, train, load_another)
+    known = {"before": original, "retrained": reference, "unlearned": model if arguments.evaluate_only else None}
     rows = {name: recogniser.rates_of(recogniser.probe(one, args)) for name, one in known.items() if one is not None}
-    args = recogniser.stopping_in_time(args, reference, arguments)
     if arguments.evaluate_only:
         trainer = recogniser.unlearner(model, args, arguments)
+    else:
+        args = recogniser.stopping_in_time(args, reference, arguments)
     for projection in () if arguments.evaluate_only else (*arguments.compare_projections, args.projection):
         say(f'Unlearning, projection="{projection}" ...')
         student = make_student(original, arguments)
@@ -377,8 +354,7 @@ def main() -> None:
         trainer.save_model()
     examined = recogniser.examine(trainer, original, reference, arguments)
     if trainer.is_world_process_zero():
-        examined.save(args.output_dir)
-        report(rows, arguments, args)
+        report(rows, examined, arguments, args)
     if not arguments.evaluate_only:
         publish = trainer.push_to_hub if args.push_to_hub else trainer.create_model_card
         publish(report=examined)

@@ -12,12 +12,12 @@ how digits move, and forgets those that move to the left.
 import copy
 import sys
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from accelerate import PartialState
 from datasets import (
     Array3D,
     Array4D,
@@ -30,6 +30,7 @@ from datasets import (
     load_dataset,
 )
 from demo_videos import make_video_model, make_videos
+from shared import WITHOUT_RULE, ComparisonArguments, compared_models, where_it_is
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from transformers import (
@@ -51,7 +52,7 @@ from hf_orthograd.publishing import check_access
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(ComparisonArguments):
     """What to forget, in which model; see [`OrthoGradConfig`] for how."""
 
     model_name_or_path: str | None = field(
@@ -66,12 +67,8 @@ class ScriptArguments:
     forget_values: list[str] = field(default_factory=list, metadata={"help": "Classes to forget, by name."})
     forget_fraction: float = field(default=0.0, metadata={"help": "Or the share of random training images to forget."})
     retain_size: int | None = field(default=None, metadata={"help": "Other training images still at hand."})
-    finetune_epochs: float = field(default=0, metadata={"help": "Epochs of training on all images first."})
     finetune_learning_rate: float = field(default=1e-3, metadata={"help": "Its learning rate."})
     finetune_batch_size: int = field(default=64, metadata={"help": "Its batch size per device."})
-    retrain: bool = field(
-        default=False, metadata={"help": "Also train without the forget set, as the report's reference."}
-    )
     stop_in_time: bool = field(
         default=True,
         metadata={
@@ -86,16 +83,6 @@ class ScriptArguments:
         },
     )
     flip: bool = field(default=True, metadata={"help": "Whether a mirrored image is one of its class."})
-    dry_run: bool = field(default=False, metadata={"help": "Print what a step will take, and stop."})
-    evaluate_only: bool = field(
-        default=False, metadata={"help": "Unlearn nothing: the model is an unlearned one, which is measured."}
-    )
-    original_name_or_path: str | None = field(
-        default=None, metadata={"help": "For `--evaluate_only`: the model before it was unlearned."}
-    )
-    reference_name_or_path: str | None = field(
-        default=None, metadata={"help": "A model retrained without the forget set, in place of `--retrain`."}
-    )
     relearning_steps: int = field(default=20, metadata={"help": "Steps of the relearning attack; 0 for none."})
 
 
@@ -118,15 +105,6 @@ DEMO = {
 }
 
 VIDEO_DEMO = DEMO | {"forget_values": ["left"], "finetune_epochs": 15, "output_dir": "out/videos"}
-
-# stopping and pushing are for unlearning alone
-WITHOUT_RULE = {
-    "forget_target": None,
-    "retain_budget": None,
-    "save_strategy": "no",
-    "eval_strategy": "no",
-    "push_to_hub": False,
-}
 
 
 def build_demo() -> tuple[ViTForImageClassification, ViTImageProcessor, DatasetDict]:
@@ -247,23 +225,6 @@ def finetune(model, images: Dataset, args: OrthoGradConfig, arguments: ScriptArg
     return model
 
 
-def models_of(start, sets: dict, args: OrthoGradConfig, arguments: ScriptArguments):
-    """The model before unlearning and the reference, trained here or loaded; None for one that is not at hand."""
-    load_like = partial(type(start).from_pretrained, dtype=torch.float32)
-    original = reference = None
-    if arguments.original_name_or_path is not None:
-        original = load_like(arguments.original_name_or_path)
-    elif not arguments.evaluate_only:
-        everything = concatenate_datasets([sets["forget"], sets["others"]])
-        trains = arguments.finetune_epochs > 0 and not arguments.dry_run
-        original = finetune(start, everything, args, arguments) if trains else start
-    if arguments.reference_name_or_path is not None:
-        reference = load_like(arguments.reference_name_or_path)
-    elif arguments.retrain and not arguments.dry_run:
-        reference = finetune(start, sets["others"], args, arguments)
-    return original, reference
-
-
 def stopping_in_time(args: OrthoGradConfig, reference, sets: dict, arguments: ScriptArguments) -> OrthoGradConfig:
     """The arguments with a rule that stops where a model would be that never saw the forget set, if one is known."""
     if not arguments.stop_in_time or args.forget_target is not None:
@@ -291,33 +252,49 @@ def main() -> None:
         raise ValueError("Pass both `--model_name_or_path` and `--dataset_name`, or neither for the demo.")
     if arguments.video and arguments.vary_retain:
         raise ValueError("`--vary_retain` is set with `--video`, but frames are not varied. Leave it out.")
+    arguments.check(args, arguments.model_name_or_path)
     check_access(args)  # before training: the trainer that unlearns is made hours later
     transformers.set_seed(args.seed)
     start, processor, corpus = load(arguments)
     names = [start.config.id2label[number] for number in range(start.config.num_labels)]
     sets = split(prepare(corpus, processor, arguments), names, arguments, args.seed)
 
-    original, reference = models_of(start, sets, args, arguments)
-    args = stopping_in_time(args, reference, sets, arguments)
     measured = {name: rows for name, rows in sets.items() if name != "others"}
     retain = sets["retain"]
     if arguments.vary_retain or (arguments.vary_retain is None and args.retain_loss == "kl" and not arguments.video):
         retain = retain.with_transform(VaryImages(flip=arguments.flip))
-    trainer = OrthoGradTrainer(
-        copy.deepcopy(start if arguments.evaluate_only else original),
-        args,
-        train_dataset=retain,
-        forget_dataset=sets["forget"],
-        eval_dataset=measured | ({"reference": sets["test"]} if args.forget_target == "reference" else {}),
-        processing_class=processor,
-        compute_metrics=accuracy,
-    )
+
+    def unlearner(model, args: OrthoGradConfig) -> OrthoGradTrainer:
+        return OrthoGradTrainer(
+            copy.deepcopy(model),
+            args,
+            train_dataset=retain,
+            forget_dataset=sets["forget"],
+            eval_dataset=measured | ({"reference": sets["test"]} if args.forget_target == "reference" else {}),
+            processing_class=processor,
+            compute_metrics=accuracy,
+        )
+
     if arguments.dry_run:
-        print(trainer.estimate())
+        PartialState().print(unlearner(start, args).estimate())
         return
+
+    def train(names: list[str]):
+        return finetune(start, concatenate_datasets([sets[name] for name in names]), args, arguments)
+
+    original, reference = compared_models(start, arguments, train)
+    if not arguments.evaluate_only:
+        args = stopping_in_time(args, reference, sets, arguments)
+    trainer = unlearner(start if arguments.evaluate_only else original, args)
     if not arguments.evaluate_only:
         show_one_bar(trainer).train()
         trainer.save_model()
+    measure(trainer, original, reference, measured, arguments)
+
+
+def measure(trainer: OrthoGradTrainer, original, reference, sets: dict, arguments: ScriptArguments) -> None:
+    """Writes the report, and publishes where that is asked for."""
+    args = trainer.args
     attacks = [Quantization(8), Quantization(4, group_size=64)]
     if arguments.relearning_steps > 0:
         # other data of the class, which was never trained on; of random images, a part of them
@@ -325,12 +302,10 @@ def main() -> None:
         steps = sorted({1, arguments.relearning_steps // 4, arguments.relearning_steps} - {0})
         rate = arguments.finetune_learning_rate / 10
         attacks.append(Relearning(known, trainer, max_steps=steps[-1], learning_rate=rate, batch_size=32, steps=steps))
-    report = evaluate_unlearning(
-        trainer, reference, attacks, original=original, datasets=measured, group_column="labels"
-    )
+    report = evaluate_unlearning(trainer, reference, attacks, original=original, datasets=sets, group_column="labels")
     if trainer.is_world_process_zero():
         report.save(args.output_dir)
-        print(f"{report.to_markdown()}\n\nunlearning_report.html and the model are in {args.output_dir}.")
+        print(f"{report.to_markdown()}\n\n{where_it_is(args.output_dir, report, arguments)}")
     if not arguments.evaluate_only:
         publish = trainer.push_to_hub if args.push_to_hub else trainer.create_model_card
         publish(report=report)

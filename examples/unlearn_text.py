@@ -18,9 +18,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate import PartialState
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
 from demo_people import make_model, make_people, make_tokenizer
 from peft import LoraConfig, get_peft_model
+from shared import WITHOUT_RULE, ComparisonArguments, compared_models, where_it_is
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -46,7 +48,7 @@ from hf_orthograd.publishing import check_access
 
 
 @dataclass
-class RunArguments:
+class RunArguments(ComparisonArguments):
     """What to forget, in which model; see [`OrthoGradConfig`] for how."""
 
     model_name_or_path: str | None = field(
@@ -65,12 +67,8 @@ class RunArguments:
         metadata={"help": "Whether test rows of the forgotten ask in other words for what was trained on."},
     )
     retain_size: int | None = field(default=None, metadata={"help": "Other training rows still at hand."})
-    finetune_epochs: float = field(default=0, metadata={"help": "Epochs of training on all rows first."})
     finetune_learning_rate: float = field(default=2e-5, metadata={"help": "Its learning rate."})
     finetune_batch_size: int = field(default=16, metadata={"help": "Its batch size per device."})
-    retrain: bool = field(
-        default=False, metadata={"help": "Also train without the forget set, as the report's reference."}
-    )
     stop_in_time: bool = field(
         default=True,
         metadata={
@@ -80,16 +78,6 @@ class RunArguments:
     use_lora: bool = field(default=False, metadata={"help": "Unlearn by LoRA, on all linear layers."})
     lora_rank: int = field(default=16, metadata={"help": "Its rank."})
     relearning_steps: int = field(default=10, metadata={"help": "Steps of the relearning attack; 0 for none."})
-    dry_run: bool = field(default=False, metadata={"help": "Print what a step will take, and stop."})
-    evaluate_only: bool = field(
-        default=False, metadata={"help": "Unlearn nothing: the model is an unlearned one, which is measured."}
-    )
-    original_name_or_path: str | None = field(
-        default=None, metadata={"help": "For `--evaluate_only`: the model before it was unlearned."}
-    )
-    reference_name_or_path: str | None = field(
-        default=None, metadata={"help": "A model retrained without the forget set, in place of `--retrain`."}
-    )
     num_shown: int = field(default=3, metadata={"help": "Answers shown before and after, of each set."})
 
 
@@ -130,15 +118,6 @@ DEMO = {
     "logging_steps": 2,
 }
 
-# stopping and pushing are for unlearning alone
-WITHOUT_RULE = {
-    "forget_target": None,
-    "retain_budget": None,
-    "save_strategy": "no",
-    "eval_strategy": "no",
-    "push_to_hub": False,
-}
-
 
 def parse(script_arguments: type, demo: dict):
     """The arguments of the script and of the run, checked before anything is loaded; the demo's without model and data."""
@@ -149,6 +128,7 @@ def parse(script_arguments: type, demo: dict):
     arguments, args = parser.parse_args_into_dataclasses()
     if (arguments.model_name_or_path is None) != (arguments.dataset_name is None):
         raise ValueError("Pass both `--model_name_or_path` and `--dataset_name`, or neither for the demo.")
+    arguments.check(args, arguments.model_name_or_path)
     check_access(args)  # before training: the trainer that unlearns is made hours later
     transformers.set_seed(args.seed)
     return arguments, args
@@ -223,23 +203,6 @@ def finetune(model, rows: Dataset, args: OrthoGradConfig, arguments: RunArgument
     return model
 
 
-def models_of(start, sets: dict[str, Dataset], args: OrthoGradConfig, arguments: RunArguments, shared: dict):
-    """The model before unlearning and the reference, trained here or loaded; None for one that is not at hand."""
-    load_like = partial(type(start).from_pretrained, dtype=torch.float32)
-    original = reference = None
-    if arguments.original_name_or_path is not None:
-        original = load_like(arguments.original_name_or_path)
-    elif not arguments.evaluate_only:
-        everything = concatenate_datasets([sets["forget"], sets["others"]])
-        trains = arguments.finetune_epochs > 0 and not arguments.dry_run
-        original = finetune(start, everything, args, arguments, shared) if trains else start
-    if arguments.reference_name_or_path is not None:
-        reference = load_like(arguments.reference_name_or_path)
-    elif arguments.retrain and not arguments.dry_run:
-        reference = finetune(start, sets["others"], args, arguments, shared)
-    return original, reference
-
-
 def stopping_in_time(args: OrthoGradConfig, reference, sets: dict, arguments: RunArguments, shared: dict):
     """The arguments with a rule that stops where a model would be that never read the forget set, if one is known."""
     if not arguments.stop_in_time or args.forget_target is not None or reference is None:
@@ -281,31 +244,43 @@ def run(
         shared (`dict`): What all trainers are given.
         vary (`Callable`, *optional*): A transform of retain rows, which makes each anew whenever it is read.
     """
-    original, reference = models_of(start, sets, args, arguments, shared)
-    args = stopping_in_time(args, reference, sets, arguments, shared)
     measured = {name: rows for name, rows in sets.items() if name != "others"}
-    student = copy.deepcopy(start if arguments.evaluate_only else original)
-    if arguments.use_lora and not arguments.evaluate_only:
-        rank = arguments.lora_rank
-        student = get_peft_model(student, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
-    trainer = OrthoGradTrainer(
-        student,
-        args,
-        train_dataset=sets["retain"] if vary is None else sets["retain"].with_transform(vary),
-        forget_dataset=sets["forget"],
-        eval_dataset=measured,
-        **shared,
-    )
+    shared_here = shared | {"eval_dataset": measured}
+    retain = sets["retain"] if vary is None else sets["retain"].with_transform(vary)
+
+    def unlearner(model, args: OrthoGradConfig) -> OrthoGradTrainer:
+        student = copy.deepcopy(model)
+        if arguments.use_lora and not arguments.evaluate_only:
+            rank = arguments.lora_rank
+            student = get_peft_model(student, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+        return OrthoGradTrainer(student, args, train_dataset=retain, forget_dataset=sets["forget"], **shared_here)
+
     if arguments.dry_run:
-        print(trainer.estimate())
+        PartialState().print(unlearner(start, args).estimate())
         return
+
+    def train(names: list[str]):
+        return finetune(start, concatenate_datasets([sets[name] for name in names]), args, arguments, shared)
+
+    original, reference = compared_models(start, arguments, train)
+    if not arguments.evaluate_only:
+        args = stopping_in_time(args, reference, sets, arguments, shared)
+    trainer = unlearner(start if arguments.evaluate_only else original, args)
     if not arguments.evaluate_only:
         show_one_bar(trainer).train()
         trainer.save_model()
+    measure(trainer, original, reference, measured, arguments)
+
+
+def measure(
+    trainer: OrthoGradTrainer, original, reference, measured: dict[str, Dataset], arguments: RunArguments
+) -> None:
+    """Writes the report and the answers, and publishes where that is asked for."""
+    args = trainer.args
     attacks = [Quantization(8), Quantization(4, group_size=64)]
     if arguments.relearning_steps > 0:
         # the first fifth of what was forgotten, in the order of the data set: does it bring back the rest?
-        part = sets["forget"].select(range(max(1, len(sets["forget"]) // 5)))
+        part = measured["forget"].select(range(max(1, len(measured["forget"]) // 5)))
         steps = sorted({1, arguments.relearning_steps // 2, arguments.relearning_steps} - {0})
         rate = arguments.finetune_learning_rate / 10
         attacks.append(Relearning(part, trainer, max_steps=steps[-1], learning_rate=rate, batch_size=16, steps=steps))
@@ -323,9 +298,7 @@ def run(
     if trainer.is_world_process_zero():
         report.save(args.output_dir)
         Path(args.output_dir, "answers.md").write_text(answers + "\n")
-        print(
-            f"{report.to_markdown()}\n\n{answers}\n\nunlearning_report.html, answers and the model are in {args.output_dir}."
-        )
+        print(f"{report.to_markdown()}\n\n{answers}\n\n{where_it_is(args.output_dir, report, arguments)}")
     if not arguments.evaluate_only:
         publish = trainer.push_to_hub if args.push_to_hub else trainer.create_model_card
         publish(report=report)

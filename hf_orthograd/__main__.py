@@ -15,7 +15,7 @@ _DESCRIPTION = """Makes a model forget, and does what follows: publishing, check
     hf-orthograd unlearn speech
     hf-orthograd unlearn text --config run.yaml --max_steps 40
     hf-orthograd estimate image --config run.yaml
-    hf-orthograd evaluate text --config run.yaml --model_name_or_path out
+    hf-orthograd evaluate text --config run.yaml --model_name_or_path out --output_dir out/evaluated
 
 A run writes what may be published to <output_dir>/public: weights, card, the report's public edition and a record of the
 request. Look at it, then publish it, and have anyone check it:
@@ -34,7 +34,8 @@ Requests keep coming: a folder holds a model's history of them, one command take
     hf-orthograd requests add history --forget rows.parquet
     hf-orthograd requests run history --trainer train.py:make_trainer
 
-Exit codes: 0, done and in order; 1, something differs, was refused or is still there; 2, wrong arguments."""
+Exit codes: 0, done and in order; 1, something differs, was refused or is still there; 2, wrong arguments. Of `unlearn`,
+`estimate` and `evaluate` it is that of the example."""
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -3,8 +3,6 @@
 import copy
 import itertools
 import json
-from collections import Counter
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -32,7 +30,6 @@ from hf_orthograd.evaluation import (
     tug_of_war,
     unlearning_impact_score,
 )
-from hf_orthograd.evaluation.figures import smooth
 from hf_orthograd.evaluation.measure import examining
 from hf_orthograd.evaluation.quality import summarize
 
@@ -259,49 +256,6 @@ def test_model_that_never_unlearned_fails_privacy_and_relearning(planted, traine
     assert {path.name for path in (tmp_path / "report").iterdir()} == {
         "unlearning_report.json", "unlearning_report.md", "unlearning_report.html", "losses.png", "groups.png", "relearning.png",
     }  # fmt: skip
-
-
-class Page(HTMLParser):
-    """What a browser would make of a page: its tags, its ids, and the text within tags of a class."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.ids, self.addresses, self.classes = Counter(), Counter(), [], Counter()
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        values = dict(attributes)
-        self.tags[tag] += 1
-        self.ids[values.get("id")] += 1
-        self.classes.update((values.get("class") or "").split())
-        self.addresses += [values[name] for name in ("src", "href", "xlink:href") if values.get(name)]
-
-
-def test_page_says_what_holds_and_needs_no_network(planted, trainer_of):
-    report = report_on(planted[1], planted, trainer_of)
-    report.checks[0].holds = None
-    report.checks[1].name = "<script>alert(1)</script>"
-    report.history = [{"step": step, "forget_loss": step, "retain_loss": 1.0} for step in range(20)]
-    page = Page(report.to_html())
-    assert page.tags["svg"] == 4 and page.tags["figcaption"] == 4  # of losses, groups and relearning, and over steps
-    assert page.tags["script"] == page.tags["link"] == page.tags["img"] == 0
-    assert all(address.startswith("#") for address in page.addresses)
-    assert max(count for name, count in page.ids.items() if name is not None) == 1
-    for kind, holds in {"yes": True, "no": False, "unknown": None}.items():
-        assert page.classes[kind] == sum(check.holds is holds for check in report.checks) > 0
-    assert page.classes["owner"] == 1 and "test" in report.to_html()
-    public = report.public()
-    assert Page(public.to_html()).classes["owner"] == 0
-    assert not [group for group in report.models["unlearned"]["test"].groups if f">{group}<" in public.to_html()]
-    # colours are the page's, so that they follow light and dark
-    drawn = report.to_html().split("<svg", 1)[1]
-    assert "var(--blue)" in drawn and "#0072b2" not in drawn and "#000000" not in drawn
-
-
-def test_smoothing_keeps_what_is_constant_and_averages_what_jumps():
-    assert np.allclose(smooth(np.full(40, 2.0)), 2)
-    assert np.allclose(smooth([0, 1, 2, 3, 4], window=3), [0.5, 1, 2, 3, 3.5])
-    assert np.abs(smooth((-1.0) ** np.arange(100))).max() < 0.2
 
 
 def test_another_retrained_model_passes(planted, trainer_of):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Audio, load_dataset
 from huggingface_hub import ModelCard
 from transformers import (
     AutoModelForSpeechSeq2Seq,
@@ -109,7 +110,7 @@ def test_demo_in_two_processes_from_corpus_to_one_push(tmp_path, hub):
     push = ("--push_to_hub", "--hub_model_id", "owner/forgetful", "--output_dir", str(tmp_path))
     online = {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_write"}
     printed = run_example(*SHORTENED, *rule, "--use_cpu", "1", *push, launcher=launcher, environment=online)
-    results = check_outputs(tmp_path, ["before", "retrained without", 'projection="none"', 'projection="orthogonal"'])
+    results = check_outputs(tmp_path, ["before", "retrained", 'projection="none"', 'projection="orthogonal"'])
     assert (tmp_path / "checkpoint-0").is_dir()
     assert "| before |" in printed and results["arguments"]["forget_values"] == ["lena"]
     history = results["rows"]['projection="orthogonal"']["history"]
@@ -169,7 +170,7 @@ def test_ctc_model_from_a_folder_with_lora(run_here, ctc_folder, monkeypatch):
         *inputs, "--forget_values", "alice", "bruno", "--retain_size", "10", "--per_device_train_batch_size", "4",
         "--max_steps", "2", "--retain_loss", "kl", "--retrain", "--finetune_epochs", "0.1", "--use_lora", "--learning_rate", "1e-3", "--logging_steps", "1", "--output_dir", str(output),
     )  # fmt: skip
-    results = check_outputs(output, ["before", "retrained without", 'projection="orthogonal"'])
+    results = check_outputs(output, ["before", "retrained", 'projection="orthogonal"'])
     assert len(varied) >= 2 * 4
     report = UnlearningReport.load(output)  # the run was to end at the level of the retrained model
     assert results["arguments"]["forget_target"] == pytest.approx(report.models["reference"]["forget"].loss, rel=1e-4)
@@ -178,3 +179,20 @@ def test_ctc_model_from_a_folder_with_lora(run_here, ctc_folder, monkeypatch):
     loaded, start = Wav2Vec2ForCTC.from_pretrained(output), Wav2Vec2ForCTC.from_pretrained(ctc_folder / "model")
     changed = [name for name, p in loaded.named_parameters() if not torch.equal(p, start.get_parameter(name))]
     assert changed and all("_proj.weight" in name for name in changed)
+
+    # the saved model, measured by itself; of a speaker that no test row is from, nothing unseen is known
+    rows = load_dataset(str(ctc_folder / "corpus"))
+    (ctc_folder / "less").mkdir()
+    for split, part in rows.cast_column("audio", Audio(decode=False)).items():
+        kept = part if split == "train" else part.filter(lambda row: row["speaker"] not in ("alice", "bruno"))
+        kept.to_parquet(ctc_folder / "less" / f"{split}-00000-of-00001.parquet")
+    run_here(
+        "--model_name_or_path", str(output), "--dataset_name", str(ctc_folder / "less"), "--forget_values", "alice", "bruno",
+        "--retain_size", "10", "--evaluate_only", "--original_name_or_path", str(ctc_folder / "model"),
+        "--output_dir", str(ctc_folder / "measured"),
+    )  # fmt: skip
+    measured = UnlearningReport.load(ctc_folder / "measured")
+    assert set(measured.models) == {"unlearned", "original", "unlearned, int8", "unlearned, int4"}
+    assert "forget_unseen" not in measured.models["unlearned"]
+    assert measured.models["unlearned"]["forget"] == report.models["unlearned"]["forget"]
+    assert not (ctc_folder / "measured" / "model.safetensors").exists()

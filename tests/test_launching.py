@@ -5,9 +5,12 @@ import sys
 import types
 
 import pytest
+import torch
+from transformers import HfArgumentParser
 
+from hf_orthograd import OrthoGradConfig
 from hf_orthograd.__main__ import run
-from hf_orthograd.launching import SCRIPTS, arguments_of, script_path, scripts
+from hf_orthograd.launching import SCRIPTS, arguments_of, script_path, scripts, start
 
 
 def test_every_modality_has_its_example():
@@ -24,21 +27,37 @@ def test_missing_examples_are_said(monkeypatch, tmp_path):
 def test_yaml_becomes_arguments(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
-        "forget_values: [1088, 'Jane Doe']\nuse_lora: true\nlearning_rate: 1.0e-4\nseed: null\n"
+        "forget_values: [1088, 'Jane Doe']\nuse_lora: true\nweight_decay: -1.0e-5\nseed: null\nlabel_names: []\n"
         "lr_scheduler_kwargs: {num_cycles: 2}\n"
     )
     assert arguments_of(path) == [
-        "--forget_values", "1088", "Jane Doe", "--use_lora", "True", "--learning_rate", "0.0001",
-        "--lr_scheduler_kwargs", '{"num_cycles": 2}',
+        "--forget_values", "1088", "Jane Doe", "--use_lora=True", "--weight_decay=-1e-05",
+        '--lr_scheduler_kwargs={"num_cycles": 2}',
     ]  # fmt: skip
+    parsed, left = HfArgumentParser(OrthoGradConfig).parse_args_into_dataclasses(
+        ["--output_dir", "out", *arguments_of(path)[4:]], return_remaining_strings=True
+    )
+    assert (parsed.weight_decay, parsed.lr_scheduler_kwargs, left) == (-1e-5, {"num_cycles": 2}, [])
 
 
-@pytest.mark.parametrize("text", ["", "- a\n- b", "1: 2"])
-def test_other_yaml_is_refused(tmp_path, capsys, text):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "must map names of arguments to values"),
+        ("- a\n- b", "must map names of arguments to values"),
+        ("1: 2", "must map names of arguments to values"),
+        ("a: [1", "is no YAML"),
+        ("num_processes: 2", "holds num_processes, which the command takes itself"),
+        ("forget_values: [no]", "`forget_values` holds False, but must hold texts and numbers. Put texts in quotes."),
+        ("forget_values: ['--push_to_hub']", "`forget_values` holds '--push_to_hub'"),
+    ],
+)
+def test_other_yaml_is_refused(tmp_path, capsys, text, said):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     assert run(["unlearn", "text", "--config", str(path)]) == 1
-    assert "must map names of arguments to values" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -54,7 +73,15 @@ def test_arguments_reach_the_script_after_those_of_the_file(tmp_path, monkeypatc
     path.write_text("max_steps: 9")
     script = str(script_path("speech"))
     assert run([command, "speech", "--alpha", "0.1", "--config", str(path), "--max_steps", "3"]) == 3
-    assert started.pop() == [sys.executable, script, "--max_steps", "9", "--alpha", "0.1", "--max_steps", "3", *added]
+    assert started.pop() == [sys.executable, script, "--max_steps=9", "--alpha", "0.1", "--max_steps", "3", *added]
     run([command, "--num_processes", "2", "speech", "--accelerate_config", "fsdp.yaml"])
     launcher = ["-m", "accelerate.commands.launch", "--config_file", "fsdp.yaml", "--num_processes", "2"]
     assert started.pop() == [sys.executable, *launcher, script, *added]
+
+
+def test_several_processes_start_without_an_accelerator(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    script = tmp_path / "one.py"
+    script.write_text("import os, pathlib, sys\npathlib.Path(sys.argv[1], os.environ['RANK']).touch()\n")
+    assert start(script, [str(tmp_path)], num_processes=2) == 0
+    assert {"0", "1"} <= {path.name for path in tmp_path.iterdir()}

@@ -149,8 +149,12 @@ def test_folder_of_audio_files_needs_its_tables(tmp_path):
     with pytest.raises(ValueError, match="has no rows with a column `file_name`"):
         load_audio_folder(tmp_path)
     table.write_text('file_name,text,speaker\na.wav,"well, hello",ann\n')
-    with pytest.raises(ValueError, match="names a.wav, which is not there"):
+    with pytest.raises(ValueError, match="names 'a.wav', which is no file"):
         load_audio_folder(tmp_path)
+    table.write_text("file_name,text,speaker\na.wav,well, hello,ann\n")
+    with pytest.raises(ValueError, match="line 2: another number of columns"):
+        load_audio_folder(tmp_path)
+    table.write_text('\ufefffile_name,text,speaker\na.wav,"well, hello",ann\n')
     soundfile.write(tmp_path / "train" / "a.wav", np.full(160, 0.5), 16000)
     row = load_audio_folder(tmp_path)["train"][0]
     assert (row["text"], row["speaker"]) == ("well, hello", "ann")

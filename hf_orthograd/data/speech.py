@@ -92,22 +92,26 @@ def load_audio_folder(folder: str | Path) -> DatasetDict:
         `datasets.DatasetDict` whose column `audio` holds the files' paths.
 
     Raises:
-        ValueError: No split has a `metadata.csv`, one has no `file_name`, or a file is not there.
+        ValueError: No split has a `metadata.csv`, one has no `file_name` or a row of other columns, or a file is not there.
     """
     tables = sorted(Path(folder).glob("*/metadata.csv"))
     if not tables:
         raise ValueError(f"`folder` {str(folder)!r} has no folder with a metadata.csv, as train/metadata.csv.")
     splits = {}
     for table in tables:
-        with table.open(newline="", encoding="utf-8") as file:
+        with table.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark before the first name
             rows = list(csv.DictReader(file))
         if not rows or "file_name" not in rows[0]:
             raise ValueError(f"{str(table)!r} has no rows with a column `file_name`.")
-        for row in rows:
-            path = table.parent / row.pop("file_name")
-            if not path.exists():
+        for number, row in enumerate(rows, start=2):
+            if None in row or None in row.values():
                 raise ValueError(
-                    f"{str(table)!r} names {path.name}, which is not there. Remove the row, or add the file."
+                    f"{str(table)!r}, line {number}: another number of columns than the first. Quote commas in texts."
+                )
+            path = table.parent / row.pop("file_name")
+            if not path.is_file():
+                raise ValueError(
+                    f"{str(table)!r} names {path.name!r}, which is no file. Remove the row, or add the file."
                 )
             row["audio"] = {"bytes": None, "path": str(path)}
         splits[table.parent.name] = Dataset.from_list(rows)

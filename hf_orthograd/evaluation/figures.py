@@ -20,7 +20,8 @@ PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
 MODELS = {"original": (ORANGE, ":", "o"), "unlearned": (BLUE, "-", "s"), "reference": (GREEN, "--", "D")}
 SETS = {"forget": (RED, "-"), "forget_unseen": (PURPLE, "--"), "test": (SKY, ":")}
 WIDTH = 4.8  # inches of a panel: at this width its letters can be read on a phone
-MOST_GROUPS = 12
+MOST_GROUPS, LONGEST_NAME = 12, 24
+PLAIN = {"text.parse_math": False}  # a name with a dollar sign is no formula
 
 
 def plot_unlearning(
@@ -35,10 +36,16 @@ def plot_unlearning(
         metric (`str`): What the bars show, with its unit.
         path (`str` or `Path`): Of the image; its ending gives the format.
     """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.3 * WIDTH, 4), layout="constrained")
-    losses, bars = figure.subplots(1, 2)
+    with rc_context(PLAIN):
+        figure = Figure(figsize=(2.3 * WIDTH, 4), layout="constrained")
+        _draw_run(*figure.subplots(1, 2), histories, qualities, metric)
+        figure.savefig(path, dpi=110)
+
+
+def _draw_run(losses, bars, histories: Mapping, qualities: Mapping, metric: str) -> None:
     colours = {method: PALETTE[number % len(PALETTE)] for number, method in enumerate(qualities)}
     for method, history in histories.items():
         for name, style in (("forget", "-"), ("retain", "--")):
@@ -56,7 +63,6 @@ def plot_unlearning(
     bars.set_xticks(range(len(values)), [name.replace(", ", ",\n") for name in values])
     bars.set(ylabel=metric, title="Before and after")
     bars.legend(fontsize="small", frameon=False)
-    figure.savefig(path, dpi=110)
 
 
 def plot_report(report: "UnlearningReport", folder: str | Path) -> list[Path]:
@@ -65,10 +71,13 @@ def plot_report(report: "UnlearningReport", folder: str | Path) -> list[Path]:
     Returns:
         The files written.
     """
+    from matplotlib import rc_context
+
     written = []
-    for name, figure in draw_report(report).items():
-        written.append(Path(folder) / f"{name}.png")
-        figure.savefig(written[-1], dpi=150)
+    with rc_context(PLAIN):
+        for name, figure in draw_report(report).items():
+            written.append(Path(folder) / f"{name}.png")
+            figure.savefig(written[-1], dpi=150)
     return written
 
 
@@ -80,13 +89,16 @@ def draw_report(report: "UnlearningReport") -> dict:
         per-sample losses; "groups", the groups whose metric changed for the worse by most; "relearning", quality of the
         forget set under each relearning attack; "cost", time and memory.
     """
-    drawn = {
-        "tradeoff": _draw_tradeoff(report),
-        "losses": _draw_losses(report),
-        "groups": _draw_groups(report),
-        "relearning": _draw_relearning(report),
-        "cost": _draw_costs(report),
-    }
+    from matplotlib import rc_context
+
+    with rc_context(PLAIN):
+        drawn = {
+            "tradeoff": _draw_tradeoff(report),
+            "losses": _draw_losses(report),
+            "groups": _draw_groups(report),
+            "relearning": _draw_relearning(report),
+            "cost": _draw_costs(report),
+        }
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
@@ -140,19 +152,21 @@ def _draw_tradeoff(report):
 
 
 def _draw_losses(report):
-    models = [model for model in MODELS if model in report.losses]
-    if not models:
+    models = [model for model in MODELS if report.losses.get(model)]
+    everything = [losses for model in models for losses in report.losses[model].values()]
+    finite = np.concatenate([np.zeros(0), *everything])
+    finite = finite[np.isfinite(finite)]
+    if not len(finite):
         return None
     figure, panels = _new_figure(len(models), 1.4, sharex=True)
-    everything = np.concatenate([losses for model in models for losses in report.losses[model].values()])
-    top = np.quantile(everything[np.isfinite(everything)], 0.99)
+    top = np.quantile(finite, 0.99)
     edges = np.linspace(0, max(float(top), 1e-6), 30)
     for axes, model in zip(panels, models, strict=True):
         for name, (colour, style) in SETS.items():
             losses = report.losses[model].get(name)
             if losses is not None:
                 weights = np.full(len(losses), 100 / len(losses))
-                values = np.clip(losses, 0, edges[-1])  # the last bin holds all beyond
+                values = np.clip(np.nan_to_num(losses, nan=np.inf), 0, edges[-1])  # the last bin holds all beyond
                 kind = {"histtype": "step", "linewidth": 1.5, "linestyle": style}
                 axes.hist(values, edges, weights=weights, color=colour, label=name.replace("_", ", "), **kind)
         axes.set(ylabel="samples (%)", title=model)
@@ -167,13 +181,25 @@ def _draw_groups(report):
     if not groups.get("original") or not groups.get("unlearned"):
         return None
     sign = -1 if report.greater_is_better else 1
-    harm = {name: sign * (groups["unlearned"][name] - before) for name, before in groups["original"].items()}
+    shared = [name for name in groups["original"] if all(name in found for found in groups.values() if found)]
+    harm = {name: sign * (groups["unlearned"][name] - groups["original"][name]) for name in shared}
     names = sorted(harm, key=harm.get)[-MOST_GROUPS:]
+    if not names:
+        return None
+    shown = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in names]
     figure, (axes,) = _new_figure(1, 0.9 + 0.22 * len(names))
     for model in models:
         if groups[model]:
             colour, _, marker = MODELS[model]
-            axes.plot([groups[model][name] for name in names], names, marker, color=colour, label=model, alpha=0.8)
+            axes.plot(
+                [groups[model][name] for name in names],
+                range(len(names)),
+                marker,
+                color=colour,
+                label=model,
+                alpha=0.8,
+            )
+    axes.set_yticks(range(len(names)), shown)
     axes.set(xlabel=f"{report.metric} on unseen samples, the worst hit on top")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize="small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from .figures import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, draw_report
+from .figures import BLUE, GREEN, ORANGE, PLAIN, PURPLE, RED, SKY, draw_report
 from .tables import (
     NOT_MEASURED,
     distances_table,
@@ -103,9 +103,9 @@ def report_as_html(report: "UnlearningReport", audience: str, goal: str) -> str:
 
 def _hit_groups(report) -> list[str]:
     return [
-        f"The group of {name} that lost most: {hit.group}, from {hit.before:.3f} to {hit.after:.3f}."
+        f"The group of {name} that became worse by most: {hit.group}, from {hit.before:.3f} to {hit.after:.3f}."
         for name, hit in report.hardest_hit.items()
-        if hit.before != hit.after
+        if (hit.after < hit.before) == report.greater_is_better and hit.after != hit.before
     ]
 
 
@@ -120,7 +120,7 @@ def _inline(figure, name: str) -> Markup:
     import matplotlib
 
     drawn = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
+    with matplotlib.rc_context(PLAIN | {"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
     text = drawn.getvalue()
     text = text[text.index("<svg") :]

@@ -8,7 +8,7 @@ from .scripts import SCRIPTS, arguments_of, script_path, start
 _NOTE = """All other arguments are the example's: those of its head, and every field of OrthoGradConfig. `--help` after the modality lists
 them. Without a model and a data set it runs its demo.
 
-A YAML file holds the same names without dashes; what the command line says counts before it:
+A YAML file holds the same names without dashes; the command line overrides it:
 
     model_name_or_path: openai/whisper-tiny.en
     forget_values: ["1088"]
@@ -30,7 +30,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         parser = commands.add_parser(name, help=summary, description=description, formatter_class=form)
         parser.add_argument("modality", choices=SCRIPTS)
         parser.add_argument("--config", metavar="FILE", help="arguments as YAML")
-        parser.add_argument("--num_processes", metavar="N", help="start so many processes by `accelerate launch`")
+        parser.add_argument("--num_processes", metavar="N", type=int, help="start so many processes")
         parser.add_argument("--accelerate_config", metavar="FILE", help="or those that a file of Accelerate's says")
         parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the example")
         parser.set_defaults(command=_start, flags=flags)
@@ -39,13 +39,14 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 def _start(parsed: argparse.Namespace) -> int:
     # own options may stand among the example's
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("config", "num_processes", "accelerate_config"):
-        own.add_argument(f"--{name}", default=getattr(parsed, name))
+    own.add_argument("--config", default=parsed.config)
+    own.add_argument("--num_processes", default=parsed.num_processes, type=int)
+    own.add_argument("--accelerate_config", default=parsed.accelerate_config)
     found, arguments = own.parse_known_args(parsed.arguments)
-    launcher = []
-    if found.accelerate_config is not None:
-        launcher += ["--config_file", found.accelerate_config]
-    if found.num_processes is not None:
-        launcher += ["--num_processes", found.num_processes]
     from_file = [] if found.config is None else arguments_of(found.config)
-    return start(script_path(parsed.modality), [*from_file, *arguments, *parsed.flags], launcher)
+    return start(
+        script_path(parsed.modality),
+        [*from_file, *arguments, *parsed.flags],
+        num_processes=found.num_processes,
+        config=found.accelerate_config,
+    )

@@ -1,0 +1,109 @@
+"""What the examples share: which models are compared, where they come from, and which arguments exclude each other."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hf_orthograd import OrthoGradConfig
+from hf_orthograd.evaluation import UnlearningReport
+
+
+# stopping and pushing are for unlearning alone
+WITHOUT_RULE = {
+    "forget_target": None,
+    "retain_budget": None,
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "push_to_hub": False,
+}
+
+
+@dataclass
+class ComparisonArguments:
+    """Where the original and the reference come from, and whether anything is unlearned at all."""
+
+    finetune_epochs: float = field(default=0, metadata={"help": "Epochs of training on all rows first."})
+    retrain: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the model without the forget set, too, as the report's reference. It must not know it yet."
+        },
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Print what a step will take, and stop."})
+    evaluate_only: bool = field(
+        default=False, metadata={"help": "Unlearn nothing: the model is an unlearned one, which is measured."}
+    )
+    original_name_or_path: str | None = field(
+        default=None, metadata={"help": "For `--evaluate_only`: the model before it was unlearned."}
+    )
+    reference_name_or_path: str | None = field(
+        default=None, metadata={"help": "A model retrained without the forget set, in place of `--retrain`."}
+    )
+
+    def check(self, args: OrthoGradConfig, model: str | None) -> None:
+        """Raises `ValueError` where arguments exclude each other, before anything is loaded."""
+        if self.retrain and self.reference_name_or_path is not None:
+            raise ValueError("`--retrain` and `--reference_name_or_path` both give a reference. Pass one of them.")
+        if self.retrain and not self.evaluate_only and self.finetune_epochs == 0:
+            raise ValueError(
+                "`--retrain` is set, but `--finetune_epochs` is 0: the reference would be the model itself. Set the epochs, and "
+                "pass a model that has not seen the forget set."
+            )
+        if self.original_name_or_path is not None and not self.evaluate_only:
+            raise ValueError(
+                "`--original_name_or_path` is for `--evaluate_only`. Unlearning starts from `--model_name_or_path`."
+            )
+        if not self.evaluate_only:
+            return
+        if model is None:
+            raise ValueError("`--evaluate_only` measures an unlearned model: pass `--model_name_or_path`.")
+        if self.retrain:
+            raise ValueError(
+                "`--retrain` is set with `--evaluate_only`, whose model has seen the forget set. Set it to False, and pass "
+                "`--reference_name_or_path`."
+            )
+        if list(Path(args.output_dir).glob("unlearning_report.*")):
+            raise ValueError(
+                f"`--output_dir` {args.output_dir} holds a report, which would be lost. Name another, as {args.output_dir}/evaluated."
+            )
+
+
+def compared_models(
+    start: nn.Module,
+    arguments: ComparisonArguments,
+    train: Callable[[list[str]], nn.Module],
+    load: Callable[[str], nn.Module] | None = None,
+) -> tuple[nn.Module | None, nn.Module | None]:
+    """The model before unlearning and the reference, trained here or loaded; None for one that is not at hand.
+
+    Args:
+        start (`torch.nn.Module`): The model that was named.
+        train (`Callable`): Trains a copy of it on the named sets.
+        load (`Callable`, *optional*): Loads another of its kind.
+    """
+    load = load or partial(type(start).from_pretrained, dtype=torch.float32)
+    original, reference = start, None
+    if arguments.evaluate_only:
+        original = None if arguments.original_name_or_path is None else load(arguments.original_name_or_path)
+    elif arguments.finetune_epochs > 0:
+        original = train(["forget", "others"])
+    if arguments.reference_name_or_path is not None:
+        reference = load(arguments.reference_name_or_path)
+    elif arguments.retrain:
+        reference = train(["others"])
+    return original, reference
+
+
+def where_it_is(output_dir: str, report: UnlearningReport, arguments: ComparisonArguments) -> str:
+    """The last lines of a run."""
+    held = sum(check.holds is True for check in report.checks)
+    said = f"{held} of {len(report.checks)} checks hold: {output_dir}/unlearning_report.html."
+    return (
+        said
+        if arguments.evaluate_only
+        else f"{said}\nThe model is in {output_dir}. What may be published is in {output_dir}/public."
+    )
