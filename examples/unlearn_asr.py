@@ -220,9 +220,11 @@ class Recogniser:
         retain = self.sets["retain"]
         if arguments.vary_retain or (arguments.vary_retain is None and args.retain_loss == "kl"):
             retain = retain.with_transform(VarySpeech(self.shared["processing_class"].feature_extractor))
-        sets = {"train_dataset": retain, "forget_dataset": self.sets["forget"]}
+        # what the run is watched on; the rest is measured before and after
+        watched = {name: self.measured[name] for name in ("forget", "retain")}
         if args.forget_target == "reference":
-            sets["eval_dataset"] = self.measured | {"reference": self.measured["forget_unseen"]}
+            watched["reference"] = self.measured["forget_unseen"]
+        sets = {"train_dataset": retain, "forget_dataset": self.sets["forget"], "eval_dataset": watched}
         args = replace(args, save_strategy="no", **self.evaluation)
         return show_one_bar(OrthoGradTrainer(model, args, **self.shared | sets))
 

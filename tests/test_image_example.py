@@ -51,22 +51,14 @@ def test_demo_forgets_a_class_and_reports(tmp_path):
 
 def test_video_model_forgets_a_movement(tmp_path, monkeypatch):
     quiet = ("--video", "--report_to", "none", "--disable_tqdm", 1, "--use_cpu", 1)
-    short = (
-        "--finetune_epochs",
-        0,
-        "--retrain",
-        0,
-        "--max_steps",
-        2,
-        "--relearning_steps",
-        0,
-        "--output_dir",
-        tmp_path,
-    )
+    short = ("--finetune_epochs", 0, "--retrain", 0, "--max_steps", 2, "--relearning_steps", 0, "--retain_size", 60)
+    short += ("--output_dir", tmp_path)
+    make, counts = unlearn_image.make_videos, {"train": 240, "test": 96}
+    monkeypatch.setattr(unlearn_image, "make_videos", lambda _: make(counts))
     monkeypatch.setattr(sys, "argv", ["unlearn_image.py", *map(str, [*quiet, *short])])
     unlearn_image.main()
     report = UnlearningReport.load(tmp_path)
-    assert report.models["unlearned"]["forget"].size == 200 and "left" not in report.models["unlearned"]["test"].groups
+    assert report.models["unlearned"]["forget"].size == 40 and "left" not in report.models["unlearned"]["test"].groups
     AutoModelForVideoClassification.from_pretrained(tmp_path)
 
 

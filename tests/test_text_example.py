@@ -45,11 +45,8 @@ def test_people_are_invented_and_each_phrasing_is_learned_on_somebody():
     assert learned == {phrasing for phrasings, *_ in demo_people.ATTRIBUTES.values() for phrasing in phrasings}
 
 
-def test_demo_forgets_people_and_shows_answers(tmp_path):
-    arguments = ("--finetune_epochs", "0.2", "--relearning_steps", "2", "--output_dir", tmp_path)
-    command = [sys.executable, str(EXAMPLE), *SHORT, *map(str, arguments)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert finished.returncode == 0, finished.stderr[-3000:]
+def test_demo_forgets_people_and_shows_answers(run_here, tmp_path):
+    run_here("--finetune_epochs", "0.2", "--relearning_steps", "2", "--output_dir", tmp_path)
     report = UnlearningReport.load(tmp_path)
     assert set(report.models["unlearned"]) == {"forget", "forget_reworded", "retain", "test"}
     assert {"original", "reference", "unlearned, int8", "reference, int4"} <= set(report.models)

@@ -54,7 +54,8 @@ def _draw_run(losses, bars, histories: Mapping, qualities: Mapping, metric: str)
                 steps, values = zip(*points, strict=True)
                 losses.plot(steps, smooth(values), style, color=colours[method], label=f"{name}, {method}")
     losses.set(xlabel="step", ylabel="mean loss of the step's samples (nats)", title="Losses while unlearning")
-    losses.legend(fontsize="small", frameon=False)
+    if losses.lines:
+        losses.legend(fontsize="small", frameon=False)
     width = 0.8 / len(qualities)
     for number, (method, values) in enumerate(qualities.items()):
         positions = [index + (number + 0.5) * width - 0.4 for index in range(len(values))]
