@@ -21,7 +21,7 @@ import transformers
 from accelerate import PartialState
 from datasets import DatasetDict, concatenate_datasets, disable_progress_bars, load_dataset
 from peft import LoraConfig, get_peft_model
-from shared import WITHOUT_RULE, ComparisonArguments, compared_models, where_it_is
+from shared import OF_ONES_OWN, WITHOUT_RULE, ComparisonArguments, compared_models, where_it_is
 from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoProcessor, HfArgumentParser
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
@@ -307,7 +307,7 @@ def report(rows: dict[str, dict], found: UnlearningReport, arguments: ScriptArgu
 
 def main() -> None:
     parser = HfArgumentParser((ScriptArguments, OrthoGradConfig))
-    if not any(argument.startswith(("--model_name_or_path", "--dataset_name")) for argument in sys.argv):
+    if not any(argument.startswith(OF_ONES_OWN) for argument in sys.argv):
         parser.set_defaults(**DEMO)
     parser.set_defaults(hub_strategy="end")  # nothing is pushed while unlearning runs
     arguments, args = parser.parse_args_into_dataclasses()

@@ -22,7 +22,7 @@ from accelerate import PartialState
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
 from demo_people import make_model, make_people, make_tokenizer
 from peft import LoraConfig, get_peft_model
-from shared import WITHOUT_RULE, ComparisonArguments, compared_models, where_it_is
+from shared import OF_ONES_OWN, WITHOUT_RULE, ComparisonArguments, compared_models, where_it_is
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -122,7 +122,7 @@ DEMO = {
 def parse(script_arguments: type, demo: dict):
     """The arguments of the script and of the run, checked before anything is loaded; the demo's without model and data."""
     parser = HfArgumentParser((script_arguments, OrthoGradConfig))
-    if not any(argument.startswith(("--model_name_or_path", "--dataset_name")) for argument in sys.argv):
+    if not any(argument.startswith(OF_ONES_OWN) for argument in sys.argv):
         parser.set_defaults(**demo)
     parser.set_defaults(hub_strategy="end")  # nothing is pushed while unlearning runs
     arguments, args = parser.parse_args_into_dataclasses()

@@ -1,3 +1,5 @@
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,7 @@ from engines import forget_batch, retain_batch, weighed
 from torch import nn
 from torch.utils.data import default_collate
 
+from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
 from hf_orthograd.gradients import (
     FunctionalEngine,
     GramEngine,
@@ -351,3 +354,32 @@ def test_no_graph_outlives_the_measurement(make_model, make_samples):
         assert step.gram.isfinite().all()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_recurrent_layers_fall_back_to_the_loop(kind, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_orthograd"), "propagate", True)
+
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.layer, self.head = nn.Embedding(10, 4), kind(4, 6, batch_first=True), nn.Linear(6, 10)
+
+        def forward(self, tokens, labels=None):
+            return {"logits": self.head(self.layer(self.embed(tokens))[0])}
+
+    def losses(outputs, labels, num_items_in_batch=None):
+        return nn.functional.cross_entropy(outputs["logits"].mT, labels, reduction="none").mean(1)
+
+    torch.manual_seed(0)
+    rows = [{"tokens": torch.randint(10, (5,)), "labels": torch.randint(10, (5,))} for _ in range(12)]
+    args = OrthoGradConfig(
+        str(tmp_path), max_steps=1, report_to="none", use_cpu=True, save_strategy="no", logging_steps=1
+    )
+    trainer = OrthoGradTrainer(
+        Tagger(), args, train_dataset=rows[:8], forget_dataset=rows[8:], compute_loss_func=losses
+    )
+    trainer.train()
+    assert trainer.gradient_engine.name in ("func", "loop") and "Not using the gradient engine 'gram'" in caplog.text
+    entry = next(entry for entry in trainer.state.log_history if "kept_signal" in entry)
+    assert 0 < entry["kept_signal"] < 1 and entry["projection_residual"] < 1e-4

@@ -129,7 +129,7 @@ def audio_folder(tmp_path):
 
 def test_a_speaker_of_a_folder_is_forgotten_with_an_adapter(audio_folder):
     names = follow("docs/start/speech.md")
-    assert names["trainer"].state.global_step == 4
+    assert 0 < names["trainer"].state.global_step <= 20
     assert not Path("out/adapter_config.json").exists()  # merged
     report = UnlearningReport.load("out")
     assert report.metric == "wer" and set(report.models["unlearned"]["test"].groups) == {
@@ -205,6 +205,8 @@ def test_a_class_is_forgotten_published_and_verified(image_folder, hub):
     names = follow("docs/start/images.md")
     report = UnlearningReport.load("out")
     assert report.goal == "erased" and report.models["unlearned"]["forget_unseen"].size == 4
+    after = [check for check in report.checks if " after int" in check.name]
+    assert len(after) == 2 and all(check.holds is not None and check.compared_with == 0.1 for check in after)
     published = [
         shlex.split(line.removeprefix("hf-orthograd"))
         for line in blocks("docs/start/images.md", "bash")[-1].splitlines()

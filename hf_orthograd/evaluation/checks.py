@@ -63,12 +63,16 @@ def check_report(report: UnlearningReport, tolerances: Tolerances, attacks: list
         if attack in report.relearning:
             checks.append(_relearning_check(report, goodness, attack, tolerances.relearning))
             continue
+        name = f"forget {goodness.name} after {attack}"
+        if report.goal == "erased":
+            attacked = report.models.get(f"unlearned, {attack}", {})
+            checks.append(_erased_check(goodness, tolerances, name, goodness(attacked, "forget")))
+            continue
         rule = "the forget set no better than the reference's after the same"
         pair = tuple(
             goodness(report.models.get(f"{who}, {attack}", {}), "forget") for who in ("unlearned", "reference")
         )
         holds = _holds(*pair, lambda a, b: a - b <= tolerances.quality)
-        name = f"forget {goodness.name} after {attack}"
         checks.append(goodness.check(name, rule, *pair, tolerances.quality, holds))
     return checks
 
@@ -107,11 +111,16 @@ def _forget_check(report: UnlearningReport, goodness: _Goodness, tolerances: Tol
         reference = goodness(report.models.get("reference", {}), of)
         holds = _holds(value, reference, lambda a, b: abs(a - b) <= tolerances.quality)
         return goodness.check(name, "equal to the reference's", value, reference, tolerances.quality, holds)
-    if report.metric is None:  # no level of a loss means failure
+    return _erased_check(goodness, tolerances, name, value)
+
+
+def _erased_check(goodness: "_Goodness", tolerances: Tolerances, name: str, value: float | None) -> Check:
+    """Whether a model fails on the forget set."""
+    if goodness.name == "loss":  # no level of a loss means failure
         return goodness.check(name, "failed on", value, None, 0.0, None)
-    level = tolerances.erased if report.greater_is_better else tolerances.erased - 1
-    rule = "at most this" if report.greater_is_better else "at least this"
-    return goodness.check(name, rule, value, level, 0.0, value <= level)
+    level = tolerances.erased if goodness.sign > 0 else tolerances.erased - 1
+    rule = "at most this" if goodness.sign > 0 else "at least this"
+    return goodness.check(name, rule, value, level, 0.0, None if value is None else value <= level)
 
 
 def _relearning_check(report: UnlearningReport, goodness: _Goodness, attack: str, tolerance: float) -> Check:

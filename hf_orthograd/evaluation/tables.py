@@ -22,7 +22,7 @@ def report_as_markdown(report: "UnlearningReport", audience: str, goal: str) -> 
     quality = [f"({quality_note(report)})", _markdown(quality_table(report)), *worst_groups(report), *hit]
     parts = [
         f"({audience})\n\n# Unlearning report\n\nGoal: {goal}",
-        "## Against a model retrained without the forget set\n\n" + _markdown(checks_table(report)),
+        "## What holds\n\n" + _markdown(checks_table(report)),
         "## Quality\n\n" + "\n\n".join(quality),
         "## Privacy\n\n" + _markdown(membership_table(report)) + "\n\n" + _markdown(distances_table(report)),
         "## Relearning\n\n" + _markdown(relearning_table(report)),

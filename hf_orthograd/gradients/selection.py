@@ -71,10 +71,13 @@ def choose_engine(
         engine = builders[name]()
         try:
             check_engine(engine, model, forget, retain, tolerance, loss_scale)
-        except UnsupportedModelError as error:
+        except torch.OutOfMemoryError:
+            raise
+        # a call that an engine does not know how to follow, as a GRU's, fails somewhere within it
+        except (UnsupportedModelError, RuntimeError, AttributeError, TypeError) as error:
             if name == names[-1]:
                 raise
-            logger.warning(f"Not using the gradient engine {name!r}: {error}")
+            logger.warning(f"Not using the gradient engine {name!r}: {type(error).__name__}: {error}")
             continue
         break
     logger.info(f"Using the gradient engine {engine.name!r}: it agrees with one backward pass per sample.")
