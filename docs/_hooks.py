@@ -26,8 +26,7 @@ def on_page_markdown(markdown, page, config, files):
     up = "../" * page.file.src_uri.count("/")
 
     def inside(found):
-        target = found[2] if not (ROOT / found[2]).is_dir() else f"{found[2].rstrip('/')}/multi_gpu.yaml"
-        return f"]({up}{target}{found[3] or ''})"
+        return f"]({up}{found[2]}{found[3] or ''})"
 
     return OUTSIDE.sub(inside, markdown)
 

@@ -1,4 +1,4 @@
-"""Names each sentence of more than 30 words: `python docs/_sentences.py README.md docs`. Tables, code and lists of names aside."""
+"""Names each sentence of more than 30 words: `python docs/_sentences.py README.md docs`. Tables, headings and code aside."""
 
 import re
 import sys

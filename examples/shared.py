@@ -12,8 +12,8 @@ from hf_orthograd import OrthoGradConfig
 from hf_orthograd.evaluation import UnlearningReport
 
 
-# without any of these an example runs its demo; its settings are no defaults, and the help does not show them
-OF_ONES_OWN = ("--model_name_or_path", "--dataset_name", "--help", "-h")
+# with any of these an example does not take its demo's settings: they are no defaults, and the help does not show them
+NO_DEMO = ("--model_name_or_path", "--dataset_name", "--help", "-h")
 
 # stopping and pushing are for unlearning alone
 WITHOUT_RULE = {
@@ -40,7 +40,7 @@ class ComparisonArguments:
     evaluate_only: bool = field(
         default=False,
         metadata={
-            "help": "Unlearn nothing: the model is an unlearned one, which is measured. Nothing is trained then."
+            "help": "Unlearn nothing: the model is an unlearned one, which is measured. Nothing is trained or pushed then."
         },
     )
     original_name_or_path: str | None = field(
@@ -101,12 +101,8 @@ def compared_models(
 
 def where_it_is(output_dir: str, report: UnlearningReport, arguments: ComparisonArguments) -> str:
     """The last lines of a run."""
-    counts = [sum(check.holds is holds for check in report.checks) for holds in (True, False, None)]
-    said = (
-        "{} checks hold, {} do not, {} were not measured: ".format(*counts) + f"{output_dir}/unlearning_report.html."
-    )
-    return (
-        said
-        if arguments.evaluate_only
-        else f"{said}\nThe model is in {output_dir}. What may be published is in {output_dir}/public."
-    )
+    held, failed, unknown = (sum(check.holds is holds for check in report.checks) for holds in (True, False, None))
+    lines = [f"{held} checks hold, {failed} do not, {unknown} were not measured: {output_dir}/unlearning_report.html."]
+    if not arguments.evaluate_only:
+        lines.append(f"The model is in {output_dir}. What may be published is in {output_dir}/public.")
+    return "\n".join(lines)

@@ -21,7 +21,7 @@ import transformers
 from accelerate import PartialState
 from datasets import DatasetDict, concatenate_datasets, disable_progress_bars, load_dataset
 from peft import LoraConfig, get_peft_model
-from shared import OF_ONES_OWN, WITHOUT_RULE, ComparisonArguments, compared_models, where_it_is
+from shared import NO_DEMO, WITHOUT_RULE, ComparisonArguments, compared_models, where_it_is
 from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoProcessor, HfArgumentParser
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
@@ -152,8 +152,9 @@ def split(corpus: DatasetDict, arguments: ScriptArguments) -> DatasetDict:
         "others": everyone["retain"],
         "test": corpus["test"],
     }
-    if set(arguments.forget_values) <= set(corpus["test"].unique(arguments.forget_column)):
-        unseen = split_forget_retain(corpus["test"], **by_speaker)
+    asked = set(arguments.forget_values) & set(corpus["test"].unique(arguments.forget_column))
+    if asked:
+        unseen = split_forget_retain(corpus["test"], arguments.forget_column, asked)
         sets |= {"test": unseen["retain"], "forget_unseen": unseen["forget"]}
     return DatasetDict(sets)
 
@@ -222,7 +223,7 @@ class Recogniser:
             retain = retain.with_transform(VarySpeech(self.shared["processing_class"].feature_extractor))
         # what the run is watched on; the rest is measured before and after
         watched = {name: self.measured[name] for name in ("forget", "retain")}
-        if args.forget_target == "reference":
+        if args.forget_target == "reference" and "forget_unseen" in self.measured:
             watched["reference"] = self.measured["forget_unseen"]
         sets = {"train_dataset": retain, "forget_dataset": self.sets["forget"], "eval_dataset": watched}
         args = replace(args, save_strategy="no", **self.evaluation)
@@ -307,7 +308,7 @@ def report(rows: dict[str, dict], found: UnlearningReport, arguments: ScriptArgu
 
 def main() -> None:
     parser = HfArgumentParser((ScriptArguments, OrthoGradConfig))
-    if not any(argument.startswith(OF_ONES_OWN) for argument in sys.argv):
+    if not any(argument.startswith(NO_DEMO) for argument in sys.argv):
         parser.set_defaults(**DEMO)
     parser.set_defaults(hub_strategy="end")  # nothing is pushed while unlearning runs
     arguments, args = parser.parse_args_into_dataclasses()

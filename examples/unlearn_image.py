@@ -30,7 +30,7 @@ from datasets import (
     load_dataset,
 )
 from demo_videos import make_video_model, make_videos
-from shared import OF_ONES_OWN, WITHOUT_RULE, ComparisonArguments, compared_models, where_it_is
+from shared import NO_DEMO, WITHOUT_RULE, ComparisonArguments, compared_models, where_it_is
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from transformers import (
@@ -241,7 +241,7 @@ def stopping_in_time(args: OrthoGradConfig, reference, sets: dict, arguments: Sc
 
 def main() -> None:
     parser = HfArgumentParser((ScriptArguments, OrthoGradConfig))
-    if not any(argument.startswith(OF_ONES_OWN) for argument in sys.argv):
+    if not any(argument.startswith(NO_DEMO) for argument in sys.argv):
         parser.set_defaults(**(VIDEO_DEMO if "--video" in sys.argv else DEMO))
         if any(argument.startswith("--forget_fraction") for argument in sys.argv):
             # random images are forgotten when they are recognised no better than test images

@@ -22,7 +22,7 @@ from accelerate import PartialState
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
 from demo_people import make_model, make_people, make_tokenizer
 from peft import LoraConfig, get_peft_model
-from shared import OF_ONES_OWN, WITHOUT_RULE, ComparisonArguments, compared_models, where_it_is
+from shared import NO_DEMO, WITHOUT_RULE, ComparisonArguments, compared_models, where_it_is
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -122,7 +122,7 @@ DEMO = {
 def parse(script_arguments: type, demo: dict):
     """The arguments of the script and of the run, checked before anything is loaded; the demo's without model and data."""
     parser = HfArgumentParser((script_arguments, OrthoGradConfig))
-    if not any(argument.startswith(OF_ONES_OWN) for argument in sys.argv):
+    if not any(argument.startswith(NO_DEMO) for argument in sys.argv):
         parser.set_defaults(**demo)
     parser.set_defaults(hub_strategy="end")  # nothing is pushed while unlearning runs
     arguments, args = parser.parse_args_into_dataclasses()
@@ -172,8 +172,8 @@ def split(corpus: DatasetDict, arguments: RunArguments, seed: int) -> dict[str, 
     everyone = split_forget_retain(train, column, values)
     at_hand = split_forget_retain(train, column, values, retain_size=size, seed=seed)
     sets = {"forget": everyone["forget"], "retain": at_hand["retain"], "others": everyone["retain"], "test": test}
-    if set(values) <= set(test[column]):
-        asked = split_forget_retain(test, column, values)
+    if present := set(values) & set(test[column]):
+        asked = split_forget_retain(test, column, present)
         name = "forget_reworded" if arguments.test_is_reworded else "forget_unseen"
         sets |= {"test": asked["retain"], name: asked["forget"]}
     return sets
@@ -245,7 +245,6 @@ def run(
         vary (`Callable`, *optional*): A transform of retain rows, which makes each anew whenever it is read.
     """
     measured = {name: rows for name, rows in sets.items() if name != "others"}
-    shared_here = shared | {"eval_dataset": measured}
     retain = sets["retain"] if vary is None else sets["retain"].with_transform(vary)
 
     def unlearner(model, args: OrthoGradConfig) -> OrthoGradTrainer:
@@ -253,7 +252,8 @@ def run(
         if arguments.use_lora and not arguments.evaluate_only:
             rank = arguments.lora_rank
             student = get_peft_model(student, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
-        return OrthoGradTrainer(student, args, train_dataset=retain, forget_dataset=sets["forget"], **shared_here)
+        given = {"train_dataset": retain, "forget_dataset": sets["forget"], "eval_dataset": measured}
+        return OrthoGradTrainer(student, args, **given, **shared)
 
     if arguments.dry_run:
         PartialState().print(unlearner(start, args).estimate())

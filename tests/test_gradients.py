@@ -383,3 +383,9 @@ def test_recurrent_layers_fall_back_to_the_loop(kind, tmp_path, caplog, monkeypa
     assert trainer.gradient_engine.name in ("func", "loop") and "Not using the gradient engine 'gram'" in caplog.text
     entry = next(entry for entry in trainer.state.log_history if "kept_signal" in entry)
     assert 0 < entry["kept_signal"] < 1 and entry["projection_residual"] < 1e-4
+    args.gradient_engine = "gram"  # asked for by name, it is refused
+    trainer = OrthoGradTrainer(
+        Tagger(), args, train_dataset=rows[:8], forget_dataset=rows[8:], compute_loss_func=losses
+    )
+    with pytest.raises(UnsupportedModelError, match="cannot follow Tagger .* Set `gradient_engine` to 'loop'"):
+        trainer.train()

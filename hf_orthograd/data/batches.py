@@ -59,7 +59,7 @@ class Batch:
     def losses_and_terms(
         self, model: nn.Module, per_sample_losses: PerSampleLosses, term: Callable | None
     ) -> tuple[Tensor, Tensor]:
-        """The same, beside what is descended on retain samples, both (size,): the losses themselves, or those of `term`."""
+        """The same, beside what is descended on retain samples, both of shape (size,): the losses themselves, or those of `term`."""
         if term is None:
             losses = self._checked(per_sample_losses(model, self.inputs))
             return losses, losses

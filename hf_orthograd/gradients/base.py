@@ -90,7 +90,7 @@ class StepGradients(ABC):
         raise NotImplementedError(f"{type(self).__name__} keeps no retain gradients.")
 
     def combination(self, name: str, coefficients: Tensor) -> Tensor:
-        """`sum_i c_i g_i` of one parameter over the retain samples of all processes."""
+        """`sum_i c_i g_i` of one parameter, of its shape, over the retain samples of all processes."""
         raise NotImplementedError(f"{type(self).__name__} keeps no retain gradients.")
 
     def hand_over(self, gradients: dict[str, Tensor | None]) -> Tensor:

@@ -73,11 +73,16 @@ def choose_engine(
             check_engine(engine, model, forget, retain, tolerance, loss_scale)
         except torch.OutOfMemoryError:
             raise
-        # a call that an engine does not know how to follow, as a GRU's, fails somewhere within it
         except (UnsupportedModelError, RuntimeError, AttributeError, TypeError) as error:
-            if name == names[-1]:
+            # a call that an engine does not know how to follow, as a GRU's, fails somewhere within it; the loop follows all
+            if name == "loop" or (name == names[-1] and isinstance(error, UnsupportedModelError)):
                 raise
-            logger.warning(f"Not using the gradient engine {name!r}: {type(error).__name__}: {error}")
+            said = str(error) if isinstance(error, UnsupportedModelError) else f"{type(error).__name__}: {error}"
+            if name == names[-1]:
+                raise UnsupportedModelError(
+                    f"The gradient engine {name!r} cannot follow {type(model).__name__} ({said}). Set `gradient_engine` to 'loop'."
+                ) from error
+            logger.warning(f"Not using the gradient engine {name!r}: {said}")
             continue
         break
     logger.info(f"Using the gradient engine {engine.name!r}: it agrees with one backward pass per sample.")

@@ -110,7 +110,7 @@ class PerSampleLoss:
         return self.model.config.problem_type in (None, "single_label_classification") and self.num_classes != 1
 
     def problem(self, labels: Tensor) -> str | None:
-        """Of a classifier of whole samples its `problem_type`, which the labels may decide; else None."""
+        """Of a classifier of whole samples its `problem_type`, which the labels, shape (B,) or (B, classes), may decide; else None."""
         return self._family.problem(labels, self.model.config) if isinstance(self._family, ClassHead) else None
 
     def __call__(self, model: nn.Module, inputs: Mapping) -> Tensor:
@@ -119,7 +119,7 @@ class PerSampleLoss:
         return losses
 
     def with_outputs(self, model: nn.Module, inputs: Mapping) -> tuple[Tensor, object]:
-        """Also returns the model's outputs, which hold the loss that the model itself computed."""
+        """Losses, shape (B,), and the model's outputs, which hold the loss that the model itself computed."""
         outputs = self.outputs(model, inputs)
         if self._compute_loss_func is None:
             return self._family.losses(outputs, inputs, self.model), outputs

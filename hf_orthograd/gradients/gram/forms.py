@@ -15,7 +15,7 @@ class Dense:
     gradients: Tensor
 
     def add_rows(self, start: int, stop: int, out: Tensor, *, overwrite: bool) -> None:
-        """Adds entries `start` to `stop` along the first dimension of every gradient to `out`, or writes them over it."""
+        """Adds entries `start` to `stop` along the first dimension of every gradient to `out`, shape (n, stop - start, *rest), or writes them over it."""
         entries = self.gradients.view(len(out), -1, *out.shape[2:])[:, start:stop]
         out.copy_(entries) if overwrite else out.add_(entries)
 
@@ -24,7 +24,7 @@ class Dense:
         return inner_products(as_rows(self.gradients).float(), tensor.reshape(1, -1))[:, 0]
 
     def add_combination(self, weights: Tensor, total: Tensor) -> None:
-        """Adds `sum_i weights_i gradient_i` to `total`, in place."""
+        """Adds `sum_i weights_i gradient_i` to `total`, of the parameter's shape, in place."""
         rows = as_rows(self.gradients)
         total.view(-1).add_(weights.to(rows.dtype) @ rows)
 
