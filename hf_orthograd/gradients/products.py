@@ -106,7 +106,9 @@ def assemble_grams(
 
 
 def _squared_norm(gradients: list[Tensor], like: Tensor) -> Tensor:
+    """As in [`inner_products`], in float32 within blocks: in float64 a CPU would copy every gradient first."""
     if not gradients:
         return like.new_zeros(())
-    norms = torch._foreach_norm(gradients, 2, dtype=like.dtype)
-    return torch.stack([norm.to(like.device) for norm in norms]).square().sum()
+    blocks = [block for gradient in gradients for block in gradient.reshape(-1).split(_COLUMNS)]
+    norms = torch._foreach_norm(blocks, 2, dtype=torch.promote_types(blocks[0].dtype, torch.float32))
+    return torch.stack([norm.to(like.device) for norm in norms]).to(like).square().sum()
