@@ -17,7 +17,7 @@ ROOMS = {
     "evaluation": "Evaluation",
     "publishing": "Publishing",
     "requests": "Requests over time",
-    "launching": "Command line",
+    "commands": "Command line",
 }
 HEAD = """# Errors
 

@@ -1,11 +1,33 @@
 """Unlearning with retain-orthogonal gradients for Hugging Face models."""
 
-from .config import OrthoGradConfig
-from .data import split_forget_retain
-from .projection import project_orthogonal
-from .trainer import OrthoGradTrainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+
+if TYPE_CHECKING:
+    from .config import OrthoGradConfig
+    from .data import split_forget_retain
+    from .projection import project_orthogonal
+    from .trainer import OrthoGradTrainer
 
 __version__ = "0.2.0"
 
 __all__ = ["OrthoGradConfig", "OrthoGradTrainer", "project_orthogonal", "split_forget_retain"]
+
+_MODULES = {
+    "OrthoGradConfig": "config",
+    "OrthoGradTrainer": "trainer",
+    "project_orthogonal": "projection",
+    "split_forget_retain": "data",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for: a command's help need not wait for torch."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -32,10 +32,10 @@ from transformers import (
 )
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
-from hf_orthograd.__main__ import make_parser, run
+from hf_orthograd.commands import make_parser, run
+from hf_orthograd.commands.scripts import arguments_of
 from hf_orthograd.evaluation import UnlearningReport, evaluate_unlearning
 from hf_orthograd.gradients.gram import rules
-from hf_orthograd.launching import arguments_of
 
 
 ROOT = Path(__file__).parent.parent

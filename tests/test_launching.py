@@ -9,13 +9,26 @@ import torch
 from transformers import HfArgumentParser
 
 from hf_orthograd import OrthoGradConfig
-from hf_orthograd.__main__ import run
-from hf_orthograd.launching import SCRIPTS, arguments_of, script_path, scripts, start
+from hf_orthograd.commands import make_parser, run, scripts
+from hf_orthograd.commands.scripts import SCRIPTS, arguments_of, script_path, start
+from hf_orthograd.requests.history import GOALS
 
 
 def test_every_modality_has_its_example():
     for modality in SCRIPTS:
         assert "def main()" in script_path(modality).read_text()
+
+
+def test_help_waits_for_nothing_slow():
+    code = "import sys; from hf_orthograd.commands import make_parser; make_parser().format_help(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    assert "hf_orthograd.commands.publishing" in loaded
+    assert not {"torch", "transformers", "datasets"}.intersection(loaded)
+
+
+def test_goals_of_the_command_are_those_of_a_request():
+    for goal in filter(None, GOALS):
+        assert make_parser().parse_args(["requests", "add", "h", "--forget", "f", "--goal", goal]).goal == goal
 
 
 def test_missing_examples_are_said(monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ SMOKE = """
 import sys, torch
 import hf_orthograd
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
-from hf_orthograd.launching import SCRIPTS, script_path
+from hf_orthograd.commands.scripts import SCRIPTS, script_path
 assert "site-packages" in hf_orthograd.__file__ and sys.prefix in hf_orthograd.__file__, hf_orthograd.__file__
 assert all(script_path(modality).parent.name == "scripts" for modality in SCRIPTS)
 model = torch.nn.Linear(4, 2)

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from published import REPO, rows
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
-from hf_orthograd.__main__ import run
+from hf_orthograd.commands import run
 from hf_orthograd.publishing import CardOptions, publish, retract, verify, write_card
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset, load_dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_orthograd.__main__ import run
+from hf_orthograd.commands import run
 from hf_orthograd.requests import RequestHistory
 
 

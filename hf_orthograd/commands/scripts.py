@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 import yaml
 
 
@@ -90,6 +89,8 @@ def start(
             that would need MPI, by `torchrun`.
         config (`str`, *optional*): A file of Accelerate's.
     """
+    import torch  # slow to load, and the example loads it for itself
+
     command = [sys.executable]
     if config is not None or (num_processes is not None and torch.accelerator.is_available()):
         command += ["-m", "accelerate.commands.launch"]

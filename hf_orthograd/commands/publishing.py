@@ -1,19 +1,11 @@
 """The commands around a published model; each is one call of a function of this package."""
 
 import argparse
-from tempfile import TemporaryDirectory
-
-from datasets import Dataset, load_dataset, load_from_disk
-
-from ..validation import stored_row
-from .card import CardOptions, write_card
-from .history import retract
-from .push import publish
-from .record import read_salt
-from .verification import verify
 
 
 def _publish(parsed: argparse.Namespace) -> int:
+    from ..publishing import publish
+
     done = publish(
         parsed.folder,
         parsed.repo_id,
@@ -30,6 +22,8 @@ def _publish(parsed: argparse.Namespace) -> int:
 
 
 def _verify(parsed: argparse.Namespace) -> int:
+    from ..publishing import read_salt, verify
+
     salt = None if parsed.salt is None else read_salt(parsed.salt)
     row = None if parsed.rows is None else _row(parsed.rows, parsed.row)
     problems = verify(parsed.model, salt=salt, row=row, revision=parsed.revision, token=parsed.token)
@@ -41,6 +35,8 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 
 def _retract(parsed: argparse.Namespace) -> int:
+    from ..publishing import retract
+
     done = retract(
         parsed.repo_id, branch=parsed.revision or "main", delete_refs=parsed.delete_refs, token=parsed.token
     )
@@ -49,28 +45,18 @@ def _retract(parsed: argparse.Namespace) -> int:
 
 
 def _card(parsed: argparse.Namespace) -> int:
+    from ..publishing import CardOptions, write_card
+
     options = CardOptions(**{name: getattr(parsed, name) for name in _CARD_OPTIONS})
     print(f"Written: {write_card(parsed.folder, options)}")
     return 0
 
 
-def load_rows(path: str, *, leave_no_copy: bool = False) -> Dataset:
-    """A data set of a folder of `save_to_disk`, or a parquet or JSON file.
-
-    Args:
-        leave_no_copy (`bool`): Whether to hold it in memory, so that no copy of its rows stays in a cache.
-    """
-    if path.endswith((".parquet", ".json", ".jsonl")):
-        source = {"path": "parquet" if path.endswith(".parquet") else "json", "data_files": path, "split": "train"}
-        if not leave_no_copy:
-            return load_dataset(**source)
-        with TemporaryDirectory() as folder:
-            return load_dataset(**source, cache_dir=folder, keep_in_memory=True)
-    return load_from_disk(path)
-
-
 def _row(path: str, number: int) -> dict:
     """A row, as it is stored."""
+    from ..validation import stored_row
+    from .rows import load_rows
+
     rows = load_rows(path)
     if not 0 <= number < len(rows):
         raise ValueError(f"`--row` is {number}, but {path!r} has rows 0 to {len(rows) - 1}.")

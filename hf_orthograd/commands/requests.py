@@ -3,10 +3,12 @@
 import argparse
 import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..publishing.commands import load_rows
-from .history import GOALS, RequestHistory
-from .running import MakeTrainer
+
+if TYPE_CHECKING:
+    from ..requests import RequestHistory
+    from ..requests.running import MakeTrainer
 
 
 _DESCRIPTION = """A folder holds a model's history: the original, the requests in order, their records and models, and what the owner has to
@@ -34,7 +36,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
             action.add_argument(flag, **settings)
 
 
-def load_maker(place: str) -> MakeTrainer:
+def load_maker(place: str) -> "MakeTrainer":
     """A function by its place, as "train.py:make_trainer".
 
     Raises:
@@ -51,12 +53,22 @@ def load_maker(place: str) -> MakeTrainer:
     return getattr(module, name)
 
 
+def _open(folder: str) -> "RequestHistory":
+    from ..requests import RequestHistory
+
+    return RequestHistory(folder)
+
+
 def _begin(parsed: argparse.Namespace) -> int:
+    from ..requests import RequestHistory
+
     print(f"Begun: {RequestHistory.create(parsed.history, parsed.model).folder}")
     return 0
 
 
 def _add(parsed: argparse.Namespace) -> int:
+    from .rows import load_rows
+
     forget, retain = (
         None if path is None else load_rows(path, leave_no_copy=True) for path in (parsed.forget, parsed.retain)
     )
@@ -64,13 +76,13 @@ def _add(parsed: argparse.Namespace) -> int:
     if parsed.sketch is not None and parsed.drop_sketched:
         forget = forget.remove_columns(parsed.sketch)
     settings = {"goal": parsed.goal, "request_id": parsed.request_id, "sketch": sketch}
-    request = RequestHistory(parsed.history).add(forget, retain_dataset=retain, **settings)
+    request = _open(parsed.history).add(forget, retain_dataset=retain, **settings)
     print(f"Added: request {request.number} ({request.request_id}), {request.sizes['forget']} rows.")
     return 0
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    history, make = RequestHistory(parsed.history), load_maker(parsed.trainer)
+    history, make = _open(parsed.history), load_maker(parsed.trainer)
     for request in history.run(make, merge=parsed.merge, hold_earlier=parsed.hold_earlier):
         print(f"Done: request {request.number} ({request.request_id}).")
     print(f"The model of today: {history.model}")
@@ -78,7 +90,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def _status(parsed: argparse.Namespace) -> int:
-    history = RequestHistory(parsed.history)
+    history = _open(parsed.history)
     print(f"original: {history.original}")
     for request in history.requests:
         carrier = history.carrier(request)
@@ -96,16 +108,18 @@ def _status(parsed: argparse.Namespace) -> int:
 
 def _check(parsed: argparse.Namespace) -> int:
     make = None if parsed.trainer is None else load_maker(parsed.trainer)
-    checked = RequestHistory(parsed.history).check(make)
+    checked = _open(parsed.history).check(make)
     for one in checked:
         print(one)
     return 1 if any(one.problems for one in checked) else 0
 
 
 def _find(parsed: argparse.Namespace) -> int:
+    from .rows import load_rows
+
     rows = load_rows(parsed.rows)
     column = None if parsed.column is None else _column(rows, parsed.column)
-    found = RequestHistory(parsed.history).check_dataset(rows, column=column)
+    found = _open(parsed.history).check_dataset(rows, column=column)
     for one in found:
         print(f"Row {one.row}: {one.similarity:.0%} of request {one.request_id}.")
     print(f"{len({one.row for one in found})} of {len(rows)} rows were asked to be forgotten.")
@@ -113,20 +127,20 @@ def _find(parsed: argparse.Namespace) -> int:
 
 
 def _roll_back(parsed: argparse.Namespace) -> int:
-    history = RequestHistory(parsed.history)
+    history = _open(parsed.history)
     pending = history.roll_back(parsed.number)
     print(f"The model of today: {history.model}. Pending again: {[request.number for request in pending]}")
     return 0
 
 
 def _withdraw(parsed: argparse.Namespace) -> int:
-    RequestHistory(parsed.history).withdraw(parsed.number)
+    _open(parsed.history).withdraw(parsed.number)
     print(f"Withdrawn: request {parsed.number}.")
     return 0
 
 
 def _delete_data(parsed: argparse.Namespace) -> int:
-    RequestHistory(parsed.history).delete_data(parsed.number, salt=parsed.salt)
+    _open(parsed.history).delete_data(parsed.number, salt=parsed.salt)
     print(f"Deleted: rows of request {parsed.number}" + (" and its salt." if parsed.salt else "."))
     return 0
 
@@ -148,7 +162,7 @@ _ACTIONS = {
         {
             "--forget": {"required": True, "help": "rows to forget"},
             "--retain": {"help": "rows to retain; without, the trainer's maker brings its own"},
-            "--goal": {"choices": [goal for goal in GOALS if goal], "help": "what the model is to be like"},
+            "--goal": {"choices": ["retrained", "erased"], "help": "what the model is to be like"},
             "--request_id": {"help": "name of the request, which is published: not of a person; random by default"},
             "--sketch": {"help": "column of text, tokens or audio by whose sketches near duplicates are found later"},
             "--drop_sketched": _SWITCH

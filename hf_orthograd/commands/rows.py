@@ -1,0 +1,20 @@
+"""Rows that a command is given by a path."""
+
+from tempfile import TemporaryDirectory
+
+from datasets import Dataset, load_dataset, load_from_disk
+
+
+def load_rows(path: str, *, leave_no_copy: bool = False) -> Dataset:
+    """A data set of a folder of `save_to_disk`, or a parquet or JSON file.
+
+    Args:
+        leave_no_copy (`bool`): Whether to hold it in memory, so that no copy of its rows stays in a cache.
+    """
+    if path.endswith((".parquet", ".json", ".jsonl")):
+        source = {"path": "parquet" if path.endswith(".parquet") else "json", "data_files": path, "split": "train"}
+        if not leave_no_copy:
+            return load_dataset(**source)
+        with TemporaryDirectory() as folder:
+            return load_dataset(**source, cache_dir=folder, keep_in_memory=True)
+    return load_from_disk(path)
