@@ -11,7 +11,7 @@ from conftest import Samples
 from peft import LoraConfig, get_peft_model
 from transformers import EvalPrediction, ViTConfig, ViTForImageClassification
 
-from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
+from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, __version__
 from hf_orthograd.evaluation import (
     Accuracy,
     CharacterErrors,
@@ -244,6 +244,8 @@ def test_model_that_never_unlearned_fails_privacy_and_relearning(planted, traine
         "forget accuracy after int4": False,
         "forget accuracy under relearning": False,
     }
+    assert [check.before for check in report.checks[:5]] == [check.value for check in report.checks[:5]]
+    assert report.checks[4].before > 0.2 and report.made.endswith(f"hf_orthograd {__version__}")
     assert report.recovery_steps["relearning"]["unlearned"] == 0
     assert report.membership["unlearned"]["test"].auc > 0.75
     assert report.summary["average_gap"] > 0.1

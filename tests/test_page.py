@@ -55,13 +55,14 @@ def report():
             "relearning": {name: [RelearningPoint(0, 1.0, 0.1), RelearningPoint(5, 0.5, 0.4)] for name in models}
         },
         checks=[
-            Check("forget accuracy", "equal to the reference's", 0.5, 0.6, 0.05, False),
+            Check("forget accuracy", "equal to the reference's", 0.5, 0.6, 0.05, False, before=0.9),
             Check("<script>alert(1)</script>", "no worse", 0.5, 0.4, 0.05, True),
             Check("MIA AUC", "equal", None, None, 0.05, None),
         ],
         cost={"unlearning": {"seconds": 3.0, "peak_memory_gib": None}},
         history=[{"step": step, "forget_loss": float(step), "retain_loss": 1.0} for step in range(20)],
         losses={model: {name: list(draw.random(20)) for name in sets} for model in models},
+        made="2026-11-26, hf_orthograd 0.2.0",
     )
 
 
@@ -73,6 +74,8 @@ def test_page_says_what_holds_and_needs_no_network(report):
     assert max(count for name, count in page.ids.items() if name is not None) == 1
     assert (page.classes["yes"], page.classes["no"], page.classes["unknown"], page.classes["owner"]) == (1, 1, 1, 1)
     assert "does not hold" in page.text and "not measured" in page.text and "alert(1)" in page.text
+    assert "2026-11-26, hf_orthograd 0.2.0." in page.text and page.text.count("20 samples") == 3
+    assert "0.5 against 0.6" in page.text and "Before: 0.9." in page.text
     assert "The group of test that became worse by most: ann, from 0.900 to 0.500." in page.text
     assert "The group of retain" not in page.text  # it became better
     # colours are the page's, so that they follow light and dark

@@ -43,7 +43,7 @@ def check_report(report: UnlearningReport, tolerances: Tolerances, attacks: list
         attacks (`list[str]`): Names of those that were made.
     """
     goodness = _Goodness(report)
-    unlearned, reference = report.models["unlearned"], report.models.get("reference", {})
+    unlearned, original, reference = (report.models.get(who, {}) for who in ("unlearned", "original", "reference"))
     distance = report.distances.get("unlearned", {}).get("forget")
     checks = [_forget_check(report, goodness, tolerances, name) for name in FORGOTTEN if name in unlearned]
     for name in ("retain", "test"):
@@ -51,14 +51,17 @@ def check_report(report: UnlearningReport, tolerances: Tolerances, attacks: list
             rule = "no worse than the reference's"
             pair = goodness(unlearned, name), goodness(reference, name)
             holds = _holds(*pair, lambda a, b: b - a <= tolerances.quality)
-            checks.append(goodness.check(f"{name} {goodness.name}", rule, *pair, tolerances.quality, holds))
+            before = goodness(original, name)
+            checks.append(goodness.check(f"{name} {goodness.name}", rule, *pair, tolerances.quality, holds, before))
     aucs = main_auc(report, "unlearned"), main_auc(report, "reference")
     holds = _holds(*aucs, lambda a, b: abs(a - b) <= tolerances.auc)
-    checks.append(_check("MIA AUC", "equal to the reference's", *aucs, tolerances.auc, holds))
+    before = main_auc(report, "original")
+    checks.append(_check("MIA AUC", "equal to the reference's", *aucs, tolerances.auc, holds, before))
     holds = _holds(distance, 0.0, lambda a, _: a <= tolerances.distance)
     against = None if distance is None else 0.0
     rule = "losses distributed as the reference's"
-    checks.append(_check("KS distance of forget losses", rule, distance, against, tolerances.distance, holds))
+    before = report.distances.get("original", {}).get("forget")
+    checks.append(_check("KS distance of forget losses", rule, distance, against, tolerances.distance, holds, before))
     for attack in attacks:
         if attack in report.relearning:
             checks.append(_relearning_check(report, goodness, attack, tolerances.relearning))
@@ -99,28 +102,32 @@ class _Goodness:
         compared_with: float | None,
         tolerance: float,
         holds: bool | None,
+        before: float | None = None,
     ) -> Check:
         """With the metric's own sign."""
-        signed = (None if one is None else self.sign * one for one in (value, compared_with))
-        return _check(name, rule, *signed, tolerance, holds)
+        signed = [None if one is None else self.sign * one for one in (value, compared_with, before)]
+        return _check(name, rule, *signed[:2], tolerance, holds, signed[2])
 
 
 def _forget_check(report: UnlearningReport, goodness: _Goodness, tolerances: Tolerances, of: str) -> Check:
     value, name = goodness(report.models["unlearned"], of), f"{of} {goodness.name}"
+    before = goodness(report.models.get("original", {}), of)
     if report.goal == "retrained":
         reference = goodness(report.models.get("reference", {}), of)
         holds = _holds(value, reference, lambda a, b: abs(a - b) <= tolerances.quality)
-        return goodness.check(name, "equal to the reference's", value, reference, tolerances.quality, holds)
-    return _erased_check(goodness, tolerances, name, value)
+        return goodness.check(name, "equal to the reference's", value, reference, tolerances.quality, holds, before)
+    return _erased_check(goodness, tolerances, name, value, before)
 
 
-def _erased_check(goodness: "_Goodness", tolerances: Tolerances, name: str, value: float | None) -> Check:
+def _erased_check(
+    goodness: "_Goodness", tolerances: Tolerances, name: str, value: float | None, before: float | None = None
+) -> Check:
     """Whether a model fails on the forget set."""
     if goodness.name == "loss":  # no level of a loss means failure
-        return goodness.check(name, "failed on", value, None, 0.0, None)
+        return goodness.check(name, "failed on", value, None, 0.0, None, before)
     level = tolerances.erased if goodness.sign > 0 else tolerances.erased - 1
     rule = "at most this" if goodness.sign > 0 else "at least this"
-    return goodness.check(name, rule, value, level, 0.0, None if value is None else value <= level)
+    return goodness.check(name, rule, value, level, 0.0, None if value is None else value <= level, before)
 
 
 def _relearning_check(report: UnlearningReport, goodness: _Goodness, attack: str, tolerance: float) -> Check:
@@ -138,9 +145,9 @@ def _holds(value: float | None, compared_with: float | None, rule) -> bool | Non
     return None if value is None or compared_with is None else bool(rule(value, compared_with))
 
 
-def _check(name: str, rule: str, value, compared_with, tolerance: float, holds: bool | None) -> Check:
+def _check(name: str, rule: str, value, compared_with, tolerance: float, holds: bool | None, before=None) -> Check:
     within = f" within {tolerance:g}" if tolerance else ""
-    return Check(name, rule + within, value, compared_with, tolerance, holds)
+    return Check(name, rule + within, value, compared_with, tolerance, holds, before)
 
 
 def main_auc(report: UnlearningReport, model: str) -> float | None:

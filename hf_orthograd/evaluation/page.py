@@ -16,6 +16,7 @@ from .tables import (
     quality_lines,
     quality_note,
     relearning_table,
+    set_sizes,
     show,
     summary_table,
     worst_groups,
@@ -69,7 +70,6 @@ def report_as_html(report: "UnlearningReport", audience: str, goal: str) -> str:
         audience, goal (`str`): Sentences that say for whom it is, and what was asked of the model.
     """
     environment = Environment(loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined)
-    sets = list(dict.fromkeys(name for measured in report.models.values() for name in measured))
     found = Counter(WORDS[check.holds] for check in report.checks)
     tables = (
         (
@@ -91,7 +91,7 @@ def report_as_html(report: "UnlearningReport", audience: str, goal: str) -> str:
         counts=[(words, found[WORDS[holds]]) for holds, words in PLURALS.items()],
         checks=[_show_check(check) for check in report.checks],
         quality_note=f"In each cell: {quality_note(report)}.",
-        sets=sets,
+        sets=set_sizes(report),
         quality_lines=quality_lines,
         groups=[*worst_groups(report), *_hit_groups(report)],
         figures=[(*CAPTIONS[name], _inline(figure, name)) for name, figure in draw_report(report).items()],
@@ -111,7 +111,7 @@ def _hit_groups(report) -> list[str]:
 
 def _show_check(check) -> dict[str, str]:
     kind, sign, word = WORDS[check.holds]
-    numbers = {"value": show(check.value), "compared_with": show(check.compared_with)}
+    numbers = {name: show(getattr(check, name)) for name in ("value", "compared_with", "before")}
     return {"kind": kind, "sign": sign, "word": word, "name": check.name, "rule": check.rule} | numbers
 
 

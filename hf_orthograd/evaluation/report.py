@@ -25,6 +25,7 @@ class Check:
         compared_with (`float`, *optional*): The reference's, or the level asked for; None if there was none.
         tolerance (`float`): How far from it still holds.
         holds (`bool`, *optional*): None where value or comparison is missing: then nothing is known.
+        before (`float`, *optional*): The original's; None if it was not measured.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Check:
     compared_with: float | None
     tolerance: float
     holds: bool | None
+    before: float | None = None
 
 
 @dataclass
@@ -79,6 +81,7 @@ class UnlearningReport:
         history (`list[dict]`): The trainer's log of the run.
         losses (`dict[str, dict[str, list[float]]]`): Per-sample losses, for each model and set.
         audience (`str`): "owner", whose report is complete, or "everyone", as `public()` makes it.
+        made (`str`): When, and by which version of this library.
     """
 
     goal: str
@@ -96,6 +99,7 @@ class UnlearningReport:
     history: list[dict] = field(default_factory=list)
     losses: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     audience: str = "owner"
+    made: str = ""
 
     def public(self) -> "UnlearningReport":
         """The edition for others: without per-sample losses, the trainer's log, and names of one's own.

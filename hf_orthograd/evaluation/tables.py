@@ -21,7 +21,7 @@ def report_as_markdown(report: "UnlearningReport", audience: str, goal: str) -> 
     ]
     quality = [f"({quality_note(report)})", _markdown(quality_table(report)), *worst_groups(report), *hit]
     parts = [
-        f"({audience})\n\n# Unlearning report\n\nGoal: {goal}",
+        f"({audience})\n\n# Unlearning report\n\nGoal: {goal}" + f"\n\nMade: {report.made}." * bool(report.made),
         "## What holds\n\n" + _markdown(checks_table(report)),
         "## Quality\n\n" + "\n\n".join(quality),
         "## Privacy\n\n" + _markdown(membership_table(report)) + "\n\n" + _markdown(distances_table(report)),
@@ -38,10 +38,10 @@ def show(value: float | None) -> str:
 def checks_table(report: "UnlearningReport") -> Table:
     words = {True: "yes", False: "no", None: NOT_MEASURED}
     rows = [
-        (check.name, show(check.value), show(check.compared_with), check.rule, words[check.holds])
+        (check.name, show(check.before), show(check.value), show(check.compared_with), check.rule, words[check.holds])
         for check in report.checks
     ]
-    return ("quantity", "unlearned", "compared with", "rule", "holds"), rows
+    return ("quantity", "before", "unlearned", "compared with", "rule", "holds"), rows
 
 
 def quality_note(report: "UnlearningReport") -> str:
@@ -49,12 +49,17 @@ def quality_note(report: "UnlearningReport") -> str:
 
 
 def quality_table(report: "UnlearningReport") -> Table:
-    names = list(dict.fromkeys(name for sets in report.models.values() for name in sets))
+    names = set_sizes(report)
     rows = [
         (model, *(", ".join(quality_lines(sets[name])) if name in sets else NOT_MEASURED for name in names))
         for model, sets in report.models.items()
     ]
-    return ("model", *names), rows
+    return ("model", *(f"{name} ({size} samples)" for name, size in names.items())), rows
+
+
+def set_sizes(report: "UnlearningReport") -> dict[str, int]:
+    """How many samples each set has that was measured."""
+    return {name: one.size for sets in report.models.values() for name, one in sets.items()}
 
 
 def worst_groups(report: "UnlearningReport") -> list[str]:

@@ -1,10 +1,12 @@
 """[`evaluate_unlearning`]: did it forget, what did it cost, does it stay forgotten."""
 
 from collections.abc import Mapping, Sequence
+from datetime import date
 
 from torch import nn
 from transformers import Trainer
 
+from .. import __version__
 from ..objectives import PerSampleLoss
 from .attacks import Attack, Relearning
 from .checks import (
@@ -205,6 +207,7 @@ class _Examination:
                 model: {name: one.losses.tolist() for name, one in sets.items()}
                 for model, sets in self.measurements.items()
             },
+            made=f"{date.today()}, hf_orthograd {__version__}",
         )
 
     def membership(self) -> dict[str, dict[str, MembershipInference]]:
