@@ -111,7 +111,8 @@ def _hit_groups(report) -> list[str]:
 
 def _show_check(check) -> dict[str, str]:
     kind, sign, word = WORDS[check.holds]
-    numbers = {name: show(getattr(check, name)) for name in ("value", "compared_with", "before")}
+    numbers = {name: show(getattr(check, name)) for name in ("value", "compared_with")}
+    numbers["before"] = "" if check.before is None else f"Before: {show(check.before)}. "
     return {"kind": kind, "sign": sign, "word": word, "name": check.name, "rule": check.rule} | numbers
 
 
