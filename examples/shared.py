@@ -99,6 +99,11 @@ def compared_models(
     return original, reference
 
 
+def trained_folder(output_dir: str, sets: list[str]) -> str:
+    """Where a model that learned these sets is kept, with what is to be forgotten among them or without."""
+    return str(Path(output_dir) / ("finetuned" if "forget" in sets else "retrained"))
+
+
 def where_it_is(output_dir: str, report: UnlearningReport, arguments: ComparisonArguments) -> str:
     """The last lines of a run."""
     held, failed, unknown = (sum(check.holds is holds for check in report.checks) for holds in (True, False, None))

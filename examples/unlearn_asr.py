@@ -21,7 +21,7 @@ import transformers
 from accelerate import PartialState
 from datasets import DatasetDict, concatenate_datasets, disable_progress_bars, load_dataset
 from peft import LoraConfig, get_peft_model
-from shared import NO_DEMO, WITHOUT_RULE, ComparisonArguments, compared_models, where_it_is
+from shared import NO_DEMO, WITHOUT_RULE, ComparisonArguments, compared_models, trained_folder, where_it_is
 from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoProcessor, HfArgumentParser
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
@@ -189,14 +189,14 @@ class Recogniser:
 
     def finetune(self, model, sets: list[str], args: OrthoGradConfig, arguments: ScriptArguments):
         """A copy of the model, trained on these sets by the plain Trainer, and saved."""
-        model, name = copy.deepcopy(model), "finetuned" if "forget" in sets else "retrained"
+        model = copy.deepcopy(model)
         forgotten = ", ".join(arguments.forget_values)
         PartialState().print(
             f"Learning from all speakers, {forgotten} {'among them' if 'forget' in sets else 'left out'} ..."
         )
         args = replace(
             args,
-            output_dir=str(Path(args.output_dir) / name),
+            output_dir=trained_folder(args.output_dir, sets),
             max_steps=-1,
             num_train_epochs=arguments.finetune_epochs,
             learning_rate=arguments.finetune_learning_rate,

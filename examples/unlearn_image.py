@@ -12,7 +12,6 @@ how digits move, and forgets those that move to the left.
 import copy
 import sys
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from datasets import (
     load_dataset,
 )
 from demo_videos import make_video_model, make_videos
-from shared import NO_DEMO, WITHOUT_RULE, ComparisonArguments, compared_models, where_it_is
+from shared import NO_DEMO, WITHOUT_RULE, ComparisonArguments, compared_models, trained_folder, where_it_is
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from transformers import (
@@ -206,13 +205,13 @@ def accuracy(prediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def finetune(model, images: Dataset, args: OrthoGradConfig, arguments: ScriptArguments):
-    """A copy of the model, trained on these images by the plain Trainer."""
+def finetune(model, sets: dict[str, Dataset], args: OrthoGradConfig, arguments: ScriptArguments, processor):
+    """A copy of the model, trained on these sets by the plain Trainer, and saved."""
     model = copy.deepcopy(model)
     args = replace(
         args,
         **WITHOUT_RULE,
-        output_dir=str(Path(args.output_dir) / "finetuned"),
+        output_dir=trained_folder(args.output_dir, list(sets)),
         max_steps=-1,
         num_train_epochs=arguments.finetune_epochs,
         learning_rate=arguments.finetune_learning_rate,
@@ -221,7 +220,10 @@ def finetune(model, images: Dataset, args: OrthoGradConfig, arguments: ScriptArg
         logging_steps=200,
     )
     transformers.set_seed(args.seed)
-    show_one_bar(OrthoGradTrainer(model, args, train_dataset=images)).train()
+    images = concatenate_datasets(list(sets.values()))
+    trainer = show_one_bar(OrthoGradTrainer(model, args, train_dataset=images, processing_class=processor))
+    trainer.train()
+    trainer.save_model()
     return model
 
 
@@ -280,7 +282,7 @@ def main() -> None:
         return
 
     def train(names: list[str]):
-        return finetune(start, concatenate_datasets([sets[name] for name in names]), args, arguments)
+        return finetune(start, {name: sets[name] for name in names}, args, arguments, processor)
 
     original, reference = compared_models(start, arguments, train)
     if not arguments.evaluate_only:

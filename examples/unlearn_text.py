@@ -22,7 +22,7 @@ from accelerate import PartialState
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
 from demo_people import make_model, make_people, make_tokenizer
 from peft import LoraConfig, get_peft_model
-from shared import NO_DEMO, WITHOUT_RULE, ComparisonArguments, compared_models, where_it_is
+from shared import NO_DEMO, WITHOUT_RULE, ComparisonArguments, compared_models, trained_folder, where_it_is
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -183,13 +183,13 @@ def exact_answers(prediction) -> dict[str, float]:
     return {"exact_answers": float(ExactAnswers().counts(prediction)[0].mean())}
 
 
-def finetune(model, rows: Dataset, args: OrthoGradConfig, arguments: RunArguments, shared: dict):
-    """A copy of the model, trained on these rows by the plain Trainer."""
+def finetune(model, sets: dict[str, Dataset], args: OrthoGradConfig, arguments: RunArguments, shared: dict):
+    """A copy of the model, trained on these sets by the plain Trainer, and saved."""
     model = copy.deepcopy(model)
     args = replace(
         args,
         **WITHOUT_RULE,
-        output_dir=str(Path(args.output_dir) / "finetuned"),
+        output_dir=trained_folder(args.output_dir, list(sets)),
         max_steps=-1,
         num_train_epochs=arguments.finetune_epochs,
         learning_rate=arguments.finetune_learning_rate,
@@ -199,7 +199,10 @@ def finetune(model, rows: Dataset, args: OrthoGradConfig, arguments: RunArgument
         logging_steps=100,
     )
     transformers.set_seed(args.seed)
-    show_one_bar(OrthoGradTrainer(model, args, train_dataset=rows, **shared)).train()
+    rows = concatenate_datasets(list(sets.values()))
+    trainer = show_one_bar(OrthoGradTrainer(model, args, train_dataset=rows, **shared))
+    trainer.train()
+    trainer.save_model()
     return model
 
 
@@ -260,7 +263,7 @@ def run(
         return
 
     def train(names: list[str]):
-        return finetune(start, concatenate_datasets([sets[name] for name in names]), args, arguments, shared)
+        return finetune(start, {name: sets[name] for name in names}, args, arguments, shared)
 
     original, reference = compared_models(start, arguments, train)
     if not arguments.evaluate_only:

@@ -47,6 +47,9 @@ def test_demo_forgets_a_class_and_reports(tmp_path):
         assert (tmp_path / f"{figure}.png").read_bytes()[:4] == b"\x89PNG"
     AutoModelForImageClassification.from_pretrained(tmp_path)
     AutoImageProcessor.from_pretrained(tmp_path)
+    trained = [AutoModelForImageClassification.from_pretrained(tmp_path / name) for name in ("finetuned", "retrained")]
+    assert not torch.equal(*(model.classifier.weight for model in trained))
+    AutoImageProcessor.from_pretrained(tmp_path / "finetuned")
 
 
 def test_video_model_forgets_a_movement(tmp_path, monkeypatch):

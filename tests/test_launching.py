@@ -20,7 +20,9 @@ def test_every_modality_has_its_example():
 
 
 def test_help_waits_for_nothing_slow():
-    code = "import sys; from hf_orthograd.commands import make_parser; make_parser().format_help(); print(*sys.modules)"
+    code = (
+        "import sys; from hf_orthograd.commands import make_parser; make_parser().format_help(); print(*sys.modules)"
+    )
     loaded = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.split()
     assert "hf_orthograd.commands.publishing" in loaded
     assert not {"torch", "transformers", "datasets"}.intersection(loaded)

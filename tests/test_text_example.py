@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import transformers
 from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_orthograd.evaluation import UnlearningReport
 from hf_orthograd.publishing import verify
@@ -54,6 +55,9 @@ def test_demo_forgets_people_and_shows_answers(run_here, tmp_path):
     assert {"answer probability", "extraction strength"} == set(report.models["unlearned"]["test"].further)
     assert (tmp_path / "answers.md").read_text().count("| forget |") == 3
     assert verify(tmp_path / "public") == []
+    for name in ("finetuned", "retrained"):  # which remember, and can be asked, too
+        AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(tmp_path / name)
     asked = [
         sys.executable,
         str(EXAMPLE.parent / "chat.py"),
