@@ -1,6 +1,6 @@
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features
 
 from hf_orthograd import split_forget_retain
 from hf_orthograd.data.batches import SAMPLE_INDEX, IndexedCollator, IndexedDataset
@@ -19,6 +19,17 @@ def test_split_by_value_and_values(corpus):
     assert set(split["retain"]["speaker"]) == {"a", "c"}
     assert len(split["forget"]) + len(split["retain"]) == 100
     assert len(split_forget_retain(corpus, "speaker", ["a", "b"])["forget"]) == 30
+
+
+def test_classes_by_name_or_number():
+    features = Features({"label": ClassLabel(names=["ant", "bee", "cat"])})
+    rows = Dataset.from_dict({"label": [0, 1, 1, 2, -1]}, features=features)
+    by_name = split_forget_retain(rows, "label", ["bee", "cat"])
+    assert by_name["forget"]["label"] == split_forget_retain(rows, "label", [1, 2])["forget"]["label"] == [1, 1, 2]
+    with pytest.raises(
+        ValueError, match=r"\['dog'\] do not occur in column 'label', which has -1, 'ant', 'bee', 'cat'"
+    ):
+        split_forget_retain(rows, "label", ["bee", "dog"])
 
 
 def test_retain_size_and_seed(corpus):

@@ -21,7 +21,7 @@ def split_forget_retain(
     Args:
         dataset (`datasets.Dataset`): The training data.
         column (`str`): Column that says whose or what a row is.
-        values: The value, or a list of the values, whose rows are forgotten.
+        values: The value, or a list of the values, whose rows are forgotten; of a `ClassLabel` column numbers or names.
         retain_size (`int` or `float`, *optional*): Rows of the rest that are still at hand: a number, or a fraction
             below 1. All by default.
         seed (`int`, *optional*, defaults to 0): Of the draw of those rows.
@@ -40,12 +40,14 @@ def split_forget_retain(
                 f"`{argument}` is {name!r}, but the data set has columns {', '.join(dataset.column_names)}."
             )
     values = list(values) if isinstance(values, (list, tuple, set)) else [values]
-    present = dataset.unique(column)
-    missing = [value for value in values if value not in present]
+    names, present = getattr(dataset.features[column], "names", None), dataset.unique(column)
+    wanted = {value: names.index(value) if names and value in names else value for value in values}
+    missing = [value for value, stored in wanted.items() if stored not in present]
     if missing or not values:
-        listed = ", ".join(repr(value) for value in sorted(present, key=str)[:50])
+        shown = [names[value] if names and value is not None and value >= 0 else value for value in present]
+        listed = ", ".join(repr(value) for value in sorted(shown, key=str)[:50])
         raise ValueError(f"`values` {missing or values} do not occur in column {column!r}, which has {listed}.")
-    forgotten = np.array([value in values for value in dataset[column]])
+    forgotten = np.array([value in wanted.values() for value in dataset[column]])
     rest = np.flatnonzero(~forgotten)
     count = _retain_count(retain_size, len(rest))
     if count < len(rest):

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import date
+from importlib.metadata import version
 
 from torch import nn
 from transformers import Trainer
 
-from .. import __version__
 from ..objectives import PerSampleLoss
 from .attacks import Attack, Relearning
 from .checks import (
@@ -207,7 +207,7 @@ class _Examination:
                 model: {name: one.losses.tolist() for name, one in sets.items()}
                 for model, sets in self.measurements.items()
             },
-            made=f"{date.today()}, hf_orthograd {__version__}",
+            made=f"{date.today()}, hf_orthograd {version('hf_orthograd')}",
         )
 
     def membership(self) -> dict[str, dict[str, MembershipInference]]:
