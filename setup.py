@@ -26,6 +26,7 @@ REQUIRED = [
     "soundfile>=0.13",
 ]
 BENCH = ["filelock>=3.12", "opacus>=1.6", "torchjd>=0.18"]
+COMPLETION = ["argcomplete>=3.5"]
 DEMO = ["espeakng-loader>=0.2.4"]
 SIGN = ["model-signing>=1.1", "pyopenssl>=24"]  # the first imports the second without naming it
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.30"]
@@ -60,8 +61,9 @@ setup(
     install_requires=REQUIRED,
     extras_require={
         "bench": BENCH,
+        "completion": COMPLETION,
         "demo": DEMO,
-        "dev": DEMO + DOCS + QUALITY + SIGN + TESTS,
+        "dev": COMPLETION + DEMO + DOCS + QUALITY + SIGN + TESTS,
         "docs": DOCS,
         "sign": SIGN,
     },

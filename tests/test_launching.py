@@ -1,5 +1,6 @@
 """What the command line makes of its arguments; that it runs an example is seen with the image one."""
 
+import os
 import subprocess
 import sys
 import types
@@ -26,6 +27,20 @@ def test_help_waits_for_nothing_slow():
     loaded = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.split()
     assert "hf_orthograd.commands.publishing" in loaded
     assert not {"torch", "transformers", "datasets"}.intersection(loaded)
+
+
+def test_the_shell_completes_commands_and_arguments(tmp_path):
+    def completed(line):
+        asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+        found = tmp_path / "found"
+        asked |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(found), "_ARGCOMPLETE_IFS": "\n"}
+        finished = subprocess.run([sys.executable, "-m", "hf_orthograd"], env=os.environ | asked, capture_output=True)
+        assert finished.returncode == 0, finished.stderr
+        return [one.strip() for one in found.read_text().splitlines()]
+
+    assert completed("hf-orthograd re") == ["retract", "requests"]
+    assert completed("hf-orthograd verify --sa") == ["--salt"]
+    assert completed("hf-orthograd unlearn im") == ["image", "image-text"]
 
 
 def test_goals_of_the_command_are_those_of_a_request():

@@ -1,6 +1,7 @@
 """The command line. What is slow to import is imported by the command that needs it: help and a typing error come at once."""
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 
@@ -54,7 +55,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns its exit code; what went wrong is said on stderr in one line."""
-    parsed = make_parser().parse_args(arguments)
+    parser = make_parser()
+    if importlib.util.find_spec("argcomplete"):  # of the extra `completion`; does nothing unless the shell asks
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    parsed = parser.parse_args(arguments)
     try:
         return parsed.command(parsed)
     except Exception as error:
