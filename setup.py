@@ -53,7 +53,7 @@ setup(
     package_dir={"hf_orthograd.scripts": "examples"},  # what `hf-orthograd unlearn` runs
     package_data={
         "hf_orthograd": ["py.typed"],
-        "hf_orthograd.evaluation": ["templates/*.html"],
+        "hf_orthograd.evaluation.reporting": ["templates/*.html"],
         "hf_orthograd.publishing": ["templates/*.md"],
         "hf_orthograd.scripts": ["accelerate/*.yaml"],
     },

@@ -19,8 +19,8 @@ from hf_orthograd.gradients import (
 )
 from hf_orthograd.objectives import PerSampleLoss
 from hf_orthograd.parallel import Parameters
+from hf_orthograd.preparation import KeepPredictions, StartingModel
 from hf_orthograd.projection import solve_projection, solve_projections, update_weights
-from hf_orthograd.starting_model import KeepPredictions, StartingModel
 
 
 ALPHA = 0.5

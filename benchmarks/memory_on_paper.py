@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from hf_orthograd.data import Batch
-from hf_orthograd.estimate import Estimate, estimate_step
 from hf_orthograd.objectives import PerSampleLoss
 from hf_orthograd.parallel import Parameters
+from hf_orthograd.preparation import Estimate, estimate_step
 
 
 RESULTS = Path(__file__).parent / "results"

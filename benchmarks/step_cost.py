@@ -31,7 +31,7 @@ import torch
 from cost_cases import CASES, METHODS, gram_errors, make_setup
 
 from hf_orthograd.data import Batch
-from hf_orthograd.estimate import estimate_step
+from hf_orthograd.preparation import estimate_step
 
 
 RESULTS = Path(__file__).parent / "results"

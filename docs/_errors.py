@@ -8,6 +8,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_orthograd"
 ROOMS = {
     "": "Trainer and configuration",
     "validation": "Before the first step",
+    "preparation": "Engine and starting model",
     "data": "Data",
     "gradients": "Gradient engines",
     "objectives": "Losses",

@@ -13,12 +13,11 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArgum
 from transformers.trainer_utils import TrainOutput
 
 from . import callbacks as watching
-from . import checkpoints, evaluation, parallel, preparation, publishing, starting_model, trials, validation, verbosity
+from . import checkpoints, evaluation, parallel, preparation, publishing, trials, validation, verbosity
 from .annotations import AnyDataset, EvalDatasets, NumItems, Processor, TrainDataset
 from .any_arguments import AnyArgumentsTrainer
 from .config import OrthoGradConfig, with_unlearning
 from .data import Batch, ForgetStream, PairedBatches, RowSource, fill_last_batch
-from .estimate import Estimate, estimate_run
 from .gradients import ForgetBatch, GradientEngine, check_finite, mean_retain_term, summarize_step, value_of
 from .objectives import PerSampleLoss
 from .projection import solve_projections, update_weights
@@ -100,7 +99,7 @@ class OrthoGradTrainer(AnyArgumentsTrainer):
         self.group = parallel.ProcessGroup(self.accelerator.num_processes, self.accelerator.process_index)
         self.gradient_engine: GradientEngine | None = None
         self._forget_stream: ForgetStream | None = None
-        self._start: starting_model.StartingModel | None = None  # as it was before a checkpoint was loaded
+        self._start: preparation.StartingModel | None = None  # as it was before a checkpoint was loaded
         self._observers, self._window, self._loading = [], PairedBatches(), checkpoints.CompleteLoading()
         self._recorded: dict[str, list[float]] = defaultdict(list)
         if unlearns:
@@ -154,9 +153,9 @@ class OrthoGradTrainer(AnyArgumentsTrainer):
         """Looks at the first samples of both sets and finds the engine that follows the model, as the steps run it."""
         return preparation.prepare_engine(self, self._step_model(model))
 
-    def estimate(self) -> Estimate:
+    def estimate(self) -> preparation.Estimate:
         """Counts what a step will take, without making one: parameters under the projection, rules, memory, time."""
-        return estimate_run(self)
+        return preparation.estimate_run(self)
 
     # ---- The two streams ----
 
@@ -341,7 +340,7 @@ class OrthoGradTrainer(AnyArgumentsTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if self.forget_dataset is not None and self.args.keeps_predictions:
-            self._start = starting_model.StartingModel(self.accelerator.unwrap_model(self.model))
+            self._start = preparation.StartingModel(self.accelerator.unwrap_model(self.model))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._loading.complete(resume_from_checkpoint, model or self.model)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from hf_orthograd.evaluation import MembershipInference, Quality, UnlearningReport
-from hf_orthograd.evaluation.figures import draw_report, smooth
-from hf_orthograd.evaluation.report import Check, HardestHit, RelearningPoint
+from hf_orthograd.evaluation.reporting import Check, HardestHit, RelearningPoint
+from hf_orthograd.evaluation.reporting.figures import draw_report, smooth
 
 
 class Page(HTMLParser):

@@ -14,8 +14,8 @@ from hf_orthograd import OrthoGradTrainer
 from hf_orthograd.gradients import FunctionalEngine, GramEngine, LoopEngine, MeanEngine, PlainEngine
 from hf_orthograd.objectives import PerSampleLoss, kl_divergence
 from hf_orthograd.parallel import Parameters
+from hf_orthograd.preparation import KeepPredictions, StartingModel
 from hf_orthograd.projection import project_orthogonal, solve_projections, update_weights
-from hf_orthograd.starting_model import KeepPredictions, StartingModel
 
 
 ALPHA = 0.3

@@ -2,7 +2,6 @@
 
 from .attacks import Attack, DetachAdapter, Quantization, Relearning
 from .checks import Tolerances, average_gap, tug_of_war, unlearning_impact_score
-from .figures import plot_report, plot_unlearning
 from .measure import per_sample_losses
 from .membership import (
     MembershipInference,
@@ -15,7 +14,7 @@ from .membership import (
 )
 from .metrics import Accuracy, CharacterErrorRate, CharacterErrors, SampleMetric, WordErrorRate, WordErrors
 from .quality import Quality
-from .report import UnlearningReport
+from .reporting import UnlearningReport, plot_report, plot_unlearning
 from .unlearning import evaluate_unlearning
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .quality import Quality
-from .report import Check, RelearningPoint, UnlearningReport
+from .reporting import Check, RelearningPoint, UnlearningReport
 
 
 FORGOTTEN = ("forget", "forget_reworded")

@@ -22,7 +22,7 @@ from .measure import Measurement, column_values, examining, loss_function, measu
 from .membership import MembershipInference, loss_distance, membership_inference
 from .metrics import Accuracy, SampleMetric
 from .quality import Quality, summarize
-from .report import HardestHit, RelearningPoint, UnlearningReport
+from .reporting import HardestHit, RelearningPoint, UnlearningReport
 
 
 # what an attack could bring back, and what it costs: attacked models are measured on these sets

@@ -8,8 +8,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.models.auto import modeling_auto as auto
 
-from ..evaluation.report import Quality, UnlearningReport
-from ..evaluation.tables import NOT_MEASURED, show
+from ..evaluation.quality import Quality
+from ..evaluation.reporting import NOT_MEASURED, UnlearningReport, show
 from .files import ADAPTER_WEIGHTS, CARD_NAME, FIGURES, REPORT_FILES
 from .record import UnlearningRecord, load_records
 

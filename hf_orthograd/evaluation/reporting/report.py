@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from .membership import MembershipInference
-from .quality import Quality, Rate
+from ..membership import MembershipInference
+from ..quality import Quality, Rate
 from .tables import report_as_markdown
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from .quality import Quality, Rate
+from ..quality import Quality, Rate
 
 
 if TYPE_CHECKING:

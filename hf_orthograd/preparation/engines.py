@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from . import callbacks, validation
-from .gradients import GradientEngine, MeanEngine, PlainEngine, choose_engine
-from .parallel.sharding import is_sharded, unshard
+from .. import callbacks, validation
+from ..gradients import GradientEngine, MeanEngine, PlainEngine, choose_engine
+from ..parallel.sharding import is_sharded, unshard
+from ..trials import preserved_random_state
 from .starting_model import KeepPredictions, ReferenceModel, StartingModel
-from .trials import preserved_random_state
 
 
 if TYPE_CHECKING:
-    from .trainer import OrthoGradTrainer
+    from ..trainer import OrthoGradTrainer
 
 
 def prepare_engine(trainer: "OrthoGradTrainer", model: nn.Module) -> GradientEngine:

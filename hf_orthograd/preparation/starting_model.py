@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .objectives import PerSampleLoss
-from .parallel import ProcessGroup
-from .parallel.sharding import is_sharded, reshard
-from .trials import preserved_modes
+from ..objectives import PerSampleLoss
+from ..parallel import ProcessGroup
+from ..parallel.sharding import is_sharded, reshard
+from ..trials import preserved_modes
 
 
 # where a model masks what it reads while it trains (SpecAugment), with random numbers of numpy

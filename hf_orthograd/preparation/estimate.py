@@ -10,20 +10,20 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from .data import Batch
-from .gradients.gram.accumulation import BLOCK_BYTES, Cost, Use, count_cost
-from .gradients.gram.calls import Call, SpreadCall
-from .gradients.gram.chunks import split_samples
-from .gradients.gram.engine import FORWARD_PART, find_uses
-from .gradients.gram.recording import Recorder
-from .gradients.gram.rules import RULES
-from .objectives import PerSampleLosses
-from .parallel import Parameters
-from .trials import preserved_modes, preserved_random_state
+from ..data import Batch
+from ..gradients.gram.accumulation import BLOCK_BYTES, Cost, Use, count_cost
+from ..gradients.gram.calls import Call, SpreadCall
+from ..gradients.gram.chunks import split_samples
+from ..gradients.gram.engine import FORWARD_PART, find_uses
+from ..gradients.gram.recording import Recorder
+from ..gradients.gram.rules import RULES
+from ..objectives import PerSampleLosses
+from ..parallel import Parameters
+from ..trials import preserved_modes, preserved_random_state
 
 
 if TYPE_CHECKING:
-    from .trainer import OrthoGradTrainer
+    from ..trainer import OrthoGradTrainer
 
 
 _GIB = 1 << 30
