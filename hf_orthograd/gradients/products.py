@@ -11,6 +11,8 @@ from ..parallel import SampleLayout
 
 # float32 sums run over so many columns at most, and float64 sums over the blocks
 _COLUMNS = 1 << 13
+# numbers that a CPU converts to float64 at once for a norm
+_NORM_BLOCK = 1 << 16
 
 
 @contextmanager
@@ -106,9 +108,10 @@ def assemble_grams(
 
 
 def _squared_norm(gradients: list[Tensor], like: Tensor) -> Tensor:
-    """As in [`inner_products`], in float32 within blocks: in float64 a CPU would copy every gradient first."""
+    """In float64. A CPU copies what it converts, so it takes blocks that stay in its cache; a GPU converts as it reads."""
     if not gradients:
         return like.new_zeros(())
-    blocks = [block for gradient in gradients for block in gradient.reshape(-1).split(_COLUMNS)]
-    norms = torch._foreach_norm(blocks, 2, dtype=torch.promote_types(blocks[0].dtype, torch.float32))
-    return torch.stack([norm.to(like.device) for norm in norms]).to(like).square().sum()
+    if like.device.type == "cpu":
+        gradients = [block for gradient in gradients for block in gradient.reshape(-1).split(_NORM_BLOCK)]
+    norms = torch._foreach_norm(gradients, 2, dtype=like.dtype)
+    return torch.stack([norm.to(like.device) for norm in norms]).square().sum()
