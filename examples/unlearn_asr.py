@@ -26,7 +26,7 @@ from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoProcess
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
 from hf_orthograd.callbacks import show_one_bar
-from hf_orthograd.data import VarySpeech, check_corpus
+from hf_orthograd.data import VarySpeech, check_corpus, present_values
 from hf_orthograd.data.speech import (
     SpeechCollator,
     is_whisper_like,
@@ -152,8 +152,7 @@ def split(corpus: DatasetDict, arguments: ScriptArguments) -> DatasetDict:
         "others": everyone["retain"],
         "test": corpus["test"],
     }
-    asked = set(arguments.forget_values) & set(corpus["test"].unique(arguments.forget_column))
-    if asked:
+    if asked := present_values(corpus["test"], **by_speaker):
         unseen = split_forget_retain(corpus["test"], arguments.forget_column, asked)
         sets |= {"test": unseen["retain"], "forget_unseen": unseen["forget"]}
     return DatasetDict(sets)

@@ -34,7 +34,7 @@ from transformers import (
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
 from hf_orthograd.callbacks import show_one_bar
-from hf_orthograd.data import check_corpus, prepare_text_dataset
+from hf_orthograd.data import check_corpus, prepare_text_dataset, present_values
 from hf_orthograd.evaluation import Quantization, Relearning, evaluate_unlearning
 from hf_orthograd.evaluation.text import (
     AnswerProbability,
@@ -172,7 +172,7 @@ def split(corpus: DatasetDict, arguments: RunArguments, seed: int) -> dict[str, 
     everyone = split_forget_retain(train, column, values)
     at_hand = split_forget_retain(train, column, values, retain_size=size, seed=seed)
     sets = {"forget": everyone["forget"], "retain": at_hand["retain"], "others": everyone["retain"], "test": test}
-    if present := set(values) & set(test[column]):
+    if present := present_values(test, column, values):
         asked = split_forget_retain(test, column, present)
         name = "forget_reworded" if arguments.test_is_reworded else "forget_unseen"
         sets |= {"test": asked["retain"], name: asked["forget"]}

@@ -1,6 +1,7 @@
 """Unlearning with retain-orthogonal gradients for Hugging Face models."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 
@@ -22,11 +23,15 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Imports what is asked for: a command's help need not wait for torch."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+if not TYPE_CHECKING:  # to a type checker every name would be there
+
+    def __getattr__(name: str) -> Any:
+        """Imports what is asked for, rooms too: a command's help need not wait for torch."""
+        if name in _MODULES:
+            return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+        if name.startswith("_") or find_spec(f"{__name__}.{name}") is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return import_module(f".{name}", __name__)
 
 
 def __dir__() -> list[str]:

@@ -308,6 +308,10 @@ CALLS = {
         "must have one or two dimensions",
     ),
     "a value that no row has": (lambda: split_forget_retain(ROWS, "speaker", "z"), "which has 'a', 'b'"),
+    "a list among the values": (
+        lambda: split_forget_retain(ROWS, "speaker", [["a"]]),
+        "do not occur in column 'speaker'",
+    ),
     "no value": (lambda: split_forget_retain(ROWS, "speaker", []), "do not occur in column 'speaker'"),
     "a column that is not there": (lambda: split_forget_retain(ROWS, "singer", "a"), "`column` is 'singer'"),
     "more rows than there are": (

@@ -1,8 +1,10 @@
+import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features
 
 from hf_orthograd import split_forget_retain
+from hf_orthograd.data import present_values
 from hf_orthograd.data.batches import SAMPLE_INDEX, IndexedCollator, IndexedDataset
 from hf_orthograd.data.streams import CyclingBatchSampler
 
@@ -26,6 +28,8 @@ def test_classes_by_name_or_number():
     rows = Dataset.from_dict({"label": [0, 1, 1, 2, -1]}, features=features)
     by_name = split_forget_retain(rows, "label", ["bee", "cat"])
     assert by_name["forget"]["label"] == split_forget_retain(rows, "label", [1, 2])["forget"]["label"] == [1, 1, 2]
+    assert present_values(rows, "label", ["cat", "dog", 0]) == ["cat", 0]
+    assert list(split_forget_retain(rows, "label", np.array([0]))["forget"]["label"]) == [0]
     with pytest.raises(
         ValueError, match=r"\['dog'\] do not occur in column 'label', which has -1, 'ant', 'bee', 'cat'"
     ):

@@ -16,6 +16,7 @@ from hf_orthograd.evaluation import (
     Accuracy,
     CharacterErrors,
     DetachAdapter,
+    Quality,
     Quantization,
     Relearning,
     Tolerances,
@@ -30,6 +31,7 @@ from hf_orthograd.evaluation import (
     tug_of_war,
     unlearning_impact_score,
 )
+from hf_orthograd.evaluation.checks import check_report
 from hf_orthograd.evaluation.measure import examining
 from hf_orthograd.evaluation.quality import summarize
 
@@ -244,8 +246,7 @@ def test_model_that_never_unlearned_fails_privacy_and_relearning(planted, traine
         "forget accuracy after int4": False,
         "forget accuracy under relearning": False,
     }
-    assert [check.before for check in report.checks[:5]] == [check.value for check in report.checks[:5]]
-    assert report.checks[4].before > 0.2 and report.made.endswith(f"hf_orthograd {__version__}")
+    assert report.made.endswith(f", hf_orthograd {__version__}")
     assert report.recovery_steps["relearning"]["unlearned"] == 0
     assert report.membership["unlearned"]["test"].auc > 0.75
     assert report.summary["average_gap"] > 0.1
@@ -264,6 +265,10 @@ def test_another_retrained_model_passes(planted, trainer_of):
     report = report_on(planted[3], planted, trainer_of)
     failed = [check for check in report.checks if not check.holds]
     assert not failed
+    original = [report.models["original"][name].value for name in ("forget", "retain", "test")]
+    original += [report.membership["original"]["test"].auc, report.distances["original"]["forget"], *[None] * 3]
+    assert [check.before for check in report.checks] == original
+    assert report.checks[0].before > report.checks[0].value + 0.2
     assert report.recovery_steps["relearning"]["unlearned"] != 0
     assert report.summary["average_gap"] < 0.1
     before, after = (report.models[model]["test"].groups for model in ("original", "unlearned"))
@@ -271,6 +276,13 @@ def test_another_retrained_model_passes(planted, trainer_of):
     assert (hit.before, hit.after) == (before[hit.group], after[hit.group])
     assert hit.before - hit.after == max(before[group] - after[group] for group in before)
     assert f"Hardest hit group of test: {hit.group}, from {hit.before:.3f}" in report.to_markdown()
+
+
+def test_error_rates_keep_their_sign_in_the_checks():
+    rates = {"unlearned": 0.4, "original": 0.1, "reference": 0.3}
+    models = {model: {"forget": Quality(loss=1.0, size=9, value=rate)} for model, rate in rates.items()}
+    checks = check_report(UnlearningReport("retrained", "wer", False, models), Tolerances(), [])
+    assert (checks[0].before, checks[0].value, checks[0].compared_with) == pytest.approx((0.1, 0.4, 0.3))
 
 
 def test_what_was_not_measured_is_not_judged(planted, trainer_of):
@@ -323,7 +335,9 @@ def test_erased_is_another_goal(planted, trainer_of):
     sets, original, reference, _ = planted
     report = evaluate_unlearning(trainer_of(reference, **sets), reference, goal="erased")
     check = report.checks[0]
-    assert (check.compared_with, check.holds) == (0.1, False)
+    assert (check.compared_with, check.holds, check.before) == (0.1, False, None)
+    report = evaluate_unlearning(trainer_of(reference, **sets), original=original, goal="erased")
+    assert report.checks[0].before == report.models["original"]["forget"].value > report.checks[0].value
     with pytest.raises(ValueError, match="'retrained' or 'erased'"):
         evaluate_unlearning(trainer_of(original, **sets), goal="gone")
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import HfArgumentParser
 
+import hf_orthograd
 from hf_orthograd import OrthoGradConfig
 from hf_orthograd.commands import make_parser, run, scripts
 from hf_orthograd.commands.scripts import SCRIPTS, arguments_of, script_path, start
@@ -29,6 +30,14 @@ def test_help_waits_for_nothing_slow():
     assert not {"torch", "transformers", "datasets"}.intersection(loaded)
 
 
+def test_rooms_come_when_they_are_asked_for():
+    code = "import hf_orthograd as h; print(h.evaluation.evaluate_unlearning.__name__, h.OrthoGradConfig.__name__)"
+    found = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert found.split() == ["evaluate_unlearning", "OrthoGradConfig"]
+    with pytest.raises(AttributeError, match="has no attribute 'OrthoGradTrainr'"):
+        hf_orthograd.OrthoGradTrainr  # noqa: B018
+
+
 def test_the_shell_completes_commands_and_arguments(tmp_path):
     def completed(line):
         asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
@@ -44,6 +53,8 @@ def test_the_shell_completes_commands_and_arguments(tmp_path):
 
 
 def test_goals_of_the_command_are_those_of_a_request():
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["requests", "add", "h", "--forget", "f", "--goal", "gone"])
     for goal in filter(None, GOALS):
         assert make_parser().parse_args(["requests", "add", "h", "--forget", "f", "--goal", goal]).goal == goal
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_orthograd.evaluation import UnlearningReport
@@ -16,6 +16,7 @@ from hf_orthograd.publishing import verify
 EXAMPLE = Path(__file__).parent.parent / "examples" / "unlearn_text.py"
 sys.path.insert(0, str(EXAMPLE.parent))
 import demo_people  # noqa: E402
+import unlearn_asr  # noqa: E402
 import unlearn_image_text  # noqa: E402
 import unlearn_text  # noqa: E402
 
@@ -67,6 +68,18 @@ def test_demo_forgets_people_and_shows_answers(run_here, tmp_path):
     ]
     chat = subprocess.run(asked, capture_output=True, text=True, timeout=100)
     assert chat.returncode == 0 and chat.stdout.count("> ") == 2, chat.stderr[-3000:]
+
+
+@pytest.mark.parametrize("script", [unlearn_text, unlearn_asr])
+def test_rows_of_the_forgotten_leave_the_test_set_also_where_names_are_classes(script):
+    people = ["Ada", "Bo", "Cy"]
+    rows = Dataset.from_dict({"person": [0, 1, 2] * 2}, Features({"person": ClassLabel(names=people)}))
+    corpus = DatasetDict(train=rows, test=rows)
+    arguments = script.ScriptArguments(forget_column="person", forget_values=["Bo"])
+    sets = script.split(corpus, arguments, *([0] if script is unlearn_text else []))
+    assert list(sets["test"]["person"]) == [0, 2, 0, 2] and list(sets["forget_unseen"]["person"]) == [1, 1]
+    corpus["test"] = rows.select([0, 2])
+    assert "forget_unseen" not in script.split(corpus, arguments, *([0] if script is unlearn_text else []))
 
 
 def save(rows, folder):

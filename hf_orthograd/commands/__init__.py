@@ -1,4 +1,4 @@
-"""The command line. What is slow to import is imported by the command that needs it: help and a typing error come at once."""
+"""The command line. What is slow to import is imported by the command that needs it: help and a mistyped command answer at once."""
 
 import argparse
 import importlib.util

@@ -1,7 +1,7 @@
 """What goes in: splits, batches that know their rows, the two streams of a step, speech, text, variation."""
 
 from .batches import Batch, PairedBatches, RowSource
-from .splits import check_corpus, split_forget_retain
+from .splits import check_corpus, present_values, split_forget_retain
 from .streams import ForgetStream, fill_last_batch
 from .text import prepare_text_dataset
 from .variation import VaryImages, VarySpeech
@@ -17,5 +17,6 @@ __all__ = [
     "check_corpus",
     "fill_last_batch",
     "prepare_text_dataset",
+    "present_values",
     "split_forget_retain",
 ]

@@ -39,21 +39,41 @@ def split_forget_retain(
             raise ValueError(
                 f"`{argument}` is {name!r}, but the data set has columns {', '.join(dataset.column_names)}."
             )
-    values = list(values) if isinstance(values, (list, tuple, set)) else [values]
-    names, present = getattr(dataset.features[column], "names", None), dataset.unique(column)
-    wanted = {value: names.index(value) if names and value in names else value for value in values}
-    missing = [value for value, stored in wanted.items() if stored not in present]
+    values, stored = _as_stored(dataset, column, values)
+    present = dataset.unique(column)
+    missing = [value for value, own in zip(values, stored, strict=True) if own not in present]
     if missing or not values:
+        names = getattr(dataset.features[column], "names", None)
         shown = [names[value] if names and value is not None and value >= 0 else value for value in present]
         listed = ", ".join(repr(value) for value in sorted(shown, key=str)[:50])
         raise ValueError(f"`values` {missing or values} do not occur in column {column!r}, which has {listed}.")
-    forgotten = np.array([value in wanted.values() for value in dataset[column]])
+    forgotten = np.array([value in stored for value in dataset.with_format(None)[column]])
     rest = np.flatnonzero(~forgotten)
     count = _retain_count(retain_size, len(rest))
     if count < len(rest):
         groups = None if stratify_by is None else np.array(dataset.select(rest)[stratify_by], dtype=object).astype(str)
         rest = rest[np.sort(_draw(len(rest), count, groups, np.random.default_rng(seed)))]
     return DatasetDict(forget=dataset.select(np.flatnonzero(forgotten)), retain=dataset.select(rest))
+
+
+def present_values(dataset: Dataset, column: str, values: Any) -> list:
+    """Those of some values that a row has: a test set may lack some of the forgotten.
+
+    Args:
+        dataset (`datasets.Dataset`): The rows.
+        column (`str`): Column that says whose or what a row is.
+        values: A value, or a list; of a `ClassLabel` column numbers or names.
+    """
+    present = dataset.unique(column)
+    return [value for value, own in zip(*_as_stored(dataset, column, values), strict=True) if own in present]
+
+
+def _as_stored(dataset: Dataset, column: str, values: Any) -> tuple[list, list]:
+    """Values as a list, and as rows hold them: of a `ClassLabel` column numbers."""
+    values = values.tolist() if isinstance(values, np.ndarray) else values
+    values = list(values) if isinstance(values, (list, tuple, set)) else [values]
+    names = getattr(dataset.features[column], "names", None)
+    return values, [names.index(value) if names and value in names else value for value in values]
 
 
 def check_corpus(corpus: Mapping, columns: Mapping[str, str], splits: Sequence[str] = ("train", "test")) -> None:

@@ -1,8 +1,7 @@
 """[`evaluate_unlearning`]: did it forget, what did it cost, does it stay forgotten."""
 
 from collections.abc import Mapping, Sequence
-from datetime import date
-from importlib.metadata import version
+from datetime import datetime, timezone
 
 from torch import nn
 from transformers import Trainer
@@ -193,6 +192,8 @@ class _Examination:
 
     def report(self, goal: str, cost: dict[str, dict[str, float | None]]) -> UnlearningReport:
         """Of all that was measured, before anything is compared."""
+        from .. import __version__
+
         return UnlearningReport(
             goal=goal,
             metric=None if self._metric is None else self._metric.name,
@@ -207,7 +208,7 @@ class _Examination:
                 model: {name: one.losses.tolist() for name, one in sets.items()}
                 for model, sets in self.measurements.items()
             },
-            made=f"{date.today()}, hf_orthograd {version('hf_orthograd')}",
+            made=f"{datetime.now(timezone.utc).date()}, hf_orthograd {__version__}",
         )
 
     def membership(self) -> dict[str, dict[str, MembershipInference]]:

@@ -11,8 +11,6 @@ from ..parallel import SampleLayout
 
 # float32 sums run over so many columns at most, and float64 sums over the blocks
 _COLUMNS = 1 << 13
-# numbers that a CPU converts to float64 at once for a norm
-_NORM_BLOCK = 1 << 16
 
 
 @contextmanager
@@ -108,10 +106,21 @@ def assemble_grams(
 
 
 def _squared_norm(gradients: list[Tensor], like: Tensor) -> Tensor:
-    """In float64. A CPU copies what it converts, so it takes blocks that stay in its cache; a GPU converts as it reads."""
+    """A GPU converts to float64 as it reads; a CPU would copy all first, and sums blocks of float32 as [`inner_products`] does."""
     if not gradients:
         return like.new_zeros(())
-    if like.device.type == "cpu":
-        gradients = [block for gradient in gradients for block in gradient.reshape(-1).split(_NORM_BLOCK)]
-    norms = torch._foreach_norm(gradients, 2, dtype=like.dtype)
-    return torch.stack([norm.to(like.device) for norm in norms]).square().sum()
+    if like.device.type != "cpu":
+        norms = torch._foreach_norm(gradients, 2, dtype=like.dtype)
+        return torch.stack([norm.to(like.device) for norm in norms]).square().sum()
+    norms, rest = [like.new_zeros(0)], []
+    for gradient in gradients:
+        flat = gradient.reshape(-1)
+        in_blocks = len(flat) - len(flat) % _COLUMNS
+        if in_blocks:
+            wide = torch.promote_types(flat.dtype, torch.float32)
+            norms.append(torch.linalg.vector_norm(flat[:in_blocks].view(-1, _COLUMNS), dim=1, dtype=wide))
+        if in_blocks < len(flat):
+            rest.append(flat[in_blocks:])
+    if rest:
+        norms.append(torch.stack(torch._foreach_norm(rest, 2, dtype=like.dtype)))
+    return torch.cat(norms).square().sum()

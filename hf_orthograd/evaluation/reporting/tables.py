@@ -38,7 +38,14 @@ def show(value: float | None) -> str:
 def checks_table(report: "UnlearningReport") -> Table:
     words = {True: "yes", False: "no", None: NOT_MEASURED}
     rows = [
-        (check.name, show(check.before), show(check.value), show(check.compared_with), check.rule, words[check.holds])
+        (
+            check.name,
+            "" if check.before is None else show(check.before),
+            show(check.value),
+            show(check.compared_with),
+            check.rule,
+            words[check.holds],
+        )
         for check in report.checks
     ]
     return ("quantity", "before", "unlearned", "compared with", "rule", "holds"), rows
