@@ -4,6 +4,8 @@
     python benchmarks/step_cost.py --device cuda --bf16 --models whisper-large-v3 vit-l-16 --samples 8 32
     python benchmarks/step_cost.py --estimates           # beside each, what `estimate()` says beforehand
     python benchmarks/step_cost.py --errors              # also each Gram matrix against float64
+    python benchmarks/step_cost.py --results two_pass --samples 8 --train full --methods graddiff two_pass gram gram_kl \\
+        --memory_methods                                 # all four take part in every round
     python benchmarks/step_cost.py --report              # table and plot from what was measured so far
 
 Methods of one model take turns within one process, and the median of their times is kept. Each peak of memory is that of
@@ -96,7 +98,7 @@ def time_methods(name: str, lora: bool, samples: int, methods: list[str], argume
     steps, times, failures = {}, {method: [] for method in methods}, {}
     for round_number in range(arguments.repeats):
         for method in methods:
-            ours = method in (_BASELINE, "gram", "gram_kl")
+            ours = method in (_BASELINE, "two_pass", "gram", "gram_kl")
             if method in failures or (round_number and not ours):
                 continue
             try:
