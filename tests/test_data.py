@@ -29,6 +29,8 @@ def test_classes_by_name_or_number():
     by_name = split_forget_retain(rows, "label", ["bee", "cat"])
     assert by_name["forget"]["label"] == split_forget_retain(rows, "label", [1, 2])["forget"]["label"] == [1, 1, 2]
     assert present_values(rows, "label", ["cat", "dog", 0]) == ["cat", 0]
+    with pytest.raises(ValueError, match="tag"):
+        present_values(rows, "tag", "cat")
     assert list(split_forget_retain(rows, "label", np.array([0]))["forget"]["label"]) == [0]
     with pytest.raises(
         ValueError, match=r"\['dog'\] do not occur in column 'label', which has -1, 'ant', 'bee', 'cat'"

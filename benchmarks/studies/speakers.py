@@ -168,7 +168,8 @@ def write_report(runs: dict, path: Path) -> None:
 
 
 _NOTE = f"""Means over requests with 95 % intervals by Student's t. Word error rates; an endless transcript counts for many words, so more than all \
-may be wrong. "by loss": the test loss in nats where the forgotten utterances' loss passes {LEVEL:g}. Differences to the default's are paired: above zero, the \
+may be wrong. "by loss": the test loss in nats where the forgotten utterances' loss passes {LEVEL:g}, a level \
+that was set after the first two requests: no run reached the 4 of before. Differences to the default's are paired: above zero, the \
 default keeps more."""
 
 

@@ -63,6 +63,12 @@ def present_values(dataset: Dataset, column: str, values: Any) -> list:
         dataset (`datasets.Dataset`): The rows.
         column (`str`): Column that says whose or what a row is.
         values: A value, or a list; of a `ClassLabel` column numbers or names.
+
+    Returns:
+        `list`: In the order and the form in which they were given.
+
+    Raises:
+        ValueError: An unknown column.
     """
     present = dataset.unique(column)
     return [value for value, own in zip(*_as_stored(dataset, column, values), strict=True) if own in present]

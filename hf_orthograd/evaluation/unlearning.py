@@ -192,7 +192,7 @@ class _Examination:
 
     def report(self, goal: str, cost: dict[str, dict[str, float | None]]) -> UnlearningReport:
         """Of all that was measured, before anything is compared."""
-        from .. import __version__
+        from .. import __version__  # not with the others: stubs, by which types are checked, leave this name out
 
         return UnlearningReport(
             goal=goal,
