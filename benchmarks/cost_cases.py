@@ -106,6 +106,10 @@ CASES = {
     "whisper-tiny": Case(lambda: _whisper(384, 4, 6, 80), _speech(80), "30 s, 40 tokens"),
     "vit-b-16": Case(lambda: _vit(768, 12, 12), _IMAGE, "224 x 224"),
     "wav2vec2-base": Case(_wav2vec2, {"input_values": ((32000,),), "labels": ((12,), 1, 32)}, "2 s, 12 letters"),
+    # about the mean length of an utterance of LibriSpeech
+    "wav2vec2-base-12s": Case(
+        _wav2vec2, {"input_values": ((192000,),), "labels": ((120,), 1, 32)}, "12 s, 120 letters"
+    ),
     "llama-124m": Case(_llama, {"input_ids": ((128,), 10, 50257)}, "128 tokens"),
     "smollm2-135m": Case(_smollm2, {"input_ids": ((128,), 10, 49152)}, "128 tokens"),
     # for accelerators

@@ -3,8 +3,8 @@
     python benchmarks/studies/lira.py --data_folder <CIFAR-10 as parquet>
 
 Candidates are 500 training images, which the model that shadows start from never saw, and 500 test images. Each shadow is
-fine-tuned on half of them and on retained images, and unlearns that half at the image study's settings, with 5 % of the
-retain set at hand. Each shadow in turn is then attacked by one who knows the others.
+fine-tuned on half of them and on retained images, and unlearns that half at the settings chosen in the studies of images and of
+retain terms, with 5 % of the retain set at hand. Each shadow in turn is then attacked by one who knows the others.
 """
 
 import argparse
@@ -16,6 +16,8 @@ from harness import RESULTS, Records, machine_note
 from image_data import Request, fine_tune
 from images import ImageStudy, add_folders
 from methods import METHODS, unlearn
+from retention import DEFAULT, RetentionStudy
+from retention import VARIANTS as RETAIN_TERMS
 from study import CHOSEN_AT, main
 from tables import plot_means
 from torch.utils.data import ConcatDataset
@@ -27,10 +29,11 @@ from hf_orthograd.evaluation import attack_shadows, membership_inference, per_sa
 NUM_SHADOWS = 16
 RETAINED = 1500  # retained images that a shadow is trained on beside its half of the candidates
 CONTROLS = {"nothing": "nothing unlearned", "never": "never trained on"}
+WITH_RETAIN_TERM = (DEFAULT, "NPO, kl, varied")  # of the study of retain terms
 
 
 class ShadowStudy(ImageStudy):
-    """The image study's models, sets and settings; `attacked` holds the records of this one."""
+    """The image study's models, sets and settings, and for retain terms those of their study; `attacked` holds the records of this one."""
 
     kinds, seeds = ("random",), (0,)
     methods = ("graddiff", "npo", "mean_projection", "scrub", "orthograd", "orthograd_npo")
@@ -38,20 +41,25 @@ class ShadowStudy(ImageStudy):
     def __init__(self, data_folder: Path, work_folder: Path, records: Records, attacked: Records):
         super().__init__(data_folder, work_folder, records)
         self.attacked = attacked
+        self.retention = RetentionStudy(data_folder, work_folder, Records(RESULTS / "study_retention.json"))
 
     def stage_final(self) -> None:
-        for name in (*CONTROLS, *self.methods):
+        for name in (*CONTROLS, *self.methods, *WITH_RETAIN_TERM):
             for seed in self.seeds:
                 request = self.request("random", seed)
                 self.attacked.get(f"{name} {request}", lambda name=name, request=request: self.attack(name, request))
 
     def attack(self, name: str, request: Request) -> dict[str, list[float]]:
         """Of each shadow: the attack's AUC and TPR at 1 % FPR, and the AUC of a threshold on the loss."""
-        bench, sets = self.bench("random"), self.sets(request, CHOSEN_AT)
+        study, method, extra = self, name, {}
+        if name in WITH_RETAIN_TERM:
+            study, method, extra = self.retention, RETAIN_TERMS[name].method, RETAIN_TERMS[name].extra
+            study.varied = RETAIN_TERMS[name].varied
+        bench, sets = self.bench("random"), study.sets(request, CHOSEN_AT)
         candidates = ConcatDataset([sets["forget"], sets["proxy"]])
         retained = sets["others"].select(np.arange(RETAINED))
         start = self.retrained(request)
-        setting = None if name in CONTROLS else self.chosen("random", name)
+        setting = None if name in CONTROLS else study.chosen("random", name)
         numbers = itertools.count()
 
         def train(shadow, half):
@@ -63,7 +71,7 @@ class ShadowStudy(ImageStudy):
         def forget(shadow, half):
             if name in CONTROLS:
                 return shadow
-            return unlearn(bench, name, setting, shadow, sets | {"forget": half}, request.seed)[0].model
+            return unlearn(bench, method, setting, shadow, sets | {"forget": half}, request.seed, extra)[0].model
 
         def losses(shadow):
             args = OrthoGradConfig(str(self.work / "run"), per_device_eval_batch_size=250, report_to="none")
@@ -86,7 +94,8 @@ class ShadowStudy(ImageStudy):
             "|---|---|---|---|",
         ]
         panels = {"AUC, U-LiRA": {}, "AUC, threshold on the loss": {}}
-        for name, label in (CONTROLS | {name: METHODS[name].label for name in type(self).methods}).items():
+        labels = CONTROLS | {name: METHODS[name].label for name in type(self).methods}
+        for name, label in (labels | {name: name for name in WITH_RETAIN_TERM}).items():
             runs = [self.attacked.runs.get(f"{name} random-{seed}") for seed in self.seeds]
             if None in runs:
                 continue

@@ -17,7 +17,7 @@ from image_data import Request, VariedImages
 from images import ImageStudy, add_folders
 from methods import METHODS, Method
 from study import CHOSEN_AT, main
-from tables import choose, gap, mean_and_interval
+from tables import choose, gap, mean_and_interval, recovery
 
 from hf_orthograd.baselines import ScrubTrainer
 
@@ -70,6 +70,7 @@ VARIANTS = {
     "mean projection, kl, varied": Variant("mean_projection", KL, varied=True),
     "SimNPO, kl, varied": Variant("simnpo", KL, varied=True),
 }
+ATTACKED = (DEFAULT, "NPO, kl, varied", "OrthoGrad + NPO", "NPO")
 COLUMNS = (
     "forget",
     "at hand",
@@ -89,10 +90,10 @@ class RetentionStudy(ImageStudy):
     variants = tuple(VARIANTS)  # those run now
     sizes = ("0.01", "0.2", "proxy")
 
-    def run(self, variant: str, request: Request, setting: float, retain: str) -> dict:
+    def run(self, variant: str, request: Request, setting: float, retain: str, attacked: bool = False) -> dict:
         own = VARIANTS[variant]
         self.varied = own.varied
-        return self.unlearn(request, own.method, setting, retain, attacked=False, extra=own.extra)
+        return self.unlearn(request, own.method, setting, retain, attacked, extra=own.extra)
 
     def sets(self, request: Request, retain: str) -> dict:
         sets = super().sets(request, retain)
@@ -135,6 +136,16 @@ class RetentionStudy(ImageStudy):
                     for seed in self.seeds if VARIANTS[variant].sized else ():
                         self.final(self.request(kind, seed), variant, retain)
 
+    def stage_attacks(self) -> None:
+        """Once more as in the main table, and then rounded, and fine-tuned on images of the forgotten kind."""
+        for kind in self.kinds:
+            for seed in self.seeds:
+                request = self.request(kind, seed)
+                self.reference("original", request)
+                for variant in ATTACKED:
+                    run = variant, request, self.chosen(kind, variant), CHOSEN_AT, True
+                    self.records.get(f"attacked {request} {variant}", lambda run=run: self.run(*run))
+
     def stage_report(self) -> None:
         write_report(self.records.runs, RESULTS / f"study_{self.name}.md", [*ImageStudy.kinds], self.seeds)
 
@@ -154,6 +165,9 @@ def write_report(runs: dict, path: Path, kinds: list[str], seeds: tuple[int, ...
                 what = "a proxy retain set" if retain == "proxy" else f"{float(retain):.0%} of the retain set at hand"
                 title = f"## {kind}, {what}, {len(seeds)} seeds"
                 parts.append(f"{title}\n\n{_table(records, references)}")
+        attacked = _attack_table(runs, kind)
+        if attacked:
+            parts.append(f"## {kind}, attacked\n\n{_ATTACKS}\n\n{attacked}")
     path.write_text(f"# Retain terms\n\n{_NOTE}\n\n" + "\n\n".join([*parts, machine_note()]) + "\n")
 
 
@@ -174,6 +188,27 @@ def _table(records: dict[str, list[dict]], references: list[dict]) -> str:
         cells += [f"{np.median([record['steps'] for record in own]):g}", f"{own[0]['setting']:g}"]
         lines.append("| " + " | ".join([variant, *cells]) + " |")
     return "\n".join(lines)
+
+
+_ATTACKS = """Accuracy on the forgotten images, as unlearned and after rounding of the weights. Relearning: the steps of fine-tuning on images \
+of the forgotten kind after which half of what a retrained model lacks was back, for each seed."""
+
+
+def _attack_table(runs: dict, kind: str) -> str:
+    """Of the seeds for which all were attacked; empty if there is none."""
+    seeds = [s for s in RetentionStudy.seeds if all(f"attacked {kind}-{s} {variant}" in runs for variant in ATTACKED)]
+    originals, references = ([runs[f"{what} {kind}-{seed}"] for seed in seeds] for what in ("original", "retrained"))
+    rows = {"original": originals, "retrained": references}
+    rows |= {variant: [runs[f"attacked {kind}-{seed} {variant}"] for seed in seeds] for variant in ATTACKED}
+    lines = ["| method | forget | int8 | int4 | relearning |", "|---|---|---|---|---|"]
+    for label, records in rows.items():
+        cells = [[record["quality"]["forget"][0] for record in records]]
+        cells += [[record[bits]["forget"][0] for record in records] for bits in ("int8", "int4")]
+        steps = [recovery(*three, RetentionStudy.better) for three in zip(records, originals, references, strict=True)]
+        last = f"> {records[0]['relearning'][-1][0]}" if records else ""
+        counted = ", ".join(last if step is None else str(step) for step in steps)
+        lines.append("| " + " | ".join([label, *map(mean_and_interval, cells), counted]) + " |")
+    return "\n".join(lines) if seeds else ""
 
 
 def _measures(records: list[dict]) -> list[str]:
@@ -197,4 +232,4 @@ if __name__ == "__main__":
         "--variants", nargs="+", choices=list(VARIANTS), metavar="VARIANT", help="run now; all by default"
     )
     parser.add_argument("--kinds", nargs="+", choices=ImageStudy.kinds, default=ImageStudy.kinds)
-    main(make_study, parser, ("models", "tune", "final", "sizes", "report"))
+    main(make_study, parser, ("models", "tune", "final", "sizes", "attacks", "report"))
