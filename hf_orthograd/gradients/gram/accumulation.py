@@ -1,9 +1,9 @@
 """What one parameter adds to the Gram matrix, and what is kept of its gradients for the update.
 
 Each retain sample's gradient of the parameter is formed, and multiplied with the others and with the forget gradient.
-Then it is kept in whichever form is smaller: the gradients themselves, or the factors they are products of. For a
-linear layer over T positions the k gradients take `k p q` numbers, the factors `k T (p + q)`. In a speech encoder the
-gradients are smaller, in a decoder or a small image model the factors. These replace what the graph of the forward
+Then either the gradients are kept, or the factors they are products of, if those are smaller by more than a quarter.
+For a linear layer over T positions the k gradients take `k p q` numbers, the factors `k T (p + q)`. In a speech encoder
+the gradients are smaller, in a decoder or a small image model the factors. These replace what the graph of the forward
 pass gives free.
 """
 
@@ -24,6 +24,8 @@ FACTORED = frozenset({F.linear, torch.addmm, F.embedding})
 ONE_HOT = frozenset({F.embedding})
 # what writing or reading one number of a large tensor costs, in multiplications: memory is slower than arithmetic
 _MEMORY_COST = 8
+# gradients may take so many times the memory of their factors, which the update has to multiply out once more
+_ROOM_FOR_GRADIENTS = 1.25
 # parameters of one dimension and at most so many numbers, biases and norms, are multiplied all together in the end
 SMALL = 1 << 16
 # gradients that are not kept are formed in blocks of so many bytes, in the same memory again and again
@@ -93,7 +95,7 @@ def count_cost(shape: torch.Size, uses: list[Use], num_samples: int) -> Cost:
     # by pairs, the products with the forget gradient cost as much as forming the gradients would
     if pairs < multiplied:
         return Cost(True, False, factor_bytes, pairs + formed)
-    if dense_bytes <= factor_bytes:
+    if dense_bytes <= _ROOM_FOR_GRADIENTS * factor_bytes:
         return Cost(False, True, dense_bytes, multiplied + num_samples * numbers)
     return Cost(False, False, factor_bytes, multiplied + formed)
 

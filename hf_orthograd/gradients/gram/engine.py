@@ -2,7 +2,7 @@
 
 The forget batch takes an ordinary backward pass. Then one backward pass over the activations of the retain batch
 delivers the gradient of each recorded call's output. The call's part of the inner products is formed at once. What the
-update will need of it is kept in its smaller form while the graph is given free.
+update will need of it is kept, as gradients or their factors, while the graph is given free.
 """
 
 from collections import defaultdict
