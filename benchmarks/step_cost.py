@@ -38,6 +38,7 @@ from hf_orthograd.preparation import estimate_step
 
 RESULTS = Path(__file__).parent / "results"
 _BASELINE = "graddiff"
+_TWO_PASSES = "two_pass"
 
 
 def versions() -> dict[str, str]:
@@ -98,7 +99,7 @@ def time_methods(name: str, lora: bool, samples: int, methods: list[str], argume
     steps, times, failures = {}, {method: [] for method in methods}, {}
     for round_number in range(arguments.repeats):
         for method in methods:
-            ours = method in (_BASELINE, "two_pass", "gram", "gram_kl")
+            ours = method in (_BASELINE, _TWO_PASSES, "gram", "gram_kl")
             if method in failures or (round_number and not ours):
                 continue
             try:
@@ -218,24 +219,44 @@ def collect(entries: list[dict]) -> dict[tuple, dict[str, dict]]:
         results = entry["result"] if entry["kind"] == "time" else {methods[0]: entry["result"]}
         if "failure" in results and entry["kind"] == "time":
             results = dict.fromkeys(methods, results)
+        if entry["kind"] == "time" and _BASELINE not in methods:
+            continue  # more rounds of a comparison with two passes
         for method, result in results.items():
             row.setdefault(method, {}).update(result)
     return table
 
 
+def to_two_passes(entries: list[dict], case: tuple, method: str) -> list[float]:
+    """The method's time over that of two backward passes, in each round in which both took turns."""
+    found = []
+    for entry in entries:
+        name, lora, samples, *_ = entry["case"]
+        result = entry["result"]
+        both = (result.get(method, {}), result.get(_TWO_PASSES, {})) if entry["kind"] == "time" else ()
+        if (name, bool(lora), samples) == case and both and all("times" in one for one in both):
+            rounds = zip(*(one["times"] for one in both), strict=False)  # peers are in the first alone
+            found += [own / other for own, other in rounds]
+    return found
+
+
+_OVER_TWO_PASSES = """ "x two passes": of the ratios within each round, which a machine that slows down does not change, the median and the extremes."""
+
+
 def to_markdown(entries: list[dict]) -> str:
     last = entries[-1]
+    twice = any(_TWO_PASSES in entry["case"] for entry in entries)
     found = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
     lines = [
         "# Cost of a step, as ratios to GradDiff",
         "",
         f"{last['date']}, {last['machine']}, {'bf16 autocast' if last['bf16'] else 'float32'}, {found}. Medians of "
         "interleaved steps, peaks of fresh processes; k retain and as many forget samples, random weights of true sizes, "
-        f"LoRA of rank 16 on queries and values. Made by `benchmarks/step_cost.py`.",
+        "LoRA of rank 16 on queries and values. Made by `benchmarks/step_cost.py`."
+        + (_OVER_TWO_PASSES if twice else ""),
         "",
         "| model | trained | k | method | time | x GradDiff | estimated | peak memory | x GradDiff | "
-        "estimated | error of K |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "estimated | error of K |" + (" x two passes |" if twice else ""),
+        "|---" * (11 + twice) + "|",
     ]
     for (name, lora, samples), row in collect(entries).items():
         base = row[_BASELINE]
@@ -252,6 +273,10 @@ def to_markdown(entries: list[dict]) -> str:
                     guessed = result.get("estimated_bytes")
                     cells.append(f"{guessed / scale:.3g} GiB" if guessed else "")
             cells.append(f"{result['error']:.0e}" if "error" in result else "")
+            if twice:
+                ratios = to_two_passes(entries, (name, lora, samples), method)
+                shown = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
+                cells.append(shown if method != _TWO_PASSES else "1")
             model = f"{name} ({CASES[name].reads})"
             lines.append(f"| {model} | {'LoRA' if lora else 'all'} | {samples} | {method} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

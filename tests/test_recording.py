@@ -54,6 +54,21 @@ def test_gram_follows_what_is_not_a_layer(size):
         torch.testing.assert_close(step.grams[name], gram, rtol=1e-4, atol=1e-5 * gram.abs().max().item(), msg=name)
 
 
+# a weight of 16 x 24 has 384 numbers, its factors 40 of each position: at 8 the gradients take 1.2 times as much memory
+@pytest.mark.parametrize(("positions", "keeps_gradients"), [(7, False), (8, True), (10, True)])
+def test_gradients_are_kept_where_factors_take_hardly_less(positions, keeps_gradients):
+    torch.manual_seed(0)
+    model = nn.Linear(24, 16)
+
+    def losses(model, inputs):
+        return model(inputs["x"]).square().mean(dim=(1, 2))
+
+    forget, retain = ({"x": torch.randn(3, positions, 24)} for _ in range(2))
+    step = measure(GramEngine, model, losses, forget, retain)
+    assert step.kept["weight"].are_dense == keeps_gradients
+    torch.testing.assert_close(step.gram, measure(LoopEngine, model, losses, forget, retain).gram, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [

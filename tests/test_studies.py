@@ -16,6 +16,7 @@ from hf_orthograd import OrthoGradConfig
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "studies"))
 
 import ablations
+import curves
 import erasure
 import images
 import retention
@@ -185,6 +186,14 @@ def test_table_of_retain_terms_is_that_of_its_records(tmp_path):
     runs = json.loads((RESULTS / "study_retention.json").read_text())["runs"]
     retention.write_report(runs, tmp_path / "table.md", ["random", "class"], range(8))
     assert numbers_of(tmp_path / "table.md") == numbers_of(RESULTS / "study_retention.md")
+
+
+def test_curves_under_kl_are_those_of_their_records(tmp_path):
+    runs, references = (
+        json.loads((RESULTS / f"study_{name}.json").read_text())["runs"] for name in ("curves", "retention")
+    )
+    curves.write_report(runs, references, tmp_path / "table")
+    assert numbers_of(tmp_path / "table.md") == numbers_of(RESULTS / "study_curves.md")
 
 
 # method: its variants with labels, with "kl", and with "kl" on varied samples

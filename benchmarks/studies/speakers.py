@@ -79,8 +79,7 @@ class Speakers(Erasure):
         method, changes, varied = VARIANTS[variant]
         sets = self.sets(request, share)
         if varied:
-            rows = sets["retain"].select_columns(["input_features", "labels"])
-            sets["retain"] = rows.with_transform(VarySpeech(self.processor.feature_extractor))
+            sets["retain"] = sets["retain"].with_transform(VarySpeech(self.processor.feature_extractor))
         bench, extra = self.bench(request.kind), changes | SHARES[share]
         trainer, record = unlearn(
             bench, method, self.learning_rate, self.original(request.seed), sets, request.seed, extra
