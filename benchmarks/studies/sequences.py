@@ -68,26 +68,40 @@ ONCE = "all at once"
 NEW_DATA = {"new": False, "new with request 1": True}  # whether the first request's images are among the new ones
 
 
+_NOTE = """"kl" holds retain images to the predictions of the model before, "to the original" to those of the model before any request. Learning rates are those of the study of retain terms for all five requests at once, 1e-4 (GradDiff 3e-5), where no other is named. Accuracies after the last request. The gap is the mean distance to the model retrained without all five over accuracies on forgotten, retained and \
+test images and the AUC of membership inference. "Came back": accuracy on the first request's images after the last request less that after the first. Means \
+over seeds with 95 % intervals by Student's t; differences are paired."""
+
+_CONTINUED_NOTE = f"""{EPOCHS} epochs on 500 new images ("new"), and on these with the first request's images among them. By how much accuracy on those rises, watched \
+only and held by `StaysForgotten`, and accuracy on test images, which stands for the new task."""
+
+
 class SequenceStudy(ImageStudy):
+    """`choices` are the ways through the requests, of which `variants` are run now; `ours` must be among the table's."""
+
     name, kinds, seeds = "sequences", ("random",), (0, 1, 2)
-    variants = tuple(VARIANTS)  # those run now
+    choices, ours = VARIANTS, OURS
+    what, note, continued_note = "requests", _NOTE, _CONTINUED_NOTE
+    variants = tuple(VARIANTS)
 
     def parts(self, request: Request) -> list[Images]:
         """The forget set, as five requests."""
         forget = self.sets(request, CHOSEN_AT)["forget"]
         return [forget.select(rows) for rows in np.array_split(np.arange(len(forget)), REQUESTS)]
 
+    def at_hand(self, retain: Images, earlier: list[Images], varied: bool) -> Images:
+        """What retain gradients are taken of."""
+        make = VariedImages if varied else Images
+        return make(retain.pixels, retain.labels, np.concatenate([retain.rows, *(part.rows for part in earlier)]))
+
     def run(self, variant: str, request: Request) -> dict:
-        own = VARIANTS[variant]
-        sets, parts = self.sets(request, CHOSEN_AT), self.parts(request)
-        at_hand, bench = sets["retain"], self.bench("random")
+        own = self.choices[variant]
+        sets, parts, bench = self.sets(request, CHOSEN_AT), self.parts(request), self.bench(request.kind)
         if own.to_original:
             bench.shared = bench.shared | {"ref_model": self.original(request.seed)}
         model, after, steps, seconds = self.original(request.seed), [], [], 0.0
         for number, part in enumerate([sets["forget"]] if variant == ONCE else parts):
-            earlier = [each.rows for each in parts[:number]] if own.held else []
-            make = VariedImages if own.varied else Images
-            retain = make(at_hand.pixels, at_hand.labels, np.concatenate([at_hand.rows, *earlier]))
+            retain = self.at_hand(sets["retain"], parts[:number] if own.held else [], own.varied)
             now = sets | {"forget": part, "retain": retain}
             trainer, record = unlearn(bench, own.method, own.rate, model, now, request.seed, own.extra)
             model = trainer.model
@@ -135,7 +149,7 @@ class SequenceStudy(ImageStudy):
 
     def stage_final(self) -> None:
         for seed in self.seeds:
-            request = self.request("random", seed)
+            request = self.request(self.kinds[0], seed)
             for what in ("original", "retrained"):
                 self.reference(what, request)
             for variant in self.variants:
@@ -143,7 +157,7 @@ class SequenceStudy(ImageStudy):
                 self.records.get(name, lambda run=(variant, request): self.run(*run))
 
     def stage_report(self) -> None:
-        write_report(self.records.runs, RESULTS / f"study_{self.name}")
+        write_report(self.records.runs, RESULTS / f"study_{self.name}", type(self))
 
 
 @torch.no_grad()
@@ -155,24 +169,18 @@ def _losses_and_hits(model, images: Images) -> tuple[np.ndarray, np.ndarray]:
     return losses.numpy().astype(float), (logits.argmax(-1) == labels).numpy()
 
 
-def write_report(runs: dict, path: Path) -> None:
+def write_report(runs: dict, path: Path, study: type[SequenceStudy] = SequenceStudy) -> None:
     """Tables of the variants that were run for the same seeds as the default, and curves over requests."""
-    seeds = [seed for seed in SequenceStudy.seeds if all(f"{name} random-{seed}" in runs for name in (ONCE, OURS))]
-    found = {name: [runs.get(f"{name} random-{seed}") for seed in seeds] for name in VARIANTS}
+    kind, better = study.kinds[0], "accuracy" if study.better > 0 else "word error rate"
+    seeds = [seed for seed in study.seeds if all(f"{name} {kind}-{seed}" in runs for name in (ONCE, study.ours))]
+    found = {name: [runs.get(f"{name} {kind}-{seed}") for seed in seeds] for name in study.choices}
     found = {name: own for name, own in found.items() if None not in own}
-    references = {what: [runs[f"{what} random-{seed}"] for seed in seeds] for what in ("original", "retrained")}
-    parts = [f"# Five requests in turn, {len(seeds)} seeds", _NOTE, _sequence_table(found, references)]
-    parts += ["## Trained on", _CONTINUED_NOTE, _continued_table(found), machine_note()]
+    references = {what: [runs[f"{what} {kind}-{seed}"] for seed in seeds] for what in ("original", "retrained")}
+    title = f"# Five {study.what} in turn, {f'{len(seeds)} seeds' if len(seeds) > 1 else 'one seed'}"
+    parts = [title, study.note, _sequence_table(found, references)]
+    parts += ["## Trained on", study.continued_note, _continued_table(found), machine_note()]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
-    _plot(found, references["retrained"], path.with_suffix(".png"))
-
-
-_NOTE = """"kl" holds retain images to the predictions of the model before, "to the original" to those of the model before any request. Learning rates are those of the study of retain terms for all five requests at once, 1e-4 (GradDiff 3e-5), where no other is named. Accuracies after the last request. The gap is the mean distance to the model retrained without all five over accuracies on forgotten, retained and \
-test images and the AUC of membership inference. "Came back": accuracy on the first request's images after the last request less that after the first. Means \
-over seeds with 95 % intervals by Student's t; differences are paired."""
-
-_CONTINUED_NOTE = f"""{EPOCHS} epochs on 500 new images ("new"), and on these with the first request's images among them. By how much accuracy on those rises, watched \
-only and held by `StaysForgotten`, and accuracy on test images, which stands for the new task."""
+    _plot(found, references["retrained"], path.with_suffix(".png"), better)
 
 
 def _sequence_table(found: dict, references: dict) -> str:
@@ -234,8 +242,8 @@ def _continued_table(found: dict) -> str:
     return "\n".join(lines)
 
 
-def _plot(found: dict, retrained: list[dict], path: Path) -> None:
-    """Accuracy on the first request's images, on all forgotten so far, and on test images, over the requests."""
+def _plot(found: dict, retrained: list[dict], path: Path, metric: str) -> None:
+    """The metric on the first request's samples, on all forgotten so far, and on test samples, over the requests."""
     figure = Figure(figsize=(15, 4), layout="constrained")
     first, so_far, test = figure.subplots(1, 3)
     for name, own in found.items():
@@ -256,14 +264,14 @@ def _plot(found: dict, retrained: list[dict], path: Path) -> None:
         so_far.plot(after, np.mean(means, axis=0), ".-", label=name)
         test.plot(after, np.mean([[one["test"][0] for one in each] for each in quality], axis=0), ".-", label=name)
     for axes, title, of in (
-        (first, "the first request's images", "request 1"),
+        (first, "the first request's samples", "request 1"),
         (so_far, "all forgotten so far", "forget"),
-        (test, "test images", "test"),
+        (test, "test samples", "test"),
     ):
         axes.axhline(
             np.mean([record["quality"][of][0] for record in retrained]), color="gray", linestyle=":", label="retrained"
         )
-        axes.set(xlabel="requests carried out", ylabel="accuracy", title=title, xticks=range(1, REQUESTS + 1))
+        axes.set(xlabel="requests carried out", ylabel=metric, title=title, xticks=range(1, REQUESTS + 1))
     first.legend(fontsize="x-small")
     figure.savefig(path, dpi=90)
 
