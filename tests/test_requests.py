@@ -148,6 +148,14 @@ def test_earlier_requests_are_held(history, sets):
     with pytest.raises(ValueError, match="`hold_earlier` is True, which holds.*'nll' and 0.5"):
         history.run(maker(sets["retain"]), hold_earlier=True)
     history.roll_back(2)
+
+    def with_reference(*arguments):
+        trainer = make(*arguments)
+        trainer.ref_model = trainer.model
+        return trainer
+
+    with pytest.raises(ValueError, match="`hold_earlier` is True, and the trainer has a `ref_model`"):
+        history.run(with_reference, hold_earlier=True)
     with pytest.raises(
         ValueError, match=r"`hold_earlier` is True, but rows of earlier requests lack columns.*'extra'"
     ):

@@ -8,6 +8,7 @@ other `--seeds` or `--kinds`, may work on the same results.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,8 @@ def write_report(runs: dict, references: dict, path: Path) -> None:
                     for value, point in found.items()
                 }
                 parts.append(f"## {kind}, {what}, {len(seeds)} seeds\n\n{_table(what.split(',')[0], gaps, steps)}")
+    if not panels:
+        return
     path.with_suffix(".md").write_text("\n\n".join([*parts, machine_note()]) + "\n")
     _plot(panels, path.with_suffix(".png"))
 
@@ -114,8 +117,9 @@ def _table(head: str, gaps: dict, steps: dict) -> str:
 
 def _plot(panels: dict, path: Path) -> None:
     """Means and the seeds' extremes."""
-    figure = Figure(figsize=(5.5 * len(CURVES), 3.5 * max(1, len(panels) // len(CURVES))), layout="constrained")
-    rows = figure.subplots(max(1, len(panels) // len(CURVES)), len(CURVES), squeeze=False)
+    count = math.ceil(len(panels) / len(CURVES))
+    figure = Figure(figsize=(5.5 * len(CURVES), 3.5 * count), layout="constrained")
+    rows = figure.subplots(count, len(CURVES), squeeze=False)
     for axes, ((kind, what), gaps) in zip(rows.flat, panels.items(), strict=False):
         for method, label in METHODS.items():
             values = [point[method] for point in gaps.values()]

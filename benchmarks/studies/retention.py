@@ -137,7 +137,7 @@ class RetentionStudy(ImageStudy):
                         self.final(self.request(kind, seed), variant, retain)
 
     def stage_attacks(self) -> None:
-        """Once more as in the main table, and then rounded, and fine-tuned on images of the forgotten kind."""
+        """Once more as in the main table, and then rounded, and fine-tuned as in the image study."""
         for kind in self.kinds:
             for seed in self.seeds:
                 request = self.request(kind, seed)
@@ -190,13 +190,15 @@ def _table(records: dict[str, list[dict]], references: list[dict]) -> str:
     return "\n".join(lines)
 
 
-_ATTACKS = """Accuracy on the forgotten images, as unlearned and after rounding of the weights. Relearning: the steps of fine-tuning on images \
-of the forgotten kind after which half of what a retrained model lacks was back, for each seed."""
+_ATTACKS = """Accuracy on the forgotten images, as unlearned and after rounding of the weights. Relearning: the steps of fine-tuning after which half of what a retrained model lacks was back, \
+for each seed. It is on 100 of the forgotten images, and of a class on images of it that were never trained on."""
 
 
 def _attack_table(runs: dict, kind: str) -> str:
     """Of the seeds for which all were attacked; empty if there is none."""
     seeds = [s for s in RetentionStudy.seeds if all(f"attacked {kind}-{s} {variant}" in runs for variant in ATTACKED)]
+    if not seeds:
+        return ""
     originals, references = ([runs[f"{what} {kind}-{seed}"] for seed in seeds] for what in ("original", "retrained"))
     rows = {"original": originals, "retrained": references}
     rows |= {variant: [runs[f"attacked {kind}-{seed} {variant}"] for seed in seeds] for variant in ATTACKED}
@@ -205,10 +207,10 @@ def _attack_table(runs: dict, kind: str) -> str:
         cells = [[record["quality"]["forget"][0] for record in records]]
         cells += [[record[bits]["forget"][0] for record in records] for bits in ("int8", "int4")]
         steps = [recovery(*three, RetentionStudy.better) for three in zip(records, originals, references, strict=True)]
-        last = f"> {records[0]['relearning'][-1][0]}" if records else ""
+        last = f"> {records[0]['relearning'][-1][0]}"
         counted = ", ".join(last if step is None else str(step) for step in steps)
         lines.append("| " + " | ".join([label, *map(mean_and_interval, cells), counted]) + " |")
-    return "\n".join(lines) if seeds else ""
+    return "\n".join(lines)
 
 
 def _measures(records: list[dict]) -> list[str]:

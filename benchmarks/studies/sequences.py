@@ -173,6 +173,8 @@ def write_report(runs: dict, path: Path, study: type[SequenceStudy] = SequenceSt
     """Tables of the variants that were run for the same seeds as the default, and curves over requests."""
     kind, better = study.kinds[0], "accuracy" if study.better > 0 else "word error rate"
     seeds = [seed for seed in study.seeds if all(f"{name} {kind}-{seed}" in runs for name in (ONCE, study.ours))]
+    if not seeds:
+        return
     found = {name: [runs.get(f"{name} {kind}-{seed}") for seed in seeds] for name in study.choices}
     found = {name: own for name, own in found.items() if None not in own}
     references = {what: [runs[f"{what} {kind}-{seed}"] for seed in seeds] for what in ("original", "retrained")}

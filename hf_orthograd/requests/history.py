@@ -202,7 +202,8 @@ class RequestHistory:
                 trainer. With checkpoints a run that was killed goes on from the last one.
             merge (`bool`): All in one run.
             hold_earlier (`bool`): Retain rows are joined by the rows that earlier requests forgot, whose predictions are
-                held to the last model's, so that they do not come back. It needs their data, and `retain_loss="kl"`.
+                held to the last model's, so that they do not come back. It needs their data, `retain_loss="kl"`, and no
+                `ref_model`.
             make_report (`Callable`, *optional*): From the trainer after training to a report, such as
                 [`~hf_orthograd.evaluation.evaluate_unlearning`]. Its public edition is published with the model.
 

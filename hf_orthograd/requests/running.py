@@ -71,6 +71,11 @@ def _hold(trainer: OrthoGradTrainer, earlier: Sequence[Request]) -> None:
             "`hold_earlier` is True, which holds what earlier requests forgot by `retain_loss`='kl' with `alpha` above 0; other "
             f"settings would teach it again. They are {trainer.args.retain_loss!r} and {trainer.args.alpha}."
         )
+    if trainer.ref_model is not None:
+        raise ValueError(
+            "`hold_earlier` is True, and the trainer has a `ref_model`, whose predictions the rows of earlier requests would be held to: "
+            "a model from before them knows them. Leave one of the two out."
+        )
     rows = {request.number: request.rows("forget") for request in earlier}
     missing = [number for number, own in rows.items() if own is None]
     if missing:

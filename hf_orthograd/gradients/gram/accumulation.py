@@ -1,7 +1,7 @@
 """What one parameter adds to the Gram matrix, and what is kept of its gradients for the update.
 
 Each retain sample's gradient of the parameter is formed, and multiplied with the others and with the forget gradient.
-Then either the gradients are kept, or the factors they are products of, if those are smaller by more than a quarter.
+Then either the gradients are kept, or the factors they are products of, if those take less than 0.8 times the memory.
 For a linear layer over T positions the k gradients take `k p q` numbers, the factors `k T (p + q)`. In a speech encoder
 the gradients are smaller, in a decoder or a small image model the factors. These replace what the graph of the forward
 pass gives free.
