@@ -6,6 +6,8 @@
     python benchmarks/step_cost.py --errors              # also each Gram matrix against float64
     python benchmarks/step_cost.py --results two_pass --samples 8 --train full --methods graddiff two_pass gram gram_kl \\
         --memory_methods                                 # all four take part in every round
+    python benchmarks/step_cost.py --results two_pass --samples 8 --train full --methods two_pass gram \\
+        --models wav2vec2-base-12s --repeats 4 --memory_methods  # more rounds
     python benchmarks/step_cost.py --report              # table and plot from what was measured so far
 
 Methods of one model take turns within one process, and the median of their times is kept. Each peak of memory is that of
@@ -239,7 +241,7 @@ def to_two_passes(entries: list[dict], case: tuple, method: str) -> list[float]:
     return found
 
 
-_OVER_TWO_PASSES = """ "x two passes": of the ratios within each round, which a machine that slows down does not change, the median and the extremes."""
+_OVER_TWO_PASSES = """ "x two passes": of the ratios within each round, which a machine that slows down changes less, the median, how many rounds, and the extremes."""
 
 
 def to_markdown(entries: list[dict]) -> str:
@@ -275,11 +277,16 @@ def to_markdown(entries: list[dict]) -> str:
             cells.append(f"{result['error']:.0e}" if "error" in result else "")
             if twice:
                 ratios = to_two_passes(entries, (name, lora, samples), method)
-                shown = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
-                cells.append(shown if method != _TWO_PASSES else "1")
+                cells.append(_spread(ratios) if method != _TWO_PASSES else "1")
             model = f"{name} ({CASES[name].reads})"
             lines.append(f"| {model} | {'LoRA' if lora else 'all'} | {samples} | {method} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _spread(ratios: list[float]) -> str:
+    if len(ratios) < 2:
+        return "".join(f"{ratio:.2f} (one round)" for ratio in ratios)
+    return f"{statistics.median(ratios):.2f} ({len(ratios)} rounds, {min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def plot(entries: list[dict], path: Path) -> None:
