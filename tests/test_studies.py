@@ -188,6 +188,15 @@ def test_table_of_retain_terms_is_that_of_its_records(tmp_path):
     assert numbers_of(tmp_path / "table.md") == numbers_of(RESULTS / "study_retention.md")
 
 
+def test_the_attack_in_the_guide_is_that_of_the_table():
+    """Whose rows a study wrote from its records."""
+    guide = (RESULTS.parent.parent / "docs" / "evaluating.md").read_text()
+    rows = [line for line in (RESULTS / "study_lira.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 10
+    for row in rows:
+        assert row.split("|", 2)[2] in guide
+
+
 def test_curves_under_kl_are_those_of_their_records(tmp_path):
     runs, references = (
         json.loads((RESULTS / f"study_{name}.json").read_text())["runs"] for name in ("curves", "retention")
