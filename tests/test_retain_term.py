@@ -11,7 +11,14 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import default_collate
 
 from hf_orthograd import OrthoGradTrainer
-from hf_orthograd.gradients import FunctionalEngine, GramEngine, LoopEngine, MeanEngine, PlainEngine
+from hf_orthograd.gradients import (
+    FunctionalEngine,
+    GramEngine,
+    LoopEngine,
+    MeanEngine,
+    PlainEngine,
+    UnsupportedModelError,
+)
 from hf_orthograd.objectives import PerSampleLoss, kl_divergence
 from hf_orthograd.parallel import Parameters
 from hf_orthograd.preparation import KeepPredictions, StartingModel
@@ -92,18 +99,20 @@ def test_every_engine_makes_the_update_of_plain_backward_passes(kind, lora, make
     assert divergence > 1e-5
     losses = PerSampleLoss(model)
     for name, make_engine in ENGINES.items():
-        if name == "func" and kind in ("wav2vec2", "llama"):
-            continue  # torch.func cannot follow their masks
         engine, batches = (
             make_engine(parameters, losses),
             ([forget_batch(batch_of(forget))], [retain_batch(batch_of(retain))]),
         )
-        step = engine.measure(model, *batches, retain_term=KeepPredictions(start, losses))
+        try:
+            step = engine.measure(model, *batches, retain_term=KeepPredictions(start, losses))
+        except UnsupportedModelError:
+            assert name == "func" and kind != "vit"  # torch.func cannot follow masks, or a draw that skips layers
+            continue
         projection = solve_projections(step.grams)
         combination = step.combine(update_weights(ALPHA, projection, parameters.projected, has_term=True))
         found = flat(torch.autograd.grad(combination, list(parameters.trainable.values()), materialize_grads=True))
         assert (found - expected).norm() <= 1e-5 * expected.norm(), name
-        assert step.retain_terms.mean().item() == pytest.approx(divergence, rel=1e-4), name
+        assert step.retain_terms.mean().item() == pytest.approx(divergence, rel=1e-4, abs=1e-8), name
 
 
 @pytest.mark.parametrize("engine_class", [PlainEngine, MeanEngine])

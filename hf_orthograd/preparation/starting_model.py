@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -11,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from ..objectives import PerSampleLoss
 from ..parallel import ProcessGroup
 from ..parallel.sharding import is_sharded, reshard
-from ..trials import preserved_modes
+from ..trials import preserved_modes, preserved_random_state
 
 
 # where a model masks what it reads while it trains (SpecAugment), with random numbers of numpy
@@ -44,14 +43,10 @@ class StartingModel:
 
         Masks of SpecAugment are those that the next forward pass of the model itself will draw.
         """
-        drawn = np.random.get_state(legacy=False)
-        try:
-            with preserved_modes(self._model), self._in_place():
-                for module in self._model.modules():
-                    module.training = any(hasattr(module, name) for name in _MASKING)
-                return forward(self._model)
-        finally:
-            np.random.set_state(drawn)
+        with preserved_random_state(), preserved_modes(self._model), self._in_place():
+            for module in self._model.modules():
+                module.training = any(hasattr(module, name) for name in _MASKING)
+            return forward(self._model)
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
