@@ -201,9 +201,8 @@ class RequestHistory:
                 model in that folder with those sets and `OrthoGradConfig(output_dir, ...)`. The same call must give the same
                 trainer. With checkpoints a run that was killed goes on from the last one.
             merge (`bool`): All in one run.
-            hold_earlier (`bool`): Retain rows are joined by the rows that earlier requests forgot, whose predictions are
-                held to the last model's, so that they do not come back. It needs their data, `retain_loss="kl"`, and no
-                `ref_model`.
+            hold_earlier (`bool`): Retain rows are joined by what earlier requests forgot, held to the last model's predictions,
+                so that it does not come back. It needs those rows, `retain_loss="kl"`, and no `ref_model`.
             make_report (`Callable`, *optional*): From the trainer after training to a report, such as
                 [`~hf_orthograd.evaluation.evaluate_unlearning`]. Its public edition is published with the model.
 
