@@ -21,6 +21,7 @@ import erasure
 import images
 import retention
 import sequences
+import speakers
 import text
 from harness import Records
 from methods import METHODS, Bench
@@ -186,6 +187,12 @@ def test_table_of_retain_terms_is_that_of_its_records(tmp_path):
     runs = json.loads((RESULTS / "study_retention.json").read_text())["runs"]
     retention.write_report(runs, tmp_path / "table.md", ["random", "class"], range(8))
     assert numbers_of(tmp_path / "table.md") == numbers_of(RESULTS / "study_retention.md")
+
+
+def test_table_of_four_speakers_is_that_of_its_records(tmp_path):
+    runs = json.loads((RESULTS / "study_speakers.json").read_text())["runs"]
+    speakers.write_report(runs, tmp_path / "table.md")
+    assert numbers_of(tmp_path / "table.md") == numbers_of(RESULTS / "study_speakers.md")
 
 
 def test_the_attack_in_the_guide_is_that_of_the_table():
