@@ -24,8 +24,10 @@ import sequences
 import speakers
 import text
 from harness import Records
+from image_data import Request
 from methods import METHODS, Bench
 from retain_memory import RetainMemoryTrainer
+from speaker_sequences import SpeakerSequences
 from tables import choose, gap, mean_and_interval, recovery, write_report
 
 
@@ -204,12 +206,42 @@ def test_the_attack_in_the_guide_is_that_of_the_table():
         assert row.split("|", 2)[2] in guide
 
 
-def test_curves_under_kl_are_those_of_their_records(tmp_path):
-    runs, references = (
-        json.loads((RESULTS / f"study_{name}.json").read_text())["runs"] for name in ("curves", "retention")
-    )
+def test_curves_are_of_the_seeds_that_have_every_point(tmp_path):
+    """And their differences are paired: the projection is nearer by 0.02 in each seed, however far the seeds are apart."""
+    runs = {}
+    references = {f"retrained random-{seed}": record(0.5, 0.7, 0.5, 0.5) for seed in range(3)}
+    what, (quantity, values) = next(iter(curves.CURVES.items()))
+    for seed in range(3):
+        for value in values[: None if seed < 2 else 1]:  # the third seed has one point
+            for method, more in (("orthograd_npo", 0.0), ("npo", 0.02)):
+                off = 0.1 * seed + more
+                name = curves._name(method, curves.USUAL | {quantity: value}, Request("random", seed))
+                runs[name] = record(0.5 + off, 0.7 + off, 0.5 + off, 0.5 + off)
     curves.write_report(runs, references, tmp_path / "table")
-    assert numbers_of(tmp_path / "table.md") == numbers_of(RESULTS / "study_curves.md")
+    written = (tmp_path / "table.md").read_text()
+    assert f"## random, {what}, 2 seeds" in written and "class" not in written
+    row = next(line for line in written.splitlines() if line.startswith("| 4 |"))
+    assert row.startswith("| 4 | 0.050 ± 0.635 | 0.070 ± 0.635 | 0.020 ± 0.000 |")
+
+
+def test_speakers_in_turn_are_compared_with_all_at_once(tmp_path):
+    def measured(rate):
+        named = ("forget", "retain", "test", *(f"request {number}" for number in range(1, 6)))
+        return {"quality": {name: [rate, 1.0] for name in named}, "auc": {"test": 0.5}}
+
+    runs = {"original turn-1": measured(0.1), "retrained turn-1": measured(0.3)}
+    continued = {f"{name}, {how}": measured(0.3) for name in sequences.NEW_DATA for how in ("watched", "held")}
+    for variant, rates in ((sequences.ONCE, [0.3]), (SpeakerSequences.ours, [0.9, 0.5, 0.5, 0.5, 0.4])):
+        after = [measured(rate) for rate in rates]
+        run = {"after": after, "continued": continued, "steps": [3] * len(rates), "seconds": 2.0}
+        runs[f"{variant} turn-1"] = run
+    sequences.write_report(runs, tmp_path / "table", SpeakerSequences)
+    written = (tmp_path / "table.md").read_text()
+    assert written.startswith("# Five speakers in turn, one seed")
+    row = next(line for line in written.splitlines() if line.startswith(f"| {SpeakerSequences.ours} |"))
+    assert (
+        "| 0.075 | 0.075 | -0.500 | 15 |" in row
+    )  # the gap, beside that of all at once, and the first speaker is back
 
 
 # method: its variants with labels, with "kl", and with "kl" on varied samples
