@@ -206,6 +206,14 @@ def test_the_attack_in_the_guide_is_that_of_the_table():
         assert row.split("|", 2)[2] in guide
 
 
+def test_curves_under_kl_are_those_of_their_records(tmp_path):
+    runs, references = (
+        json.loads((RESULTS / f"study_{name}.json").read_text())["runs"] for name in ("curves", "retention")
+    )
+    curves.write_report(runs, references, tmp_path / "table")
+    assert numbers_of(tmp_path / "table.md") == numbers_of(RESULTS / "study_curves.md")
+
+
 def test_curves_are_of_the_seeds_that_have_every_point(tmp_path):
     """And their differences are paired: the projection is nearer by 0.02 in each seed, however far the seeds are apart."""
     runs = {}
