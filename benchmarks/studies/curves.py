@@ -130,6 +130,8 @@ def _plot(panels: dict, path: Path) -> None:
         axes.legend(fontsize="small")
         if what.startswith("k"):
             axes.set_xscale("log", base=2)
+    for axes in rows.flat[len(panels) :]:
+        axes.remove()
     figure.savefig(path, dpi=90)
 
 
