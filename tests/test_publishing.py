@@ -106,9 +106,8 @@ def test_card_says_what_was_measured(hub, unlearned):
     report = report_of(trainer)
     trainer.push_to_hub(report=report, license="mit", language="en", dataset_tags="owner/pictures", request_id="r-1")
     card = ModelCard.load(REPO)
-    if "constants.ENDPOINT" in inspect.getsource(
-        RepoCard.validate
-    ):  # older clients ask the public Hub, wherever they are sent
+    # older clients ask the public Hub, wherever they are sent
+    if "constants.ENDPOINT" in inspect.getsource(RepoCard.validate):
         card.validate()
     assert card.data.license == "mit" and card.data.pipeline_tag == "image-classification"
     assert card.data.library_name == "transformers" and "machine-unlearning" in card.data.tags

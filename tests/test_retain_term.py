@@ -4,21 +4,16 @@ import copy
 
 import pytest
 import torch
+import transformers
 from conftest import MODELS
 from engines import forget_batch, retain_batch
 from launched import settings, train
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import default_collate
 
 from hf_orthograd import OrthoGradTrainer
-from hf_orthograd.gradients import (
-    FunctionalEngine,
-    GramEngine,
-    LoopEngine,
-    MeanEngine,
-    PlainEngine,
-    UnsupportedModelError,
-)
+from hf_orthograd.gradients import FunctionalEngine, GramEngine, LoopEngine, MeanEngine, PlainEngine
 from hf_orthograd.objectives import PerSampleLoss, kl_divergence
 from hf_orthograd.parallel import Parameters
 from hf_orthograd.preparation import KeepPredictions, StartingModel
@@ -33,6 +28,8 @@ ENGINES = {
     "loop": LoopEngine,
     "func": FunctionalEngine,
 }
+# by torch.func: masks, and before transformers 5.23 a draw that skips layers of Whisper
+UNFOLLOWED = {"wav2vec2", "llama"} | ({"whisper"} if Version(transformers.__version__) < Version("5.23") else set())
 
 
 def make_moved(kind, lora, dropout=0.0):
@@ -99,15 +96,13 @@ def test_every_engine_makes_the_update_of_plain_backward_passes(kind, lora, make
     assert divergence > 1e-5
     losses = PerSampleLoss(model)
     for name, make_engine in ENGINES.items():
+        if name == "func" and kind in UNFOLLOWED:
+            continue
         engine, batches = (
             make_engine(parameters, losses),
             ([forget_batch(batch_of(forget))], [retain_batch(batch_of(retain))]),
         )
-        try:
-            step = engine.measure(model, *batches, retain_term=KeepPredictions(start, losses))
-        except UnsupportedModelError:
-            assert name == "func" and kind != "vit"  # torch.func cannot follow masks, or a draw that skips layers
-            continue
+        step = engine.measure(model, *batches, retain_term=KeepPredictions(start, losses))
         projection = solve_projections(step.grams)
         combination = step.combine(update_weights(ALPHA, projection, parameters.projected, has_term=True))
         found = flat(torch.autograd.grad(combination, list(parameters.trainable.values()), materialize_grads=True))

@@ -223,7 +223,7 @@ def test_curves_are_of_the_seeds_that_have_every_point(tmp_path):
         for value in values[: None if seed < 2 else 1]:  # the third seed has one point
             for method, more in (("orthograd_npo", 0.0), ("npo", 0.02)):
                 off = 0.1 * seed + more
-                name = curves._name(method, curves.USUAL | {quantity: value}, Request("random", seed))
+                name = curves.name_of(method, curves.USUAL | {quantity: value}, Request("random", seed))
                 runs[name] = record(0.5 + off, 0.7 + off, 0.5 + off, 0.5 + off)
     curves.write_report(runs, references, tmp_path / "table")
     written = (tmp_path / "table.md").read_text()
@@ -247,9 +247,8 @@ def test_speakers_in_turn_are_compared_with_all_at_once(tmp_path):
     written = (tmp_path / "table.md").read_text()
     assert written.startswith("# Five speakers in turn, one seed")
     row = next(line for line in written.splitlines() if line.startswith(f"| {SpeakerSequences.ours} |"))
-    assert (
-        "| 0.075 | 0.075 | -0.500 | 15 |" in row
-    )  # the gap, beside that of all at once, and the first speaker is back
+    # the gap, beside that of all at once, and the first speaker is back
+    assert "| 0.075 | 0.075 | -0.500 | 15 |" in row
 
 
 # method: its variants with labels, with "kl", and with "kl" on varied samples

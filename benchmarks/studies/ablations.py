@@ -17,7 +17,7 @@ from harness import RESULTS, Records, machine_note
 from images import ImageStudy, add_folders
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
-from study import main
+from study import add_variants, main
 from tables import COLUMNS, cells, gap, peaks_of, to_markdown
 from transformers import set_seed
 
@@ -171,14 +171,12 @@ class Ablations(ImageStudy):
 def make_study(arguments: argparse.Namespace) -> Ablations:
     records = Records(RESULTS / "study_ablations.json"), Records(RESULTS / "study_images.json")
     study = Ablations(arguments.data_folder, arguments.work_folder, *records)
-    study.variants = tuple(arguments.variants or study.variants)
+    study.variants = tuple(arguments.variants)
     return study
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_folders(parser)
-    parser.add_argument(
-        "--variants", nargs="+", choices=list(VARIANTS), metavar="VARIANT", help="run now; all by default"
-    )
+    add_variants(parser, VARIANTS)
     main(make_study, parser, ("final", "memory", "report"))

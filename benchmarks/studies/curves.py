@@ -42,7 +42,7 @@ class Curves(RetentionStudy):
 
     def point(self, method: str, settings: dict, request: Request) -> dict:
         return self.records.get(
-            _name(method, settings, request),
+            name_of(method, settings, request),
             lambda: self.unlearn(request, method, RATE, CHOSEN_AT, attacked=False, extra=KL | settings),
         )
 
@@ -58,7 +58,7 @@ class Curves(RetentionStudy):
         write_report(self.records.runs, self.references.runs, RESULTS / f"study_{self.name}")
 
 
-def _name(method: str, settings: dict, request: Request) -> str:
+def name_of(method: str, settings: dict, request: Request) -> str:
     return f"{method} {request} " + " ".join(f"{name}={value:g}" for name, value in settings.items())
 
 
@@ -70,7 +70,7 @@ def write_report(runs: dict, references: dict, path: Path) -> None:
             found = {
                 value: {
                     method: [
-                        runs.get(_name(method, USUAL | {quantity: value}, Request(kind, s))) for s in Curves.seeds
+                        runs.get(name_of(method, USUAL | {quantity: value}, Request(kind, s))) for s in Curves.seeds
                     ]
                     for method in METHODS
                 }

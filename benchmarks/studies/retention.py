@@ -16,7 +16,7 @@ from harness import RESULTS, Records, machine_note
 from image_data import Request, VariedImages
 from images import ImageStudy, add_folders
 from methods import METHODS, Method
-from study import CHOSEN_AT, main
+from study import CHOSEN_AT, add_variants, main
 from tables import choose, gap, mean_and_interval, recovery
 
 from hf_orthograd.baselines import ScrubTrainer
@@ -223,15 +223,13 @@ def _measures(records: list[dict]) -> list[str]:
 
 def make_study(arguments: argparse.Namespace) -> RetentionStudy:
     study = RetentionStudy(arguments.data_folder, arguments.work_folder, Records(RESULTS / "study_retention.json"))
-    study.variants, study.kinds = tuple(arguments.variants or study.variants), tuple(arguments.kinds)
+    study.variants, study.kinds = tuple(arguments.variants), tuple(arguments.kinds)
     return study
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_folders(parser)
-    parser.add_argument(
-        "--variants", nargs="+", choices=list(VARIANTS), metavar="VARIANT", help="run now; all by default"
-    )
+    add_variants(parser, VARIANTS)
     parser.add_argument("--kinds", nargs="+", choices=ImageStudy.kinds, default=ImageStudy.kinds)
     main(make_study, parser, ("models", "tune", "final", "sizes", "attacks", "report"))

@@ -19,7 +19,7 @@ from images import ImageStudy, add_folders
 from matplotlib.figure import Figure
 from methods import unlearn
 from retention import KL
-from study import CHOSEN_AT, main
+from study import CHOSEN_AT, add_variants, main
 from tables import gap, mean_and_interval
 from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
 
@@ -287,7 +287,5 @@ def make_study(arguments: argparse.Namespace) -> SequenceStudy:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_folders(parser)
-    parser.add_argument(
-        "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT", help="run now"
-    )
+    add_variants(parser, VARIANTS)
     main(make_study, parser, ("final", "report"), ())

@@ -20,7 +20,7 @@ from retention import KL
 from sequences import ONCE, SequenceStudy, Variant
 from speech import SpeechStudy, add_folders
 from speech_data import Request, collator, train_on
-from study import main
+from study import add_variants, main
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
@@ -158,7 +158,5 @@ def make_study(arguments: argparse.Namespace) -> SpeakerSequences:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_folders(parser)
-    parser.add_argument(
-        "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT", help="run now"
-    )
+    add_variants(parser, VARIANTS)
     main(make_study, parser, ("final", "report"), ())

@@ -17,7 +17,7 @@ from harness import RESULTS, Records, machine_note
 from methods import METHODS, Bench, unlearn
 from speech import add_folders
 from speech_data import GROUPS, Request, load_speech, split, train_on
-from study import main
+from study import add_variants, main
 from tables import mean_and_interval
 
 from hf_orthograd.data import VarySpeech
@@ -217,9 +217,7 @@ def make_study(arguments: argparse.Namespace) -> Speakers:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_folders(parser)
-    parser.add_argument(
-        "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT", help="run now"
-    )
+    add_variants(parser, VARIANTS)
     parser.add_argument(
         "--shares", nargs="+", choices=list(SHARES), default=list(SHARES), help="of retain data, run now"
     )

@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -167,6 +167,13 @@ class Study:
 
 
 STAGES = ("models", "tune", "final", "sizes", "memory", "report")
+
+
+def add_variants(parser: argparse.ArgumentParser, variants: Iterable[str]) -> None:
+    names = list(variants)
+    parser.add_argument(
+        "--variants", nargs="+", choices=names, default=names, metavar="VARIANT", help="run now; all by default"
+    )
 
 
 def main(

@@ -19,7 +19,7 @@ from harness import RESULTS, Records, machine_note
 from matplotlib.figure import Figure
 from methods import METHODS, Bench
 from peft import LoraConfig, get_peft_model
-from study import main
+from study import add_variants, main
 from tables import mean_and_interval
 from text_data import QUESTIONS, answers_of, load_pretrained, read_rows, train_on, wrong_answers_of
 from transformers import DataCollatorForSeq2Seq
@@ -330,7 +330,5 @@ if __name__ == "__main__":
     parser.add_argument("--authors", type=int, default=6, help="that are learned, at most 20")
     parser.add_argument("--asked", type=int, default=20, help="most questions of each set that are asked in the end")
     parser.add_argument("--train", choices=list(RATES), default="full")
-    parser.add_argument(
-        "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT", help="run now"
-    )
+    add_variants(parser, VARIANTS)
     main(make_study, parser, ("models", "final", "report"), ())
