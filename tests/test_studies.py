@@ -191,7 +191,7 @@ def test_table_of_retain_terms_is_that_of_its_records(tmp_path):
     assert numbers_of(tmp_path / "table.md") == numbers_of(RESULTS / "study_retention.md")
 
 
-def test_table_of_four_speakers_is_that_of_its_records(tmp_path):
+def test_table_of_erased_speakers_is_that_of_its_records(tmp_path):
     runs = json.loads((RESULTS / "study_speakers.json").read_text())["runs"]
     speakers.write_report(runs, tmp_path / "table.md")
     assert numbers_of(tmp_path / "table.md") == numbers_of(RESULTS / "study_speakers.md")

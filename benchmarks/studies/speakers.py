@@ -1,13 +1,15 @@
-"""What does it cost to make Whisper-tiny fail on four speakers, and does the retain term lower it?
+"""What does it cost to make Whisper-tiny fail on speakers, and does the retain term lower it?
 
     python benchmarks/studies/speakers.py --model_folder <whisper-tiny.en> --data_folder <LibriSpeech as parquet>
 
-One model is fine-tuned on utterances of at most 13 s of 28 speakers; each of seven seeds forgets four others of them. A run ends when
-90 % of the words of 12 forgotten utterances are wrong. NPO has the learning rates of OrthoGrad. Variants, and shares of retain data, are compared by
-pairs, at that point and where the forgotten utterances' loss has reached a level. Several processes may work on the same results.
+One model is fine-tuned on utterances of at most 13 s of 28 speakers; each of seven seeds forgets four others of them. With `--kind speaker` it is
+one of 8 s, and each of five seeds forgets one speaker. A run ends when 90 % of the words of the forgotten utterances are wrong, of 12 of
+them at most. NPO has the learning rates of OrthoGrad. Variants are compared by pairs, at that point and where the forgotten
+utterances' loss has reached a level. Several processes may work on the same results.
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from erasure import Erasure
 from harness import RESULTS, Records, machine_note
 from methods import METHODS, Bench, unlearn
 from speech import add_folders
-from speech_data import GROUPS, Request, load_speech, split, train_on
+from speech_data import GROUPS, SPEAKERS, Request, load_speech, split, train_on
 from study import add_variants, main
 from tables import mean_and_interval
 
@@ -24,9 +26,42 @@ from hf_orthograd.data import VarySpeech
 from hf_orthograd.evaluation import evaluate_unlearning
 
 
-SECONDS = 13
-LEVEL = 1.0  # nats per token: half of the words are wrong; no run of the first two requests reached more than 3
-WATCHED = 12  # utterances of each set that are evaluated while unlearning
+@dataclass(frozen=True)
+class Kind:
+    """What requests of a kind are like.
+
+    Attributes:
+        speakers (`int`): Named by each.
+        seconds (`int`): Of the longest utterances.
+        steps (`int`): The most of a run.
+        level (`float`): Nats per token, at which runs are compared by loss.
+        why (`str`): When that level was set.
+        watched (`int`): Utterances of the test set that are evaluated while unlearning.
+    """
+
+    speakers: int
+    seconds: int
+    requests: int
+    steps: int
+    level: float
+    why: str
+    watched: int
+
+
+_AFTER = "that was set after the first two requests: no run reached the 4 of before"
+KINDS = {
+    "speakers": Kind(speakers=4, seconds=13, requests=GROUPS, steps=40, level=1.0, why=_AFTER, watched=12),
+    "speaker": Kind(
+        speakers=1,
+        seconds=8,
+        requests=len(SPEAKERS),
+        steps=60,
+        level=4.0,
+        why="that was set before any run",
+        watched=27,
+    ),
+}
+WATCHED = 12  # utterances of the forget set that are evaluated while unlearning
 KL = {"retain_loss": "kl"}
 WIDE = {"per_device_train_batch_size": 32}
 
@@ -51,20 +86,23 @@ COLUMNS = ("forget", "forget_unseen", "retain", "test")
 
 
 class Speakers(Erasure):
-    name, kinds, seeds = "speakers", ("speakers",), tuple(range(GROUPS))
+    name = "speakers"
     variants, shares = tuple(VARIANTS), tuple(SHARES)  # those run now
 
-    def __init__(self, model_folder: Path, data_folder: Path, work_folder: Path, records: Records):
+    def __init__(
+        self, model_folder: Path, data_folder: Path, work_folder: Path, records: Records, kind: str = "speakers"
+    ):
         self.records = self.references = records
+        self.kind, self.kinds, self.seeds = KINDS[kind], (kind,), tuple(range(KINDS[kind].requests))
         self.pretrained, self.work = model_folder, work_folder
-        self.processor, self.corpus = load_speech(model_folder, data_folder, SECONDS)
+        self.processor, self.corpus = load_speech(model_folder, data_folder, self.kind.seconds)
 
     def request(self, kind: str, seed: int) -> Request:
         return Request(seed, kind)
 
     def bench(self, kind: str) -> Bench:
         bench = super().bench(kind)
-        bench.config["max_steps"] = 40
+        bench.config["max_steps"] = self.kind.steps
         bench.evaluated = {"forget": "forget_watched", "test": "test_watched"}
         bench.measured = {name: name if name != "retain" else "retain_measured" for name in COLUMNS}
         return bench
@@ -73,12 +111,14 @@ class Speakers(Erasure):
         """Nothing is chosen on validation utterances here: they are for the test, too."""
         sets = split(request, self.corpus, retain)
         sets["test"] = concatenate_datasets([sets["test"], sets["validation"]])
-        watched = {f"{name}_watched": sets[name].take(min(WATCHED, len(sets[name]))) for name in ("forget", "test")}
-        return sets | watched
+        watched = {"forget": WATCHED, "test": self.kind.watched}
+        return sets | {
+            f"{name}_watched": sets[name].take(min(most, len(sets[name]))) for name, most in watched.items()
+        }
 
     def original(self, seed: int):
-        name = f"original-{SECONDS}s"
-        return train_on([self.corpus["train"]], 0, self.pretrained, self.work, name, SECONDS)
+        seconds = self.kind.seconds
+        return train_on([self.corpus["train"]], 0, self.pretrained, self.work, f"original-{seconds}s", seconds)
 
     def run(self, variant: str, request: Request, share: str) -> dict:
         method, rate, changes, varied = VARIANTS[variant]
@@ -109,14 +149,14 @@ class Speakers(Erasure):
 
     def stage_models(self) -> None:
         for seed in self.seeds:
-            self.reference("original", self.request("speakers", seed))
+            self.reference("original", self.request(self.kinds[0], seed))
 
     def stage_final(self) -> None:
         for share in self.shares:
             for seed in self.seeds:
                 for variant in self.variants:
-                    run = variant, self.request("speakers", seed), share
-                    self.records.get(f"{variant} speakers-{seed} {share}", lambda run=run: self.run(*run))
+                    run = variant, self.request(self.kinds[0], seed), share
+                    self.records.get(f"{variant} {run[1]} {share}", lambda run=run: self.run(*run))
 
     def stage_report(self) -> None:
         write_report(self.records.runs, RESULTS / f"study_{self.name}.md")
@@ -137,7 +177,7 @@ def _evaluations(history: list[dict]) -> list[dict]:
     return list(merged.values())
 
 
-def at_level(path: list[dict], level: float = LEVEL) -> float:
+def at_level(path: list[dict], level: float) -> float:
     """The test loss where the forgotten utterances' loss passes a level, between evaluations by a straight line."""
     losses = np.array([entry["forget_loss"] for entry in path])
     if losses.max(initial=0) < level:
@@ -151,36 +191,45 @@ def at_level(path: list[dict], level: float = LEVEL) -> float:
 
 
 def write_report(runs: dict, path: Path) -> None:
-    """Of each share of retain data: variants run for all requests of the default's, then all variants at the requests that they share."""
-    parts = ["# Making a recogniser fail on four speakers", _NOTE]
-    for share in SHARES:
-        found = {
-            variant: {s: runs[name] for s in range(GROUPS) if (name := f"{variant} speakers-{s} {share}") in runs}
-            for variant in VARIANTS
-        }
-        found = {variant: own for variant, own in found.items() if own}
-        if DEFAULT not in found:
-            continue
-        requests = [set(found[DEFAULT])]
-        shared = set.intersection(*(set(own) for own in found.values()))
-        if shared and shared != requests[0]:
-            requests.append(shared)
-        for seeds in map(sorted, requests):
-            rows = {variant: [own[s] for s in seeds] for variant, own in found.items() if own.keys() >= set(seeds)}
-            originals = [runs[f"original speakers-{seed}"] for seed in seeds]
-            which = f"{len(seeds)} requests" if len(seeds) > 1 else f"request {seeds[0]} alone"
-            title = f"## {float(share):.0%} of the retain set at hand, {4 * len(seeds)} speakers in {which}"
-            parts.append(f"{title}\n\n{_table(rows, originals)}")
+    """Of each kind of request and share of retain data: variants run for all requests of the default's, then all at those they share."""
+    parts = ["# Making a recogniser fail on speakers", _NOTE]
+    for kind, of in KINDS.items():
+        tables = [table for share in SHARES for table in _tables(runs, kind, of, share)]
+        if tables:
+            parts += [f'"By loss" is at {of.level:g} nats here, a level {of.why}.', *tables]
     path.write_text("\n\n".join([*parts, machine_note()]) + "\n")
 
 
-_NOTE = f"""Means over requests with 95 % intervals by Student's t. Word error rates; an endless transcript counts for many words, so more than all \
-may be wrong. "by loss": the test loss in nats where the forgotten utterances' loss passes {LEVEL:g}, a level \
-that was set after the first two requests: no run reached the 4 of before. Differences to the default's are paired: above zero, the \
-default keeps more."""
+def _tables(runs: dict, kind: str, of: Kind, share: str) -> list[str]:
+    found = {
+        variant: {s: runs[name] for s in range(of.requests) if (name := f"{variant} {kind}-{s} {share}") in runs}
+        for variant in VARIANTS
+    }
+    found = {variant: own for variant, own in found.items() if own}
+    if DEFAULT not in found:
+        return []
+    requests = [set(found[DEFAULT])]
+    shared = set.intersection(*(set(own) for own in found.values()))
+    if shared and shared != requests[0]:
+        requests.append(shared)
+    tables = []
+    for seeds in map(sorted, requests):
+        rows = {variant: [own[s] for s in seeds] for variant, own in found.items() if own.keys() >= set(seeds)}
+        originals = [runs[f"original {kind}-{seed}"] for seed in seeds]
+        which = f"{len(seeds)} requests" if len(seeds) > 1 else f"request {seeds[0]} alone"
+        count = of.speakers * len(seeds)
+        who = f"{count} speakers in {which}" if count > 1 else f"one speaker, {which}"
+        title = f"## {float(share):.0%} of the retain set at hand, {who}"
+        tables.append(f"{title}\n\n{_table(rows, originals, of.level)}")
+    return tables
 
 
-def _table(found: dict[str, list[dict]], originals: list[dict]) -> str:
+_NOTE = """Means over requests with 95 % intervals by Student's t. Word error rates; an endless transcript counts for many words, so more than all \
+may be wrong. "by loss": the test loss in nats where the forgotten utterances' loss passes a level, empty where a run never did. Differences to \
+the default's are paired: above zero, the default keeps more."""
+
+
+def _table(found: dict[str, list[dict]], originals: list[dict], level: float) -> str:
     heads = [
         "method",
         *COLUMNS,
@@ -192,15 +241,19 @@ def _table(found: dict[str, list[dict]], originals: list[dict]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     lines.append("| before | " + " | ".join([*_rates(originals), "", "", "", ""]) + " |")
     test = {variant: np.array([record["quality"]["test"][0] for record in own]) for variant, own in found.items()}
-    loss = {variant: np.array([at_level(record["path"]) for record in own]) for variant, own in found.items()}
+    loss = {variant: np.array([at_level(record["path"], level) for record in own]) for variant, own in found.items()}
     for variant, own in found.items():
-        differences = [mean_and_interval(each[variant] - each[DEFAULT]) for each in (test, loss)]
+        differences = [_cell(each[variant] - each[DEFAULT]) for each in (test, loss)]
         if variant == DEFAULT:
             differences = ["", ""]
-        cells = [*_rates(own), differences[0], mean_and_interval(loss[variant]), differences[1]]
+        cells = [*_rates(own), differences[0], _cell(loss[variant]), differences[1]]
         steps = ", ".join(f"{record['steps']}" for record in own)
         lines.append("| " + " | ".join([variant, *cells, steps]) + " |")
     return "\n".join(lines)
+
+
+def _cell(values: np.ndarray) -> str:
+    return "" if np.isnan(values).any() else mean_and_interval(values)
 
 
 def _rates(records: list[dict]) -> list[str]:
@@ -209,7 +262,7 @@ def _rates(records: list[dict]) -> list[str]:
 
 def make_study(arguments: argparse.Namespace) -> Speakers:
     folders = arguments.model_folder, arguments.data_folder, arguments.work_folder
-    study = Speakers(*folders, Records(RESULTS / "study_speakers.json"))
+    study = Speakers(*folders, Records(RESULTS / "study_speakers.json"), arguments.kind)
     study.variants, study.shares = tuple(arguments.variants), tuple(arguments.shares)
     return study
 
@@ -218,6 +271,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_folders(parser)
     add_variants(parser, VARIANTS)
+    parser.add_argument("--kind", choices=list(KINDS), default="speakers", help="of a request: four speakers, or one")
     parser.add_argument(
         "--shares", nargs="+", choices=list(SHARES), default=list(SHARES), help="of retain data, run now"
     )
