@@ -19,7 +19,7 @@ from hf_orthograd.gradients import (
 )
 from hf_orthograd.objectives import PerSampleLoss
 from hf_orthograd.parallel import Parameters
-from hf_orthograd.preparation import KeepPredictions, StartingModel
+from hf_orthograd.preparation import KeepPredictions, KeepStoredPredictions, StartingModel
 from hf_orthograd.projection import solve_projection, solve_projections, update_weights
 
 
@@ -150,7 +150,7 @@ def make_setup(name: str, lora: bool, samples: int, device: str) -> Setup:
 
 
 def _engine_step(
-    engine_class, parts: int | None = None, keeps_predictions: bool = False
+    engine_class, parts: int | None = None, make_term: Callable[[Setup], KeepPredictions] | None = None
 ) -> Callable[[Setup], Callable[[], None]]:
     def prepare(setup: Setup) -> Callable[[], None]:
         engine, size = engine_class(setup.parameters, setup.losses), len(setup.retain["labels"])
@@ -159,10 +159,11 @@ def _engine_step(
             engine.chunk_size = max(1, size // parts)
             forget = {name: tensor[: engine.chunk_size] for name, tensor in forget.items()}
 
-        term = KeepPredictions(StartingModel(setup.model), setup.losses) if keeps_predictions else None
+        term = make_term(setup) if make_term is not None else None
+        rows = torch.arange(size, device=device)
 
         def step() -> None:
-            batches = [ForgetBatch(forget, len(forget["labels"]))], [Batch(setup.retain, size)]
+            batches = [ForgetBatch(forget, len(forget["labels"]))], [Batch(setup.retain, size, rows=rows)]
             gradients = engine.measure(setup.model, *batches, retain_term=term)
             grams = summarize_step(gradients).grams
             projection = solve_projections(grams) if grams else None
@@ -173,6 +174,16 @@ def _engine_step(
         return step
 
     return prepare
+
+
+def _start_at_hand(setup: Setup) -> KeepPredictions:
+    return KeepPredictions(StartingModel(setup.model), setup.losses)
+
+
+def _start_stored(setup: Setup) -> KeepPredictions:
+    size = len(setup.retain["labels"])
+    batch = Batch(setup.retain, size, rows=torch.arange(size, device=setup.parameters.device))
+    return KeepStoredPredictions(StartingModel(setup.model), setup.losses, [batch])
 
 
 def _two_pass_step(setup: Setup) -> Callable[[], None]:
@@ -238,7 +249,8 @@ METHODS: dict[str, Callable[[Setup], Callable[[], None]]] = {
     "graddiff": _engine_step(PlainEngine),
     "two_pass": _two_pass_step,
     "gram": _engine_step(GramEngine),
-    "gram_kl": _engine_step(GramEngine, keeps_predictions=True),
+    "gram_kl": _engine_step(GramEngine, make_term=_start_at_hand),
+    "gram_kl_stored": _engine_step(GramEngine, make_term=_start_stored),
     "gram_chunks": _engine_step(GramEngine, parts=8),
     "func": _engine_step(FunctionalEngine),
     "loop": _engine_step(LoopEngine),

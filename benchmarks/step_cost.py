@@ -8,6 +8,8 @@
         --memory_methods                                 # all four take part in every round
     python benchmarks/step_cost.py --results two_pass --samples 8 --train full --methods two_pass gram \\
         --models wav2vec2-base-12s --repeats 4 --memory_methods  # more rounds
+    python benchmarks/step_cost.py --results stored --samples 8 --train full --models vit-b-16 \
+        --methods graddiff gram gram_kl gram_kl_stored  # a classifier's starting predictions found once
     python benchmarks/step_cost.py --report              # table and plot from what was measured so far
 
 Methods of one model take turns within one process, and the median of their times is kept. Each peak of memory is that of
@@ -101,7 +103,7 @@ def time_methods(name: str, lora: bool, samples: int, methods: list[str], argume
     steps, times, failures = {}, {method: [] for method in methods}, {}
     for round_number in range(arguments.repeats):
         for method in methods:
-            ours = method in (_BASELINE, _TWO_PASSES, "gram", "gram_kl")
+            ours = method in (_BASELINE, _TWO_PASSES, "gram", "gram_kl", "gram_kl_stored")
             if method in failures or (round_number and not ours):
                 continue
             try:

@@ -42,7 +42,14 @@ _INTEGERS = {
     "monitor_steps": (0, True),
     "stop_patience": (0, False),
 }
-_SWITCHES = ("check_overlap", "freeze_batch_norm", "merge_adapter", "stop_greater_is_better", "squash_history")
+_SWITCHES = (
+    "precompute_ref_logits",
+    "check_overlap",
+    "freeze_batch_norm",
+    "merge_adapter",
+    "stop_greater_is_better",
+    "squash_history",
+)
 
 
 @dataclass
@@ -67,6 +74,9 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
             samples whose labels are trained on are learned by heart, and the rest of the retained data pays. The
             projection is on the gradients of the loss in either case. "kl" takes a forward pass of the starting model
             at each step, and one more copy of what is trained.
+        precompute_ref_logits (`bool`, *optional*, defaults to `False`):
+            Whether "kl" computes the starting model's predictions on all retain samples once, before training, and then
+            needs neither. For classifiers of whole samples that do not vary from step to step.
         npo_beta (`float`, *optional*, defaults to `1.0`):
             Inverse temperature of NPO and SimNPO, in 1 / nats of per-sample loss. The larger, the sooner a sample
             counts as forgotten.
@@ -142,19 +152,18 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
 
     alpha: float = field(
         default=0.5,
-        metadata={
-            "help": "Weight of the retain mean in the update; the projected forget gradient has weight 1 - alpha."
-        },
+        metadata={"help": "Weight of the retain mean; the projected forget gradient has weight 1 - alpha."},
     )
     forget_loss: str = field(
-        default="npo",
-        metadata={"help": "What is ascended on the forget set: the bounded 'npo' or 'simnpo', or 'ascent'."},
+        default="npo", metadata={"help": "What is ascended: the bounded 'npo' or 'simnpo', or 'ascent'."}
     )
     retain_loss: str = field(
         default="nll",
-        metadata={
-            "help": "What is descended on the retain set: the labels' loss, 'nll', or the change of predictions, 'kl'."
-        },
+        metadata={"help": "What is descended on the retain set: 'nll', or 'kl', how predictions change."},
+    )
+    precompute_ref_logits: bool = field(
+        default=False,
+        metadata={"help": "Whether predictions for 'kl' are computed once, and the starting model let go."},
     )
     npo_beta: float = field(
         default=1.0, metadata={"help": "Inverse temperature of NPO and SimNPO, in 1 / nats of per-sample loss."}
@@ -163,8 +172,7 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
         default=0.0, metadata={"help": "Margin of SimNPO, which `npo_beta` times a sample's loss is to reach."}
     )
     per_device_forget_batch_size: int = field(
-        default=8,
-        metadata={"help": "Number m of forget samples per step and device; no more than the forget set has."},
+        default=8, metadata={"help": "Number m of forget samples per step and device, at most the forget set."}
     )
     projection: str = field(
         default="orthogonal",
@@ -196,8 +204,7 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
         default=None, metadata={"help": "Samples that the 'func' engine vectorises at once; all by default."}
     )
     retain_chunk_size: int | None = field(
-        default=None,
-        metadata={"help": "Retain samples that memory holds at once under the 'gram' engine; all by default."},
+        default=None, metadata={"help": "Retain samples that the 'gram' engine holds at once; all by default."}
     )
     check_overlap: bool = field(
         default=True, metadata={"help": "Whether rows that stand in both sets are looked for at the start."}

@@ -17,7 +17,7 @@ from . import checkpoints, evaluation, parallel, preparation, publishing, trials
 from .annotations import AnyDataset, EvalDatasets, NumItems, Processor, TrainDataset
 from .any_arguments import AnyArgumentsTrainer
 from .config import OrthoGradConfig, with_unlearning
-from .data import Batch, ForgetStream, PairedBatches, RowSource, fill_last_batch
+from .data import Batch, ForgetStream, PairedBatches, RowSource, batches_in_order, fill_last_batch
 from .gradients import ForgetBatch, GradientEngine, check_finite, mean_retain_term, summarize_step, value_of
 from .objectives import PerSampleLoss
 from .projection import solve_projections, update_weights
@@ -112,6 +112,7 @@ class OrthoGradTrainer(AnyArgumentsTrainer):
         validation.find_parameters(model, args)
         self.per_sample_loss = PerSampleLoss(model, self.per_sample_loss_func, self.divergence_func)
         validation.check_retain_loss(args, self.per_sample_loss, self.ref_model, model)
+        validation.check_precomputed(args, self.per_sample_loss, self.train_dataset)
         if args.check_overlap and self.has_retain and self.is_world_process_zero():
             validation.check_overlap(self.forget_dataset, self.train_dataset, self.per_sample_loss.model)
         self._observers = watching.set_callbacks(self)
@@ -137,7 +138,8 @@ class OrthoGradTrainer(AnyArgumentsTrainer):
         self._recorded.clear()
         plain = self.accelerator.unwrap_model(self.model)
         self.per_sample_loss = PerSampleLoss(plain, self.per_sample_loss_func, self.divergence_func)
-        self.retain_term = preparation.prepare_retain_term(self, self._start) if self.args.keeps_predictions else None
+        start, self._start = self._start, None
+        self.retain_term = preparation.prepare_retain_term(self, start) if self.args.keeps_predictions else None
         self._forget_stream = ForgetStream(self._source("forget_dataset"), args, self._train_batch_size, self.group)
         if self.is_world_process_zero() and self.has_retain:
             validation.check_steps(self.args, self._train_batch_size, self.train_dataset)
@@ -176,9 +178,9 @@ class OrthoGradTrainer(AnyArgumentsTrainer):
                 is_training=True,
             )
 
-    def forget_batches(self) -> Iterator[Batch]:
-        """The forget set once, in the order of its rows, on the device, the same in every process."""
-        for inputs in self._forget_stream.in_order(self.args.per_device_eval_batch_size):
+    def batches_in_order(self, name: str) -> Iterator[Batch]:
+        """ "forget_dataset" or "train_dataset" once, in the order of its rows, on the device, the same in every process."""
+        for inputs in batches_in_order(self._source(name), self.args):
             yield Batch.of(self._prepare_inputs(inputs))
 
     def first_batch(self, name: str, count: int, start: int = 0) -> Batch:

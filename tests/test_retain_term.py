@@ -1,6 +1,7 @@
 """What is descended on retain samples in place of their labels' loss: the change of predictions since the start."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -152,10 +153,10 @@ def test_the_start_reads_what_the_model_reads(make_samples):
     model = MODELS["wav2vec2"]()
     model.config.apply_spec_augment = True
     model.train()
-    losses, inputs = PerSampleLoss(model), batch_of(make_samples("wav2vec2", 4))
+    losses, batch = PerSampleLoss(model), retain_batch(batch_of(make_samples("wav2vec2", 4)))
     term = KeepPredictions(StartingModel(model), losses)
-    first, divergences = term(model, inputs)
-    again, _ = term(model, inputs)
+    first, divergences = term(model, batch)
+    again, _ = term(model, batch)
     assert divergences.abs().max() < 1e-6
     assert (first - again).abs().max() > 1e-3  # and masks differ from pass to pass
 
@@ -247,6 +248,101 @@ def test_a_run_holds_on_to_another_model(tmp_path):
     args.retain_loss = "nll"
     with pytest.raises(ValueError, match="`ref_model` is given, but `retain_loss` is 'nll'"):
         OrthoGradTrainer(model, args, ref_model=other, **sets)
+
+
+STORED = KL | {"precompute_ref_logits": True}
+
+
+@pytest.mark.parametrize("more", [{}, {"projection": "none"}, {"retain_chunk_size": 3}, {"gradient_engine": "func"}])
+def test_predictions_found_once_make_the_same_run(more, tmp_path):
+    """The starting model runs on the retain set before the first step and no more, also where a run goes on."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    expected = train(tmp_path, "vit", False, settings(8, **KL, **more, max_steps=4))
+    found = train(tmp_path / "stored", "vit", False, settings(8, **STORED, **more, **saving))
+    for name, parameter in end_of(expected).items():  # the bias of keys has no gradient but rounding
+        assert (end_of(found)[name] - parameter).norm() <= 1e-5 * parameter.norm() + 1e-7, name
+    checkpoint = str(tmp_path / "stored" / "checkpoint-2")
+    resumed = train(tmp_path, "vit", False, settings(8, **STORED, **more, max_steps=4), resume=checkpoint)
+    assert all(torch.equal(own, end_of(found)[name]) for name, own in end_of(resumed).items())
+
+
+def test_predictions_found_once_leave_no_starting_model(tmp_path, monkeypatch):
+    """Neither a copy of what is trained nor a forward pass of it outlives the first step's preparation."""
+    starts, runs = [], []
+    monkeypatch.setattr(StartingModel, "__init__", _noting(StartingModel.__init__, starts))
+    monkeypatch.setattr(StartingModel, "run", _noting(StartingModel.run, runs))
+
+    class Looks(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.alive = getattr(self, "alive", []) + [starts[0]() is not None]
+
+    looks = Looks()
+    trainer = train(tmp_path, "vit", False, settings(8, **STORED, max_steps=1))
+    again = OrthoGradTrainer(
+        trainer.model,
+        trainer.args,
+        train_dataset=trainer.train_dataset,
+        forget_dataset=trainer.forget_dataset,
+        callbacks=[looks],
+    )
+    starts.clear(), runs.clear()
+    again.args.max_steps = 3
+    again.train()
+    assert looks.alive == [False] * 3 and len(starts) == 1
+    assert len(runs) == -(-len(trainer.train_dataset) // again.args.per_device_eval_batch_size)
+    copied = sum(parameter.nbytes for parameter in again.model.parameters() if parameter.requires_grad)
+    found = again.estimate()
+    again.args.precompute_ref_logits = False
+    usual = again.estimate()
+    assert usual.memory - found.memory == copied - len(trainer.train_dataset) * 5 * 4
+    assert usual.relative_time > found.relative_time
+
+
+def _noting(method, noted):
+    def noting(self, *args):
+        noted.append(weakref.ref(self))
+        return method(self, *args)
+
+    return noting
+
+
+class Varying(torch.utils.data.Dataset):
+    """Other pixels at each reading."""
+
+    def __init__(self, dataset):
+        self._dataset = dataset
+
+    def __len__(self):
+        return len(self._dataset)
+
+    def __getitem__(self, row):
+        example = self._dataset[row]
+        return example | {"pixel_values": example["pixel_values"] + torch.randn(())}
+
+
+def test_what_varies_is_not_found_once(tmp_path):
+    base = train(tmp_path, "vit", False, settings(8, **STORED, max_steps=1))
+
+    def make(kind="vit", dataset=None, spec_augment=None, **changes):
+        args = copy.copy(base.args)
+        for name, value in changes.items():
+            setattr(args, name, value)
+        model = MODELS[kind]()
+        if spec_augment is not None:
+            model.config.apply_spec_augment = spec_augment
+        dataset = base.train_dataset if dataset is None else dataset
+        return OrthoGradTrainer(
+            model, args, train_dataset=dataset, forget_dataset=base.forget_dataset, data_collator=default_collate
+        )
+
+    with pytest.raises(ValueError, match="vary from one reading to the next: 'pixel_values'"):
+        make(dataset=Varying(base.train_dataset), check_overlap=False).train()
+    with pytest.raises(ValueError, match="`retain_loss` is 'nll' with `alpha` 0.7, so that nothing"):
+        make(retain_loss="nll")
+    with pytest.raises(ValueError, match="for classifiers of whole samples"):
+        make(kind="llama", check_overlap=False)
+    with pytest.raises(ValueError, match="masks what it reads anew"):
+        make(spec_augment=True)
 
 
 @pytest.mark.parametrize("more", [{"projection_target": "update"}, {"projection": "none"}, {"retain_chunk_size": 3}])

@@ -63,7 +63,7 @@ class Batch:
         if term is None:
             losses = self._checked(per_sample_losses(model, self.inputs))
             return losses, losses
-        losses, terms = term(model, self.inputs)
+        losses, terms = term(model, self)
         return self._checked(losses), self._checked(terms)
 
     def _checked(self, losses: Tensor) -> Tensor:

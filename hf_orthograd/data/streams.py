@@ -48,12 +48,12 @@ class ForgetStream:
     """
 
     def __init__(self, source: RowSource, args: OrthoGradConfig, train_batch_size: int, group: ProcessGroup):
-        self._dataset, self._collator, self._args, self._group = source.dataset, source.collator, args, group
+        self._source, self._args, self._group = source, args, group
         asked = args.per_device_forget_batch_size
         size = max(1, asked * train_batch_size // args.train_batch_size) if train_batch_size else asked
         if size < asked:
             logger.warning(f"Forget batches shrink as the retain batches do, from {asked} to {size} rows.")
-        self._batch_size = min(size, len(self._dataset))
+        self._batch_size = min(size, len(self._source.dataset))
         self._batches: Iterator[Mapping] | None = None
 
     def start(self, global_step: int, retain_loader: DataLoader, accumulation: int) -> None:
@@ -70,31 +70,32 @@ class ForgetStream:
             number = epochs * len(retain_loader) + updates * accumulation
         seed = self._args.seed if self._args.data_seed is None else self._args.data_seed
         place = self._group.process_index, self._group.num_processes
-        sampler = CyclingBatchSampler(len(self._dataset), self._batch_size, seed, number, *place)
-        self._batches = iter(self._loader(batch_sampler=sampler))
+        sampler = CyclingBatchSampler(len(self._source.dataset), self._batch_size, seed, number, *place)
+        self._batches = iter(_loader(self._source, self._args, batch_sampler=sampler))
 
     def next_batch(self) -> dict:
         """On its way to the device, which need not wait for it: memory is pinned where there is one."""
         return send_to_device(dict(next(self._batches)), self._args.device, non_blocking=True)
 
-    def in_order(self, batch_size: int) -> Iterator[Mapping]:
-        """Each row once, in order, in every process alike."""
-        return iter(self._loader(batch_size=batch_size))
 
-    def _loader(self, **sampling) -> DataLoader:
-        args = self._args
-        return DataLoader(
-            self._dataset,
-            collate_fn=self._collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
-            prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
-            # a generator of its own: drawing from the global one would shift the dropout of the training steps
-            generator=torch.Generator().manual_seed(args.seed),
-            **sampling,
-        )
+def batches_in_order(source: RowSource, args: OrthoGradConfig) -> Iterator[Mapping]:
+    """Each row once, in order, in every process alike, in batches as those of evaluation."""
+    return iter(_loader(source, args, batch_size=args.per_device_eval_batch_size))
+
+
+def _loader(source: RowSource, args: OrthoGradConfig, **sampling) -> DataLoader:
+    return DataLoader(
+        source.dataset,
+        collate_fn=source.collator,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+        prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        # a generator of its own: drawing from the global one would shift the dropout of the training steps
+        generator=torch.Generator().manual_seed(args.seed),
+        **sampling,
+    )
 
 
 class CyclingBatchSampler(Sampler):

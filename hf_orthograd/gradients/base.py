@@ -1,7 +1,7 @@
 """What every gradient engine offers the trainer, whichever way it comes by the inner products."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,8 @@ from ..projection import UpdateWeights
 from .products import own_memory
 
 
-# maps (model, inputs) of a retain batch to its losses and to what is descended in their place, both (size,)
-RetainTerm = Callable[[nn.Module, Mapping], tuple[Tensor, Tensor]]
+# maps (model, retain batch) to its losses and to what is descended in their place, both (size,)
+RetainTerm = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
 # maps forget losses (m,) to the slopes (m,) of the forget objective at them
 Slopes = Callable[[Tensor], Tensor]
 
@@ -166,7 +166,7 @@ class GradientEngine(ABC):
             keep_gradients (`bool`): Whether the retain gradients, if they are kept at all, are to be there until the step
                 is made.
             per_parameter (`bool`): Whether the Gram matrix of each parameter is wanted, and not only their sum.
-            retain_term (`Callable`, *optional*): Maps (model, inputs) of a retain batch to its losses, whose gradients are
+            retain_term (`Callable`, *optional*): Maps (model, retain batch) to its losses, whose gradients are
                 projected on, and to what is descended in their place, both (size,).
 
         Raises:

@@ -93,6 +93,11 @@ class PerSampleLoss:
         return () if self._family is None else self._family.label_names
 
     @property
+    def is_of_whole_samples(self) -> bool:
+        """Whether a sample has one row of logits, which alone says how far its prediction has gone."""
+        return isinstance(self._family, ClassHead) and self._compute_divergence_func is None
+
+    @property
     def num_classes(self) -> int | None:
         """How many values a label may have, where the family and the model's configuration say."""
         return None if self._family is None else self._family.num_classes(self.model.config)

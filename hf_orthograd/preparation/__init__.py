@@ -2,12 +2,13 @@
 
 from .engines import prepare_engine, prepare_retain_term
 from .estimate import Estimate, estimate_run, estimate_step
-from .starting_model import KeepPredictions, ReferenceModel, StartingModel
+from .starting_model import KeepPredictions, KeepStoredPredictions, ReferenceModel, StartingModel
 
 
 __all__ = [
     "Estimate",
     "KeepPredictions",
+    "KeepStoredPredictions",
     "ReferenceModel",
     "StartingModel",
     "estimate_run",

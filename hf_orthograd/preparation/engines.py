@@ -10,7 +10,7 @@ from .. import callbacks, validation
 from ..gradients import GradientEngine, MeanEngine, PlainEngine, choose_engine
 from ..parallel.sharding import is_sharded, unshard
 from ..trials import preserved_random_state
-from .starting_model import KeepPredictions, ReferenceModel, StartingModel
+from .starting_model import KeepPredictions, KeepStoredPredictions, ReferenceModel, StartingModel
 
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def prepare_retain_term(trainer: "OrthoGradTrainer", start: StartingModel | None
         start ([`StartingModel`], *optional*): The model as it was before a checkpoint was loaded, if one was.
 
     Raises:
-        ValueError: A run goes on whose starting model is gone, or another than it was.
+        ValueError: A run goes on whose starting model is gone, or another than it was; or predictions are to be found once for
+            samples that vary.
     """
     if trainer.ref_model is not None:
         start = ReferenceModel(trainer.ref_model, trainer.args.device)
@@ -88,4 +89,8 @@ def prepare_retain_term(trainer: "OrthoGradTrainer", start: StartingModel | None
         start = StartingModel(trainer.accelerator.unwrap_model(trainer.model))
     fingerprint = callbacks.find_callback(trainer.callback_handler, callbacks.StartingFingerprint)
     fingerprint.begin_run(trainer.state, start.fingerprint(trainer.group))
-    return KeepPredictions(start, trainer.per_sample_loss)
+    if not trainer.args.precompute_ref_logits:
+        return KeepPredictions(start, trainer.per_sample_loss)
+    validation.check_samples_are_fixed(lambda: trainer.first_batch("train_dataset", trainer.args.train_batch_size))
+    with trainer.compute_loss_context_manager():
+        return KeepStoredPredictions(start, trainer.per_sample_loss, trainer.batches_in_order("train_dataset"))

@@ -163,10 +163,18 @@ def estimate_run(trainer: "OrthoGradTrainer") -> Estimate:
             chunk_size=chunk_size,
             optimizer_bytes=optimizer_state_bytes(args.optim.value),
             keeps_predictions=args.keeps_predictions,
-            reference_bytes=sum(p.nbytes for p in trainer.ref_model.parameters())
-            if trainer.ref_model is not None
-            else 0,
+            start_bytes=_start_bytes(trainer),
+            start_runs=not args.precompute_ref_logits,
         )
+
+
+def _start_bytes(trainer: "OrthoGradTrainer") -> int | None:
+    """Of a model held beside the one that is trained, and of predictions found once; `None` for a copy of what is trained."""
+    if trainer.ref_model is None and not trainer.args.precompute_ref_logits:
+        return None
+    held = sum(p.nbytes for p in trainer.ref_model.parameters()) if trainer.ref_model is not None else 0
+    rows = len(trainer.train_dataset) if trainer.args.precompute_ref_logits else 0
+    return held + rows * (trainer.per_sample_loss.num_classes or 0) * 4
 
 
 def estimate_step(
@@ -182,7 +190,8 @@ def estimate_step(
     chunk_size: int | None,
     optimizer_bytes: int,
     keeps_predictions: bool = False,
-    reference_bytes: int = 0,
+    start_bytes: int | None = None,
+    start_runs: bool = True,
 ) -> Estimate:
     """Counts a step from a few samples of each batch, padded as the batch is.
 
@@ -194,7 +203,8 @@ def estimate_step(
         chunk_size (`int`, *optional*): Retain samples that memory holds at once.
         optimizer_bytes (`int`): State of the optimizer for each trained number.
         keeps_predictions (`bool`): Whether retain samples are held by the starting model's predictions.
-        reference_bytes (`int`): Of another model that they are held by in its place.
+        start_bytes (`int`, *optional*): What those take; by default a copy of what is trained.
+        start_runs (`bool`): Whether they are found at each step.
     """
     on_forget = _sample(model, per_sample_losses, parameters, forget)
     on_retain = _sample(model, per_sample_losses, parameters, retain) if num_retain else on_forget
@@ -217,9 +227,9 @@ def estimate_step(
     elif engine != "none":
         graph, rows, extra = _count_rows(engine, on_retain.needed, forget_graph, num_retain, trained)
         memory, work = resident + (2 + rows) * gradients + graph + working, needed_work + extra
-    if keeps_predictions:  # a copy of what is trained, its forward pass, and with a projection a backward pass
-        memory += reference_bytes or gradients
-        work += num_retain * on_retain.needed.multiplications / (3 if engine == "none" else 1)
+    if keeps_predictions:  # a forward pass, a third of both, and with a projection a backward pass of the term's own
+        memory += gradients if start_bytes is None else start_bytes
+        work += (start_runs + 2 * (engine != "none")) / 3 * num_retain * on_retain.needed.multiplications
     return Estimate(
         engine=engine,
         **_count_numbers(model, parameters),

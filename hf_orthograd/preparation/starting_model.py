@@ -1,12 +1,15 @@
 """The model that a run starts from, whose predictions on retain samples the run is to keep."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import ModelOutput
 
+from ..data import Batch
 from ..objectives import PerSampleLoss
 from ..parallel import ProcessGroup
 from ..parallel.sharding import is_sharded, reshard
@@ -96,11 +99,38 @@ class KeepPredictions:
     def __init__(self, start: StartingModel, per_sample_loss: PerSampleLoss):
         self._start, self._per_sample_loss = start, per_sample_loss
 
-    def __call__(self, model: nn.Module, inputs: Mapping) -> tuple[Tensor, Tensor]:
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """One forward pass of the model gives both, beside one of the starting model without gradients."""
-        before = self._start.run(lambda start: self._per_sample_loss.outputs(start, inputs))
-        losses, outputs = self._per_sample_loss.with_outputs(model, inputs)
-        return losses, self._per_sample_loss.divergences(outputs, before, inputs)
+        before = self.start_outputs(batch)
+        losses, outputs = self._per_sample_loss.with_outputs(model, batch.inputs)
+        return losses, self._per_sample_loss.divergences(outputs, before, batch.inputs)
+
+    def start_outputs(self, batch: Batch) -> ModelOutput:
+        """What the starting model answers to a retain batch."""
+        return self._start.run(lambda start: self._per_sample_loss.outputs(start, batch.inputs))
+
+
+class KeepStoredPredictions(KeepPredictions):
+    """The same from the starting model's logits on all retain samples, found once: neither it nor its forward pass is needed again.
+
+    Args:
+        start ([`StartingModel`]): Not kept.
+        per_sample_loss ([`PerSampleLoss`]): Of a classifier of whole samples.
+        batches (`Iterable[Batch]`): The retain set, with row numbers, the same in every process.
+    """
+
+    def __init__(self, start: StartingModel, per_sample_loss: PerSampleLoss, batches: Iterable[Batch]):
+        super().__init__(start, per_sample_loss)
+        rows, logits = [], []
+        for batch in batches:
+            rows.append(batch.rows)
+            logits.append(super().start_outputs(batch).logits)
+        self._logits = torch.empty_like(found := torch.cat(logits))
+        self._logits[torch.cat(rows)] = found
+        del self._start
+
+    def start_outputs(self, batch: Batch) -> ModelOutput:
+        return SequenceClassifierOutput(logits=self._logits[batch.rows])
 
 
 def _changing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -19,7 +19,13 @@ from .launch import (
     freeze_batch_norm,
     warn_of_half_precision,
 )
-from .samples import check_per_sample, check_retain_loss, check_samples
+from .samples import (
+    check_per_sample,
+    check_precomputed,
+    check_retain_loss,
+    check_samples,
+    check_samples_are_fixed,
+)
 
 
 __all__ = [
@@ -29,8 +35,10 @@ __all__ = [
     "check_launch",
     "check_overlap",
     "check_per_sample",
+    "check_precomputed",
     "check_retain_loss",
     "check_samples",
+    "check_samples_are_fixed",
     "check_steps",
     "find_parameters",
     "freeze_batch_norm",

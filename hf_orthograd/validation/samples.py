@@ -1,6 +1,6 @@
 """A few samples of each set: their labels, and whether the loss is one number for each, of that sample alone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from datasets import Dataset
@@ -68,6 +68,46 @@ def check_retain_loss(
             "`retain_loss` is 'kl', and with a `compute_loss_func` of your own it is not known what diverges. Pass "
             "`compute_divergence_func(outputs, start_outputs, labels)` that returns shape (batch size,), or set "
             "retain_loss='nll'."
+        )
+
+
+def check_precomputed(args: OrthoGradConfig, per_sample_loss: PerSampleLoss, train_dataset: object) -> None:
+    """Checks that the starting model's predictions can be found once for all steps, where `precompute_ref_logits` asks for it.
+
+    Raises:
+        ValueError: Nothing is held to them, they are more than a row of logits for each sample, samples have no row numbers, or
+            the model masks what it reads.
+    """
+    if not args.precompute_ref_logits:
+        return
+    reason = None
+    if not args.keeps_predictions:
+        reason = f"`retain_loss` is {args.retain_loss!r} with `alpha` {args.alpha}, so that nothing is held to them"
+    elif not per_sample_loss.is_of_whole_samples:
+        reason = "that is for classifiers of whole samples, with their own loss and divergence"
+    elif not hasattr(train_dataset, "__len__"):
+        reason = "`train_dataset` is a stream, whose samples have no numbers to find them by"
+    elif getattr(per_sample_loss.model.config, "apply_spec_augment", False):
+        reason = "the model masks what it reads anew at each step (`config.apply_spec_augment`)"
+    if reason is not None:
+        raise ValueError(f"`precompute_ref_logits` is True, but {reason}. Leave it out, or change that.")
+
+
+def check_samples_are_fixed(first_batch: Callable[[], Batch]) -> None:
+    """Reads the first samples twice.
+
+    Raises:
+        ValueError: They came out differently.
+    """
+    once, again = (first_batch().inputs for _ in range(2))
+    varying = [
+        name for name, value in once.items() if isinstance(value, Tensor) and not torch.equal(value, again[name])
+    ]
+    if varying:
+        raise ValueError(
+            "`precompute_ref_logits` is True, but samples of `train_dataset` vary from one reading to the next: "
+            f"{', '.join(map(repr, varying))}. Predictions found once are not those of what a step sees. Leave "
+            "`precompute_ref_logits` out, or the variation."
         )
 
 

@@ -69,7 +69,8 @@ def split_samples(batches: list[Batch], size: int | None) -> list[Chunk]:
         for first in range(0, batch.size, size or batch.size):
             last = min(first + (size or batch.size), batch.size)
             inputs = batch.inputs if last - first == batch.size else _cut(batch, slice(first, last), size)
-            chunks.append(Chunk(inputs, last - first, slice(start + first, start + last)))
+            rows = batch.rows if batch.rows is None else batch.rows[first:last]
+            chunks.append(Chunk(inputs, last - first, slice(start + first, start + last), rows=rows))
         start += batch.size
     for chunk in chunks:
         chunk.repeats = len(chunks) > 1
