@@ -12,6 +12,7 @@ from hf_orthograd.baselines import (
     BadTeacherTrainer,
     GruTrainer,
     GuTrainer,
+    OnpoTrainer,
     RandomLabelTrainer,
     RmuTrainer,
     SamTrainer,
@@ -359,6 +360,42 @@ def test_sam_takes_the_forget_gradient_where_forgetting_is_worst(vit_trainer):
         torch.nn.utils.vector_to_parameters(flat(expected) - RATE * update, expected.parameters())
     trainer.train()
     torch.testing.assert_close(flat(trainer.model), flat(expected), rtol=0, atol=1e-5)
+
+
+def test_onpo_leaves_earlier_requests_alone(vit_trainer):
+    """Two runs: the first is NPO, the second has no part along the forget gradients that the first kept."""
+    first = vit_trainer(OnpoTrainer, max_steps=3, options={"rank": 2}, alpha=0.3)
+    forget, retain = batch_of(first.forget_dataset), batch_of(first.train_dataset)
+    start, expected, kept = copy.deepcopy(first.model), copy.deepcopy(first.model), []
+
+    def update(start):
+        ascended = gradient(expected, lambda model: npo(model, start, forget))
+        return ascended, 0.7 * ascended + 0.3 * gradient(expected, lambda model: mean_surprise(model, retain))
+
+    for _ in range(3):
+        ascended, step = update(start)
+        kept.append(ascended)
+        torch.nn.utils.vector_to_parameters(flat(expected) - RATE * step, expected.parameters())
+    first.train()
+    torch.testing.assert_close(flat(first.model), flat(expected), rtol=0, atol=1e-5)
+    torch.testing.assert_close(first.directions, torch.stack(kept[-2:]), rtol=1e-3, atol=1e-5)
+
+    options = {"rank": 1, "earlier": first.directions}
+    second = vit_trainer(OnpoTrainer, max_steps=2, options=options, alpha=0.3)
+    second.model.load_state_dict(first.model.state_dict())
+    expected = copy.deepcopy(first.model)
+    start = copy.deepcopy(expected)
+    rows = torch.linalg.qr(first.directions.T.double())[0].T
+    for _ in range(2):
+        ascended, step = update(start)
+        step = step - (rows.T @ (rows @ step.double())).float()
+        torch.nn.utils.vector_to_parameters(flat(expected) - RATE * step, expected.parameters())
+    second.train()
+    torch.testing.assert_close(flat(second.model), flat(expected), rtol=0, atol=1e-5)
+    moved = flat(second.model) - flat(first.model)
+    assert (rows @ moved.double()).norm() < 1e-4 * moved.norm() and second.directions.shape == (3, len(moved))
+    with pytest.raises(ValueError, match=r"`earlier` must have shape \(directions, \d+\).* but has \(2, 5\)"):
+        vit_trainer(OnpoTrainer, options={"earlier": torch.zeros(2, 5)})
 
 
 def test_rmu_steers_hidden_states(make_model, make_samples, tmp_path):

@@ -14,6 +14,7 @@ from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
 from hf_orthograd.baselines import (
     BASELINES,
     BadTeacherTrainer,
+    OnpoTrainer,
     RandomLabelTrainer,
     RmuTrainer,
     ScrubTrainer,
@@ -60,6 +61,7 @@ METHODS = {
     "bad_teacher": Method("Bad Teacher", trainer=BadTeacherTrainer),
     "undial": Method("UNDIAL", trainer=UndialTrainer, compared=False),
     "rmu": Method("RMU", trainer=RmuTrainer, compared=False),
+    "onpo": Method("ONPO", trainer=OnpoTrainer, compared=False),
     "random_labels": Method("random labels", trainer=RandomLabelTrainer),
     "salun": Method("SalUn", trainer=_salun),
     "ssd": Method("SSD", rule=False),

@@ -62,6 +62,8 @@ VARIANTS = {
     "NPO, kl, varied": Variant("npo", 1e-4, **_VARIED),
     "NPO, kl, varied, to the original, 3e-5": Variant("npo", 3e-5, **_VARIED, to_original=True),
     "NPO": Variant("npo", 1e-4),
+    "ONPO": Variant("onpo", 1e-4),
+    "ONPO, kl, varied, to the original, 3e-5": Variant("onpo", 3e-5, **_VARIED, to_original=True),
     "GradDiff": Variant("graddiff", 3e-5),
 }
 ONCE = "all at once"
@@ -105,6 +107,8 @@ class SequenceStudy(ImageStudy):
             now = sets | {"forget": part, "retain": retain}
             trainer, record = unlearn(bench, own.method, own.rate, model, now, request.seed, own.extra)
             model = trainer.model
+            if own.method == "onpo":  # what it has of earlier requests
+                bench.shared = bench.shared | {"earlier": trainer.directions}
             steps.append(record["steps"])
             seconds += record["seconds"]
             after.append(self.measured(model, request))

@@ -7,7 +7,7 @@ selective synaptic dampening, which makes no steps.
 
 from .base import BaselineTrainer
 from .dampening import dampen_synapses
-from .gradients import GradientTrainer, GruTrainer, GuTrainer, SamTrainer, rectify
+from .gradients import GradientTrainer, GruTrainer, GuTrainer, OnpoTrainer, SamTrainer, rectify
 from .labels import RandomLabelTrainer, saliency_masks
 from .representations import RmuTrainer
 from .settings import BASELINES
@@ -22,6 +22,7 @@ __all__ = [
     "GradientTrainer",
     "GruTrainer",
     "GuTrainer",
+    "OnpoTrainer",
     "RandomLabelTrainer",
     "RmuTrainer",
     "SamTrainer",

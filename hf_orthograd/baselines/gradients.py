@@ -1,4 +1,4 @@
-"""Methods that make a step of the gradients of both batches: GRU, GU and SAM-NPO."""
+"""Methods that make a step of the gradients of both batches: GRU, GU, SAM-NPO and ONPO."""
 
 from typing import Any
 
@@ -192,6 +192,59 @@ class SamTrainer(GradientTrainer):
     def step_of(self, forget: list[Tensor], retain: list[Tensor], trained: list[nn.Parameter]) -> list[Tensor]:
         alpha = self.args.alpha
         return torch._foreach_add(torch._foreach_mul(forget, 1 - alpha), torch._foreach_mul(retain, alpha))
+
+
+class OnpoTrainer(GradientTrainer):
+    """NPO for requests in turn (ONPO, OpenReview lb6Ce20kl5): each step leaves the losses of earlier requests alone.
+
+    The whole step, `1 - alpha` times the forget gradient and `alpha` times the retain gradient, loses its part in the span of
+    forget gradients that earlier runs kept. So none of the data of earlier requests is needed. Without any it is NPO. Which
+    gradients are kept the abstract of the paper leaves open: here it is those of a run's last steps.
+
+    Args:
+        earlier (`torch.Tensor`, *optional*): Shape (r, d): [`directions`] of the run before, of a model with the same trained
+            parameters.
+        rank (`int`): How many forget gradients this run keeps, each the size of the parameters.
+
+    Raises:
+        ValueError: `rank` below 1, directions of another model, or a run that is resumed: kept gradients are not saved.
+    """
+
+    keeps_gradients = True
+
+    def __init__(self, *args: Any, earlier: Tensor | None = None, rank: int = 8, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if rank < 1:
+            raise ValueError(f"`rank` must be at least 1, but is {rank}.")
+        size = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        if earlier is not None and (earlier.ndim != 2 or earlier.shape[1] != size):
+            raise ValueError(
+                f"`earlier` must have shape (directions, {size}), one column for each trained parameter, but has "
+                f"{tuple(earlier.shape)}. Pass `directions` of a run on the same model."
+            )
+        self._earlier, self._rank, self._kept = earlier, rank, []
+
+    @property
+    def directions(self) -> Tensor:
+        """What to pass as `earlier` to the next run, shape (r, d), on the CPU: what this one was given, and what it kept."""
+        own = [gradient.cpu() for gradient in self._kept]
+        return torch.cat([*([] if self._earlier is None else [self._earlier.cpu()]), *(row[None] for row in own)])
+
+    def begin_unlearning(self) -> None:
+        super().begin_unlearning()
+        self._kept = []
+
+    def step_of(self, forget: list[Tensor], retain: list[Tensor], trained: list[nn.Parameter]) -> list[Tensor]:
+        flat = torch.cat([gradient.flatten() for gradient in forget])
+        self._kept = [*self._kept, flat][-self._rank :]
+        step = (1 - self.args.alpha) * flat + self.args.alpha * torch.cat([gradient.flatten() for gradient in retain])
+        if self._earlier is not None:
+            self._earlier = self._earlier.to(step)
+            step = project_orthogonal(step, self._earlier)
+        return [
+            part.view_as(gradient)
+            for part, gradient in zip(step.split([g.numel() for g in forget]), forget, strict=True)
+        ]
 
 
 def rectify(descended: list[Tensor], retain_gradient: list[Tensor]) -> list[Tensor]:
