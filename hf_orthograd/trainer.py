@@ -138,8 +138,7 @@ class OrthoGradTrainer(AnyArgumentsTrainer):
         self._recorded.clear()
         plain = self.accelerator.unwrap_model(self.model)
         self.per_sample_loss = PerSampleLoss(plain, self.per_sample_loss_func, self.divergence_func)
-        start, self._start = self._start, None
-        self.retain_term = preparation.prepare_retain_term(self, start) if self.args.keeps_predictions else None
+        self.retain_term, self._start = preparation.prepare_retain_term(self, self._start), None
         self._forget_stream = ForgetStream(self._source("forget_dataset"), args, self._train_batch_size, self.group)
         if self.is_world_process_zero() and self.has_retain:
             validation.check_steps(self.args, self._train_batch_size, self.train_dataset)

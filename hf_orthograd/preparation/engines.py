@@ -67,8 +67,8 @@ def prepare_engine(trainer: "OrthoGradTrainer", model: nn.Module) -> GradientEng
     return engine
 
 
-def prepare_retain_term(trainer: "OrthoGradTrainer", start: StartingModel | None) -> KeepPredictions:
-    """Keeps the model that a run starts from, or takes the one given, for `retain_loss="kl"`.
+def prepare_retain_term(trainer: "OrthoGradTrainer", start: StartingModel | None) -> KeepPredictions | None:
+    """Keeps the model that a run starts from, or takes the one given, for `retain_loss="kl"`; `None` under "nll".
 
     Args:
         trainer ([`OrthoGradTrainer`]): With its model ready for the first step.
@@ -78,6 +78,8 @@ def prepare_retain_term(trainer: "OrthoGradTrainer", start: StartingModel | None
         ValueError: A run goes on whose starting model is gone, or another than it was; or predictions are to be found once for
             samples that vary.
     """
+    if not trainer.args.keeps_predictions:
+        return None
     if trainer.ref_model is not None:
         start = ReferenceModel(trainer.ref_model, trainer.args.device)
     if start is None and trainer.state.global_step > 0:
