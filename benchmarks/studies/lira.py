@@ -4,7 +4,8 @@
 
 Candidates are 500 training images, which the model that shadows start from never saw, and 500 test images. Each shadow is
 fine-tuned on half of them and on retained images, and unlearns that half at the settings chosen in the studies of images and of
-retain terms, with 5 % of the retain set at hand. Each shadow in turn is then attacked by one who knows the others.
+retain terms, with 5 % of the retain set at hand. Each shadow in turn is then attacked by one who knows the others. A run ends when the
+loss on what it forgets is that of images never seen, or is so much higher ("further").
 """
 
 import argparse
@@ -30,6 +31,11 @@ NUM_SHADOWS = 16
 RETAINED = 1500  # retained images that a shadow is trained on beside its half of the candidates
 CONTROLS = {"nothing": "nothing unlearned", "never": "never trained on"}
 WITH_RETAIN_TERM = (DEFAULT, "NPO, kl, varied")  # of the study of retain terms
+# name: (variant, nats beyond the loss on images never seen)
+FURTHER = {
+    f"{variant}, {nats:g} nats further": (variant, nats)
+    for variant, nats in ((DEFAULT, 0.1), (DEFAULT, 0.2), ("orthograd_npo", 0.1), ("orthograd_npo", 0.2))
+}
 
 
 class ShadowStudy(ImageStudy):
@@ -44,13 +50,14 @@ class ShadowStudy(ImageStudy):
         self.retention = RetentionStudy(data_folder, work_folder, Records(RESULTS / "study_retention.json"))
 
     def stage_final(self) -> None:
-        for name in (*CONTROLS, *self.methods, *WITH_RETAIN_TERM):
+        for name in (*CONTROLS, *self.methods, *WITH_RETAIN_TERM, *FURTHER):
             for seed in self.seeds:
                 request = self.request("random", seed)
                 self.attacked.get(f"{name} {request}", lambda name=name, request=request: self.attack(name, request))
 
     def attack(self, name: str, request: Request) -> dict[str, list[float]]:
         """Of each shadow: the attack's AUC and TPR at 1 % FPR, and the AUC of a threshold on the loss."""
+        name, further = FURTHER.get(name, (name, 0.0))
         study, method, extra = self, name, {}
         if name in WITH_RETAIN_TERM:
             study, method, extra = self.retention, RETAIN_TERMS[name].method, RETAIN_TERMS[name].extra
@@ -71,12 +78,14 @@ class ShadowStudy(ImageStudy):
         def forget(shadow, half):
             if name in CONTROLS:
                 return shadow
-            return unlearn(bench, method, setting, shadow, sets | {"forget": half}, request.seed, extra)[0].model
+            target = {"forget_target": losses(shadow, sets["validation"]).mean() + further} if further else {}
+            own = sets | {"forget": half}
+            return unlearn(bench, method, setting, shadow, own, request.seed, extra | target)[0].model
 
-        def losses(shadow):
+        def losses(shadow, images=candidates):
             args = OrthoGradConfig(str(self.work / "run"), per_device_eval_batch_size=250, report_to="none")
             args.disable_tqdm = True
-            return per_sample_losses(OrthoGradTrainer(shadow, args), candidates)
+            return per_sample_losses(OrthoGradTrainer(shadow, args), images)
 
         found = shadow_losses(
             start, candidates, train=train, unlearn=forget, losses=losses, num_shadows=NUM_SHADOWS, seed=request.seed
@@ -86,21 +95,25 @@ class ShadowStudy(ImageStudy):
             "auc": [one.auc for one in attacks],
             "tpr": [one.tpr_at_1_percent_fpr for one in attacks],
             "threshold": [membership_inference(*(losses[~np.isnan(losses)] for losses in pair)).auc for pair in pairs],
+            "losses": [float(np.nanmean(rows)) for rows in (found.unlearned, found.unseen)],
         }
 
     def stage_report(self) -> None:
         lines = [
-            "| method | U-LiRA AUC | U-LiRA TPR at 1 % FPR | AUC of a threshold on the loss |",
-            "|---|---|---|---|",
+            "| method | U-LiRA AUC | U-LiRA TPR at 1 % FPR | AUC of a threshold on the loss | loss, unlearned | loss, never seen |",
+            "|---|---|---|---|---|---|",
         ]
         panels = {"AUC, U-LiRA": {}, "AUC, threshold on the loss": {}}
         labels = CONTROLS | {name: METHODS[name].label for name in type(self).methods}
-        for name, label in (labels | {name: name for name in WITH_RETAIN_TERM}).items():
+        further = {name: name.replace(variant, labels.get(variant, variant)) for name, (variant, _) in FURTHER.items()}
+        for name, label in (labels | {name: name for name in WITH_RETAIN_TERM} | further).items():
             runs = [self.attacked.runs.get(f"{name} random-{seed}") for seed in self.seeds]
             if None in runs:
                 continue
             values = {key: np.concatenate([run[key] for run in runs]) for key in ("auc", "tpr", "threshold")}
             shown = [f"{one.mean():.3f} ({one.std(ddof=1):.3f})" for one in values.values()]
+            losses = [run.get("losses", [np.nan] * 2) for run in runs]
+            shown += ["" if np.isnan(one).any() else f"{np.mean(one):.3f}" for one in zip(*losses, strict=True)]
             lines.append("| " + " | ".join([label, *shown]) + " |")
             for panel, key in zip(panels.values(), ("auc", "threshold"), strict=True):
                 panel[label] = values[key]
