@@ -26,7 +26,7 @@ METHODS = {"orthograd_npo": "OrthoGrad + NPO", "npo": "NPO"}
 USUAL = {"per_device_train_batch_size": 64, "alpha": 0.5}
 # of each quantity the values tried; the other is as usual
 CURVES = {
-    "k, retain samples a step": ("per_device_train_batch_size", (4, 8, 16, 32, 64, 128)),
+    "k, retain samples a step": ("per_device_train_batch_size", (4, 8, 16, 32, 64, 128, 256)),
     "alpha, weight of the retain term": ("alpha", (0.1, 0.3, 0.5, 0.7, 0.9)),
 }
 
