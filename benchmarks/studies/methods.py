@@ -70,6 +70,10 @@ METHODS = {
         "OrthoGrad, ascent, update corrected", BASELINES["orthograd"] | {"projection_target": "update"}
     ),
     "orthograd_npo": Method("OrthoGrad + NPO (default)", BASELINES["orthograd_npo"]),
+    "npo_kl": Method("NPO, kl", BASELINES["npo"] | {"retain_loss": "kl"}, compared=False),
+    "orthograd_npo_kl": Method(
+        "OrthoGrad + NPO, kl", BASELINES["orthograd_npo"] | {"retain_loss": "kl"}, compared=False
+    ),
     "orthograd_memory": Method(
         "OrthoGrad, ascent, with a retain memory", BASELINES["orthograd"], trainer=RetainMemoryTrainer, compared=False
     ),

@@ -39,6 +39,8 @@ class SpeechStudy(Study):
         "npo",
         "gradient_ascent",
         "orthograd_npo",
+        "npo_kl",
+        "orthograd_npo_kl",
     )
     sized = ("graddiff", "scrub", "orthograd_npo")
     sizes = ("0.01", "0.2", "1")

@@ -59,6 +59,9 @@ COLUMNS = (
 )
 
 
+RIVAL = "scrub"  # the method whose gaps the others' are compared with, by pairs
+
+
 def cells(records: list[Mapping], originals: list[Mapping], references: list[Mapping], better: int) -> list[str]:
     """One row of the main table from its runs, one for each seed."""
 
@@ -123,20 +126,25 @@ def write_report(
     originals, references = ([runs[f"{what} {kind}-{seed}"] for seed in seeds] for what in ("original", "retrained"))
     parts, gaps = [], {}
     peaks = peaks_of(runs, {name: method.label for name, method in METHODS.items()})
+    columns = (*COLUMNS, f"gap less that of {METHODS[RIVAL].label}")
     for size in sizes:
         found = {name: [runs.get(f"final {kind}-{seed} {size} {name}") for seed in seeds] for name in METHODS}
         found = {name: records for name, records in found.items() if None not in records}
         if not found:
             continue
         rows = {
-            what: (cells(records, originals, references, better), None)
+            what: ([*cells(records, originals, references, better), ""], None)
             for what, records in (("original", originals), ("retrained", references))
         }
         for name, records in found.items():
-            rows[METHODS[name].label] = (cells(records, originals, references, better), records)
             gaps.setdefault(name, {})[size] = [gap(*pair) for pair in zip(records, references, strict=True)]
+        for name, records in found.items():
+            apart = ""
+            if name != RIVAL and size in gaps.get(RIVAL, {}):
+                apart = mean_and_interval(np.subtract(gaps[name][size], gaps[RIVAL][size]))
+            rows[METHODS[name].label] = ([*cells(records, originals, references, better), apart], records)
         what = "a proxy retain set" if size == "proxy" else f"{float(size):.0%} of the retain set at hand"
-        parts.append(f"## {what}\n\n{to_markdown(rows, COLUMNS, peaks)}")
+        parts.append(f"## {what}\n\n{to_markdown(rows, columns, peaks)}")
     counted = f"means over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
     path.with_suffix(".md").write_text(f"# {kind}: {counted}\n\n" + "\n\n".join([*parts, machine_note()]) + "\n")
     _plot(gaps, sizes, path.with_suffix(".png"), kind)
