@@ -61,6 +61,7 @@ KINDS = {
         watched=27,
     ),
 }
+WRONG = 0.9  # the share of the forgotten utterances' words at which a run ends
 WATCHED = 12  # utterances of the forget set that are evaluated while unlearning
 KL = {"retain_loss": "kl"}
 WIDE = {"per_device_train_batch_size": 32}
@@ -177,17 +178,16 @@ def _evaluations(history: list[dict]) -> list[dict]:
     return list(merged.values())
 
 
-def at_level(path: list[dict], level: float) -> float:
-    """The test loss where the forgotten utterances' loss passes a level, between evaluations by a straight line."""
-    losses = np.array([entry["forget_loss"] for entry in path])
-    if losses.max(initial=0) < level:
+def at_level(path: list[dict], level: float, metric: str = "loss") -> float:
+    """The test metric where that of the forgotten utterances passes a level, between evaluations by a straight line."""
+    forgotten, test = (np.array([entry[f"{name}_{metric}"] for entry in path]) for name in ("forget", "test"))
+    if forgotten.max(initial=0) < level:
         return float("nan")
-    after = int(np.argmax(losses >= level))
+    after = int(np.argmax(forgotten >= level))
     if after == 0:
-        return path[0]["test_loss"]
-    before = after - 1
-    share = (level - losses[before]) / (losses[after] - losses[before])
-    return path[before]["test_loss"] * (1 - share) + path[after]["test_loss"] * share
+        return float(test[0])
+    share = (level - forgotten[after - 1]) / (forgotten[after] - forgotten[after - 1])
+    return float(test[after - 1] * (1 - share) + test[after] * share)
 
 
 def write_report(runs: dict, path: Path) -> None:
@@ -225,8 +225,9 @@ def _tables(runs: dict, kind: str, of: Kind, share: str) -> list[str]:
 
 
 _NOTE = """Means over requests with 95 % intervals by Student's t. Word error rates; an endless transcript counts for many words, so more than all \
-may be wrong. "by loss": the test loss in nats where the forgotten utterances' loss passes a level, empty where a run never did. Differences to \
-the default's are paired: above zero, the default keeps more."""
+may be wrong. "by WER" and "by loss": the test WER where that of the forgotten utterances passes 0.9, and the test loss in nats where their loss passes a level, \
+on the test utterances evaluated while unlearning, empty where a run never did. Differences to the default's are paired: above zero, the \
+default keeps more."""
 
 
 def _table(found: dict[str, list[dict]], originals: list[dict], level: float) -> str:
@@ -234,19 +235,30 @@ def _table(found: dict[str, list[dict]], originals: list[dict], level: float) ->
         "method",
         *COLUMNS,
         "test less that of the default",
+        "by WER",
+        "by WER, less that of the default",
         "by loss",
         "by loss, less that of the default",
         "steps",
     ]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    lines.append("| before | " + " | ".join([*_rates(originals), "", "", "", ""]) + " |")
+    lines.append("| before | " + " | ".join([*_rates(originals), *[""] * 6]) + " |")
     test = {variant: np.array([record["quality"]["test"][0] for record in own]) for variant, own in found.items()}
-    loss = {variant: np.array([at_level(record["path"], level) for record in own]) for variant, own in found.items()}
+    paths = {variant: [record["path"] for record in own] for variant, own in found.items()}
+    rate = {variant: np.array([at_level(path, WRONG, "wer") for path in own]) for variant, own in paths.items()}
+    loss = {variant: np.array([at_level(path, level) for path in own]) for variant, own in paths.items()}
     for variant, own in found.items():
-        differences = [_cell(each[variant] - each[DEFAULT]) for each in (test, loss)]
+        differences = [_cell(each[variant] - each[DEFAULT]) for each in (test, rate, loss)]
         if variant == DEFAULT:
-            differences = ["", ""]
-        cells = [*_rates(own), differences[0], _cell(loss[variant]), differences[1]]
+            differences = [""] * 3
+        cells = [
+            *_rates(own),
+            differences[0],
+            _cell(rate[variant]),
+            differences[1],
+            _cell(loss[variant]),
+            differences[2],
+        ]
         steps = ", ".join(f"{record['steps']}" for record in own)
         lines.append("| " + " | ".join([variant, *cells, steps]) + " |")
     return "\n".join(lines)
