@@ -51,6 +51,7 @@ def _scrub(weight: float) -> Method:
 
 METHODS["scrub_kl"] = _scrub(1.0)
 KL = {"retain_loss": "kl"}
+WIDE = KL | {"per_device_train_batch_size": 256}  # as many retain samples a step; 64 otherwise
 VARIANTS = {
     "NPO": Variant("npo", sized=True),
     "GradDiff": Variant("graddiff", sized=True),
@@ -69,6 +70,8 @@ VARIANTS = {
     "OrthoGrad, ascent, kl, varied": Variant("orthograd", KL, varied=True),
     "mean projection, kl, varied": Variant("mean_projection", KL, varied=True),
     "SimNPO, kl, varied": Variant("simnpo", KL, varied=True),
+    "OrthoGrad + NPO, kl, varied, k = 256": Variant("orthograd_npo", WIDE, varied=True),
+    "NPO, kl, varied, k = 256": Variant("npo", WIDE, varied=True),
 }
 ATTACKED = (DEFAULT, "NPO, kl, varied", "OrthoGrad + NPO", "NPO")
 COLUMNS = (
