@@ -14,6 +14,7 @@ REQUIRED = [
     "pyyaml>=6.0.1",
     "datasets>=4.0",
     "evaluate>=0.4.6",
+    "filelock>=3.12",
     "huggingface_hub>=1.5",
     "jinja2>=3.1",
     "jiwer>=4.0",
@@ -25,7 +26,7 @@ REQUIRED = [
     "scipy>=1.15",
     "soundfile>=0.13",
 ]
-BENCH = ["filelock>=3.12", "opacus>=1.6", "torchjd>=0.18"]
+BENCH = ["opacus>=1.6", "torchjd>=0.18"]
 COMPLETION = ["argcomplete>=3.5"]
 DEMO = ["espeakng-loader>=0.2.4"]
 SIGN = ["model-signing>=1.1", "pyopenssl>=24"]  # the first imports the second without naming it
@@ -33,7 +34,6 @@ DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.30"]
 QUALITY = ["mypy>=1.18", "ruff==0.17.6"]
 TESTS = [
     "build>=1.2",
-    "filelock>=3.12",
     "ipykernel>=6.29",
     "nbclient>=0.10",
     "pytest>=8.0",

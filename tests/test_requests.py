@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
+from filelock import FileLock
 from published import rows
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification
@@ -17,6 +18,7 @@ from transformers import ViTForImageClassification
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, publishing
 from hf_orthograd.data import VaryImages
 from hf_orthograd.evaluation import evaluate_unlearning
+from hf_orthograd.objectives import PerSampleLoss
 from hf_orthograd.requests import RequestHistory
 
 
@@ -43,8 +45,8 @@ def maker(retain_rows, **config):
     def make(model, forget, retain, output_dir):
         settings = {"max_steps": 3, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1} | config
         args = OrthoGradConfig(
-            output_dir, per_device_train_batch_size=4, per_device_forget_batch_size=4, report_to="none", use_cpu=True,
-            disable_tqdm=True, **settings,
+            output_dir, per_device_train_batch_size=4, per_device_forget_batch_size=4, per_device_eval_batch_size=3,
+            report_to="none", use_cpu=True, disable_tqdm=True, **settings,
         )  # fmt: skip
         return OrthoGradTrainer(
             ViTForImageClassification.from_pretrained(model),
@@ -82,6 +84,10 @@ def test_requests_are_carried_out_one_after_the_other(history, sets):
     assert (second.private / "unlearning_report.json").exists()
     for request in (first, second):  # each run took its request's loss up
         assert request.measured["after"]["forget_loss"] > request.measured["before"]["forget_loss"]
+    forgotten = second.rows("forget").with_format("torch")  # batches of 3 and 1, whose means are no mean over rows
+    model = ViTForImageClassification.from_pretrained(second.model)
+    losses = PerSampleLoss(model)(model.eval(), {name: forgotten[:][name] for name in ("pixel_values", "labels")})
+    assert second.measured["after"]["forget_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
 
     records = publishing.load_records(second.model)
     assert [record.request_id for record in records] == ["case-1", "case-2"]
@@ -221,6 +227,39 @@ def test_what_was_changed_is_found(history, sets):
     assert len(history.check()[0].problems) == 1
     assert history.requests[0].rows("forget") is None and history.requests[0].salt() is None
     assert not list(history.folder.rglob("*.removed"))
+    shutil.rmtree(history.requests[0].folder)
+    assert str(history.check()[0]).startswith("request 1 (case-1): its folder is gone")
+
+
+def test_what_is_not_looked_for_is_said(history, sets, caplog):
+    for number in (1, 2):
+        history.add(sets[f"forget {number}"], request_id=f"case-{number}")
+    history.run(maker(sets["retain"]), merge=True)
+    assert history.check_dataset(sets["forget 3"], column=["a", "b", "c", "d"]) == []
+    assert caplog.text.count("it has no sketches") == 2
+    for number in (1, 2):  # by rows that are kept
+        assert len(history.check_dataset(sets[f"forget {number}"].remove_columns("labels"))) == 4
+    assert "have no `labels`" in caplog.text
+    history.delete_data(2, salt=True)
+    assert history.check_dataset(sets["forget 2"]) == []
+    assert "Request 2 is not looked for: its rows and its salt were deleted." in caplog.text
+    shutil.rmtree(history.request(1).folder)
+    history.check_dataset(sets["forget 1"])
+    assert "Request 1 (case-1) is not looked for: its folder is gone" in caplog.text
+
+
+def test_requests_are_carried_out_by_one_process(history, sets):
+    history.add(sets["forget 1"])
+    with FileLock(history.folder / ".lock"):
+        with pytest.raises(ValueError, match="Another process carries out requests of '.*history': it holds .*lock"):
+            history.run(maker(sets["retain"]))
+    assert len(history.run(maker(sets["retain"], max_steps=1))) == 1
+
+
+def test_nothing_is_left_of_a_request_that_was_refused(history, sets):
+    with pytest.raises(ValueError, match="neither text, tokens nor audio"):
+        history.add(sets["forget 1"], sketch=[None] * 4)
+    assert [path.name for path in (history.folder / "requests").iterdir()] == []
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])

@@ -83,8 +83,11 @@ def _add(parsed: argparse.Namespace) -> int:
 
 def _run(parsed: argparse.Namespace) -> int:
     history, make = _open(parsed.history), load_maker(parsed.trainer)
-    for request in history.run(make, merge=parsed.merge, hold_earlier=parsed.hold_earlier):
+    done = history.run(make, merge=parsed.merge, hold_earlier=parsed.hold_earlier)
+    for request in done:
         print(f"Done: request {request.number} ({request.request_id}).")
+    if not done:
+        print("No request was pending.")
     print(f"The model of today: {history.model}")
     return 0
 
@@ -111,6 +114,8 @@ def _check(parsed: argparse.Namespace) -> int:
     checked = _open(parsed.history).check(make)
     for one in checked:
         print(one)
+    if not checked:
+        print("No request was carried out yet.")
     return 1 if any(one.problems for one in checked) else 0
 
 

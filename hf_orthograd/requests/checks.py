@@ -1,12 +1,24 @@
 """Whether what was asked holds today: in the records, and in what the model says."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from datasets import Dataset
+from transformers.utils import logging
 
 from ..publishing import load_records
 from ..validation import stored_row
+from .duplicates import FoundRow, check_dataset, same_rows
 from .request import Request
+
+
+if TYPE_CHECKING:
+    from .history import RequestHistory
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -63,3 +75,41 @@ def check_record(request: Request, carrier: Request, model: Path) -> Iterator[st
     missing = sum(not records[-1].includes(stored_row(rows, row), salt) for row in range(len(rows)))
     if missing:
         yield f"{missing} of its {len(rows)} rows are in no commitment"
+
+
+def lost_requests(history: "RequestHistory") -> list[tuple[int, str]]:
+    """Place and name of each request that the records of today's model name, and no folder of the history."""
+    known = {request.request_id for request in history.requests}
+    names = [name for record in load_records(history.model) for name in record.request_id.split(", ")]
+    return [(place, name) for place, name in enumerate(names, start=1) if name not in known]
+
+
+def find_rows(history: "RequestHistory", dataset: Dataset, column: Iterable | None) -> list[FoundRow]:
+    """What [`RequestHistory.check_dataset`] returns; a warning for each request, or kind of row, that is not looked for."""
+    found: dict[tuple[int, str], FoundRow] = {}
+    records = load_records(history.model)
+    for number, name in lost_requests(history):
+        logger.warning(f"Request {number} ({name}) is not looked for: its folder is gone from the history.")
+    labelled = "labels" in dataset.column_names
+    if not labelled:
+        logger.warning(
+            "The new rows have no `labels`: exact rows of requests that had some are found only where their rows are kept."
+        )
+    for request in history.requests:
+        salt, sketches, rows = request.salt(), request.sketches(), request.rows("forget")
+        known = []
+        if history.carrier(request) == request and salt is not None and (labelled or rows is None):
+            known = check_dataset(dataset, [one for one in records if one.is_sealed_by(salt)], salt)
+        elif rows is not None:
+            known = same_rows(dataset, rows, request.request_id)
+        near = salt is not None and sketches is not None
+        if column is not None and near:
+            known += [FoundRow(row, request.request_id, score) for row, score in sketches.find(column, salt)]
+        elif salt is None and rows is None:
+            logger.warning(f"Request {request.number} is not looked for: its rows and its salt were deleted.")
+        elif column is not None:
+            logger.warning(f"Near duplicates of request {request.number} are not looked for: it has no sketches.")
+        for one in known:
+            before = found.setdefault((one.row, one.request_id), one)
+            found[one.row, one.request_id] = max(before, one, key=lambda each: each.similarity)
+    return sorted(found.values(), key=lambda one: (-one.similarity, one.row))

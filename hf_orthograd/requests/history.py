@@ -29,10 +29,10 @@ from .. import publishing
 from ..evaluation import UnlearningReport
 from ..parallel import ProcessGroup
 from ..trainer import OrthoGradTrainer
-from .checks import CheckedRequest, check_record
-from .duplicates import FoundRow, check_dataset, same_rows
+from .checks import CheckedRequest, check_record, find_rows, lost_requests
+from .duplicates import FoundRow
 from .request import PLAN_NAME, SKETCHES_NAME, Request, check_kept, remove, write_json
-from .running import MakeTrainer, carry_out, joined, measure_rows
+from .running import MakeTrainer, alone_in, carry_out, joined, measure_rows
 from .staying import StaysForgotten
 
 
@@ -59,7 +59,8 @@ class RequestHistory:
         self.folder = Path(folder)
         if not (self.folder / _HISTORY_NAME).exists():
             raise ValueError(
-                f"`folder` {str(folder)!r} holds no {_HISTORY_NAME}: `RequestHistory.create(folder, model)` begins a history."
+                f"`folder` {str(folder)!r} holds no {_HISTORY_NAME}: `RequestHistory.create(folder, model)`, or `hf-orthograd requests "
+                "begin`, begins a history."
             )
 
     @classmethod
@@ -210,8 +211,13 @@ class RequestHistory:
             `list[Request]`: Those carried out.
 
         Raises:
-            ValueError: The model of today is not as it was recorded, or the trainer is not of this request.
+            ValueError: The model of today is not as it was recorded, the trainer is not of this request, or another process
+                carries requests out.
         """
+        with alone_in(self.folder, _in_first):
+            return self._run(make_trainer, merge, hold_earlier, make_report)
+
+    def _run(self, make_trainer: MakeTrainer, merge: bool, hold_earlier: bool, make_report: Callable | None) -> list:
         _in_first(self._tidy)
         done = []
         while pending := self.pending():
@@ -249,7 +255,8 @@ class RequestHistory:
             [`CheckedRequest`] for each: what differs from the records, and metrics before, after and now.
         """
         problems = publishing.verify(self.model) if self.model != self.original else []
-        checked = []
+        lost = "its folder is gone from the history, but the model's records name it"
+        checked = [CheckedRequest(number, name, [lost], {}, None) for number, name in lost_requests(self)]
         for request in self.requests:
             carrier = self.carrier(request)
             if carrier is None:
@@ -272,26 +279,9 @@ class RequestHistory:
             column (`Iterable`, *optional*): Of the same rows: near duplicates are looked for where a request has sketches.
 
         Returns:
-            [`FoundRow`] for each row and request, the most similar first.
+            [`FoundRow`] for each row and request, the most similar first. A warning says what could not be looked for.
         """
-        found: dict[tuple[int, str], FoundRow] = {}
-        records = publishing.load_records(self.model)
-        for request in self.requests:
-            salt, sketches, rows = request.salt(), request.sketches(), request.rows("forget")
-            known = []
-            if self.carrier(request) == request and salt is not None:
-                known = check_dataset(dataset, [one for one in records if one.is_sealed_by(salt)], salt)
-            elif rows is not None:
-                known = same_rows(dataset, rows, request.request_id)
-            near = column is not None and salt is not None and sketches is not None
-            if near:
-                known += [FoundRow(row, request.request_id, score) for row, score in sketches.find(column, salt)]
-            if not near and salt is None and rows is None:
-                logger.warning(f"Request {request.number} is not looked for: its rows and its salt were deleted.")
-            for one in known:
-                before = found.setdefault((one.row, one.request_id), one)
-                found[one.row, one.request_id] = max(before, one, key=lambda each: each.similarity)
-        return sorted(found.values(), key=lambda one: (-one.similarity, one.row))
+        return find_rows(self, dataset, column)
 
     def stays_forgotten(self, data_collator: Callable = default_data_collator, **settings: Any) -> StaysForgotten:
         """A callback for any Trainer that trains the model of today on: it watches, or holds, what all requests forgot.

@@ -54,6 +54,24 @@ class Request:
         partial = folder.with_name(f"{folder.name}.partial")
         if partial.exists():
             shutil.rmtree(partial)
+        try:
+            return cls._write(partial, folder, number, request_id, goal, forget, retain, sketched)
+        except Exception:
+            shutil.rmtree(partial)  # it holds rows and a salt
+            raise
+
+    @classmethod
+    def _write(
+        cls,
+        partial: Path,
+        folder: Path,
+        number: int,
+        request_id: str,
+        goal: str | None,
+        forget: Dataset,
+        retain: Dataset | None,
+        sketched: Iterable | None,
+    ) -> "Request":
         private = partial / PRIVATE
         private.mkdir(parents=True)
         forget.save_to_disk(private / "forget")

@@ -1,14 +1,16 @@
 """One run of a history: from the model that the request before left to the one that this request leaves."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
+from filelock import FileLock, Timeout
 
 from .. import publishing
 from ..checkpoints import find_last_checkpoint
-from ..evaluation import UnlearningReport
+from ..evaluation import UnlearningReport, per_sample_losses
 from ..trainer import OrthoGradTrainer
 from ..trials import preserved_random_state, replaced
 from .request import MEASURED_NAME, Request, write_json
@@ -64,6 +66,30 @@ def carry_out(
     trainer.group.in_first(lambda: public.rename(carrier.model))
 
 
+@contextmanager
+def alone_in(folder: Path, in_first: Callable[[Callable[[], object]], object]) -> Iterator[None]:
+    """Holds a history's lock, in the first process of a launch; the system lets it go where a process is killed.
+
+    Raises:
+        ValueError: Another launch holds it.
+    """
+    lock = FileLock(folder / ".lock")
+
+    def acquire() -> None:
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise ValueError(
+                f"Another process carries out requests of {str(folder)!r}: it holds {lock.lock_file}. Wait for it, or end it."
+            ) from error
+
+    in_first(acquire)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _hold(trainer: OrthoGradTrainer, earlier: Sequence[Request]) -> None:
     """Adds the forgotten rows of earlier requests to what the trainer keeps as it is."""
     if not trainer.args.keeps_predictions:
@@ -103,9 +129,10 @@ def joined(sets: list[Dataset | None]) -> Dataset | None:
 
 
 def measure_rows(trainer: OrthoGradTrainer, rows: Dataset) -> dict[str, float]:
-    """The trainer's metrics on the rows, the loss among them, without what tells of time."""
+    """The trainer's metrics on the rows without what tells of time; "forget_loss" is the mean over rows, not Trainer's over batches."""
     with preserved_random_state(), replaced(trainer, "log", lambda *logs, **kwargs: None):
         found = trainer.evaluate(rows, metric_key_prefix="forget")
+        found["forget_loss"] = float(per_sample_losses(trainer, rows).mean())
     slow = ("_runtime", "_per_second", "_preparation_time")
     return {name: value for name, value in found.items() if not name.endswith(slow)}
 

@@ -39,11 +39,11 @@ class Watched:
 class StaysForgotten(TrainerCallback):
     """Watches what was forgotten while any [`~transformers.Trainer`] trains on, and with `hold` keeps it away.
 
-    Held, each optimizer step's gradient g loses what would lower the mean loss of some forgotten rows: `g - max(0, <g,
-    f>) / <f, f> f`, with f the gradient of that loss. This is the projection of A-GEM (arXiv 1812.00420, equation 11),
-    turned round. Rows whose loss is below its level are pushed back to it, by the gradient of `mean(max(0, level -
-    loss))`, which clipping does not reach. Momentum and Adam's scaling bend what the projection leaves. This takes one
-    more forward and backward pass of `batch_size` rows a step and process. Levels stand in the trainer's state, and so
+    Held, each optimizer step's gradient g loses what would lower the mean loss of those of some forgotten rows that are at
+    their level or below: `g - max(0, <g, f>) / <f, f> f`, with f the gradient of that loss. This is the projection of A-GEM
+    (arXiv 1812.00420, equation 11), turned round. Rows above their level may fall to it. Rows below it are pushed
+    back, by the gradient of `mean(max(0, level - loss))`, which clipping does not reach. Momentum and Adam's scaling bend what the projection leaves: at a high learning rate
+    the rows' loss jumps around its level, and other quality suffers. This takes one more forward and backward pass of `batch_size` rows a step and process. Levels stand in the trainer's state, and so
     in checkpoints: these stay with the owner.
 
     Args:
@@ -52,7 +52,8 @@ class StaysForgotten(TrainerCallback):
         levels (`float` or array of shape (n,), *optional*): Losses not to fall below, in nats, as they were stored; by default those
             of the model when training begins.
         hold (`bool`): Whether to keep the rows' losses up, and not only to watch them.
-        watch_steps (`int`, *optional*): Every how many steps the rows are measured; `logging_steps` by default.
+        watch_steps (`int`, *optional*): Every how many steps the rows are measured, beside the first and the last; `logging_steps` by
+            default.
         tolerance (`float`): Share of the mean level that the mean loss may lose before a warning.
         batch_size (`int`): Rows that a step holds, and that are measured at once.
         compute_loss_func (`Callable`, *optional*): As in [`OrthoGradTrainer`], for a model whose loss per sample is not known.
@@ -145,9 +146,11 @@ class StaysForgotten(TrainerCallback):
         with preserved_modes(model), preserved_random_state():
             model.eval()
             losses = self._losses(model, rows)
-            lifted = (self._levels[rows] - losses).relu().mean()
+            missing = self._levels[rows] - losses
+            lifted = missing.relu().mean()
             # both from one graph, which the second frees
-            falls = torch.autograd.grad(losses.mean(), trained, retain_graph=True, allow_unused=True)
+            low = (losses * (missing.detach() >= 0)).mean()
+            falls = torch.autograd.grad(low, trained, retain_graph=True, allow_unused=True)
             lifts = torch.autograd.grad(lifted, trained, allow_unused=True)
         group = ProcessGroup(args.world_size, args.process_index)
         falls, lifts = (
@@ -168,6 +171,17 @@ class StaysForgotten(TrainerCallback):
     ) -> None:
         every = self._watch_steps or max(1, int(state.logging_steps))
         if state.global_step % every == 0:
+            self._watch(state.global_step, self._measure(model).mean().item())
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.history[-1].step != state.global_step:
             self._watch(state.global_step, self._measure(model).mean().item())
 
     def _watch(self, step: int, loss: float) -> None:
