@@ -18,8 +18,8 @@ from hf_orthograd.gradients import (
     summarize_step,
 )
 from hf_orthograd.objectives import PerSampleLoss
-from hf_orthograd.parallel import Parameters
-from hf_orthograd.preparation import KeepPredictions, KeepStoredPredictions, StartingModel
+from hf_orthograd.parallel import ALONE, Parameters
+from hf_orthograd.preparation import KeepPredictions, StartingModel, StoredPredictions
 from hf_orthograd.projection import solve_projection, solve_projections, update_weights
 
 
@@ -183,7 +183,8 @@ def _start_at_hand(setup: Setup) -> KeepPredictions:
 def _start_stored(setup: Setup) -> KeepPredictions:
     size = len(setup.retain["labels"])
     batch = Batch(setup.retain, size, rows=torch.arange(size, device=setup.parameters.device))
-    return KeepStoredPredictions(StartingModel(setup.model), setup.losses, [batch])
+    stored = StoredPredictions.find(StartingModel(setup.model), setup.losses, [batch], size, ALONE)
+    return KeepPredictions(stored, setup.losses)
 
 
 def _two_pass_step(setup: Setup) -> Callable[[], None]:

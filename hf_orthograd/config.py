@@ -75,8 +75,9 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
             projection is on the gradients of the loss in either case. "kl" takes a forward pass of the starting model
             at each step, and one more copy of what is trained.
         precompute_ref_logits (`bool`, *optional*, defaults to `False`):
-            Whether "kl" computes the starting model's predictions on all retain samples once, before training, and then
-            needs neither. For classifiers of whole samples that do not vary from step to step.
+            Whether "kl" finds the starting model's predictions on all retain samples once, before the first step, and keeps
+            them, 4 bytes a class, in place of that model. It pays where steps read the retain set more than once. For
+            classifiers of whole samples that do not vary from step to step.
         npo_beta (`float`, *optional*, defaults to `1.0`):
             Inverse temperature of NPO and SimNPO, in 1 / nats of per-sample loss. The larger, the sooner a sample
             counts as forgotten.
@@ -155,11 +156,11 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
         metadata={"help": "Weight of the retain mean; the projected forget gradient has weight 1 - alpha."},
     )
     forget_loss: str = field(
-        default="npo", metadata={"help": "What is ascended: the bounded 'npo' or 'simnpo', or 'ascent'."}
+        default="npo", metadata={"help": "What is ascended on forget samples: 'npo', 'simnpo', or 'ascent'."}
     )
     retain_loss: str = field(
         default="nll",
-        metadata={"help": "What is descended on the retain set: 'nll', or 'kl', how predictions change."},
+        metadata={"help": "What is descended on retain samples: 'nll', or 'kl', the change of predictions."},
     )
     precompute_ref_logits: bool = field(
         default=False,
@@ -172,7 +173,7 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
         default=0.0, metadata={"help": "Margin of SimNPO, which `npo_beta` times a sample's loss is to reach."}
     )
     per_device_forget_batch_size: int = field(
-        default=8, metadata={"help": "Number m of forget samples per step and device, at most the forget set."}
+        default=8, metadata={"help": "Number m of forget samples per step and device."}
     )
     projection: str = field(
         default="orthogonal",

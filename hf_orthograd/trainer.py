@@ -1,7 +1,7 @@
 """[`OrthoGradTrainer`]: transformers' Trainer with a forget set."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from . import checkpoints, evaluation, parallel, preparation, publishing, trials
 from .annotations import AnyDataset, EvalDatasets, NumItems, Processor, TrainDataset
 from .any_arguments import AnyArgumentsTrainer
 from .config import OrthoGradConfig, with_unlearning
-from .data import Batch, ForgetStream, PairedBatches, RowSource, batches_in_order, fill_last_batch
+from .data import Batch, ForgetStream, PairedBatches, RowSource, fill_last_batch, load_batches
 from .gradients import ForgetBatch, GradientEngine, check_finite, mean_retain_term, summarize_step, value_of
 from .objectives import PerSampleLoss
 from .projection import solve_projections, update_weights
@@ -111,8 +111,7 @@ class OrthoGradTrainer(AnyArgumentsTrainer):
         validation.check_launch(args, self.accelerator.state, model)
         validation.find_parameters(model, args)
         self.per_sample_loss = PerSampleLoss(model, self.per_sample_loss_func, self.divergence_func)
-        validation.check_retain_loss(args, self.per_sample_loss, self.ref_model, model)
-        validation.check_precomputed(args, self.per_sample_loss, self.train_dataset)
+        validation.check_retain_loss(args, self.per_sample_loss, self.ref_model, model, self.train_dataset)
         if args.check_overlap and self.has_retain and self.is_world_process_zero():
             validation.check_overlap(self.forget_dataset, self.train_dataset, self.per_sample_loss.model)
         self._observers = watching.set_callbacks(self)
@@ -134,11 +133,12 @@ class OrthoGradTrainer(AnyArgumentsTrainer):
 
     def begin_unlearning(self) -> None:
         """Finds the engine and what steps are compared with; called when model and optimizer are ready for the first step."""
-        self._window, model, args, handler = PairedBatches(), self.model_wrapped, self.args, self.callback_handler
-        self._recorded.clear()
+        self._window, self._recorded, model = PairedBatches(), defaultdict(list), self.model_wrapped
+        args, handler = self.args, self.callback_handler
         plain = self.accelerator.unwrap_model(self.model)
         self.per_sample_loss = PerSampleLoss(plain, self.per_sample_loss_func, self.divergence_func)
-        self.retain_term, self._start = preparation.prepare_retain_term(self, self._start), None
+        self.retain_term = preparation.prepare_retain_term(self, self._start)
+        self._start = self._start if args.auto_find_batch_size else None  # which begins again
         self._forget_stream = ForgetStream(self._source("forget_dataset"), args, self._train_batch_size, self.group)
         if self.is_world_process_zero() and self.has_retain:
             validation.check_steps(self.args, self._train_batch_size, self.train_dataset)
@@ -147,7 +147,7 @@ class OrthoGradTrainer(AnyArgumentsTrainer):
             watching.begin_run(self, model, self._observers)
         if (rule := watching.find_callback(handler, watching.StoppingRule)) is not None:
             save = partial(self._save_checkpoint, self.model, trial=None)
-            rule.begin_run(self.args, self.state, evaluate=self.evaluate, save=save)
+            rule.begin_run(args, self.state, evaluate=self.evaluate, save=save)
         self._forget_stream.start(self.state.global_step, handler.train_dataloader, args.gradient_accumulation_steps)
 
     def make_gradient_engine(self, model: nn.Module) -> GradientEngine:
@@ -177,9 +177,9 @@ class OrthoGradTrainer(AnyArgumentsTrainer):
                 is_training=True,
             )
 
-    def batches_in_order(self, name: str) -> Iterator[Batch]:
-        """ "forget_dataset" or "train_dataset" once, in the order of its rows, on the device, the same in every process."""
-        for inputs in batches_in_order(self._source(name), self.args):
+    def batches_of(self, name: str, numbers: Sequence[Sequence[int]] | None = None) -> Iterator[Batch]:
+        """Batches of "forget_dataset" or "train_dataset" on the device: of rows of these numbers, or all once, in order."""
+        for inputs in load_batches(self._source(name), self.args, numbers):
             yield Batch.of(self._prepare_inputs(inputs))
 
     def first_batch(self, name: str, count: int, start: int = 0) -> Batch:

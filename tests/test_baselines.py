@@ -394,7 +394,7 @@ def test_onpo_leaves_earlier_requests_alone(vit_trainer):
     torch.testing.assert_close(flat(second.model), flat(expected), rtol=0, atol=1e-5)
     moved = flat(second.model) - flat(first.model)
     assert (rows @ moved.double()).norm() < 1e-4 * moved.norm() and second.directions.shape == (3, len(moved))
-    with pytest.raises(ValueError, match=r"`earlier` must have shape \(directions, \d+\).* but has \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"`earlier` must be .* of shape \(directions, \d+\).* but is \(2, 5\)"):
         vit_trainer(OnpoTrainer, options={"earlier": torch.zeros(2, 5)})
 
 

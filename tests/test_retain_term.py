@@ -12,6 +12,7 @@ from launched import settings, train
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import default_collate
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from hf_orthograd import OrthoGradTrainer
 from hf_orthograd.gradients import FunctionalEngine, GramEngine, LoopEngine, MeanEngine, PlainEngine
@@ -273,23 +274,23 @@ def test_predictions_found_once_leave_no_starting_model(tmp_path, monkeypatch):
     monkeypatch.setattr(StartingModel, "run", _noting(StartingModel.run, runs))
 
     class Looks(transformers.TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            self.alive = getattr(self, "alive", []) + [starts[0]() is not None]
+        def __init__(self):
+            self.seen = []
 
-    looks = Looks()
-    trainer = train(tmp_path, "vit", False, settings(8, **STORED, max_steps=1))
-    again = OrthoGradTrainer(
-        trainer.model,
-        trainer.args,
-        train_dataset=trainer.train_dataset,
-        forget_dataset=trainer.forget_dataset,
-        callbacks=[looks],
-    )
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.seen.append((starts[0]() is not None, len(runs)))
+
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    trainer = train(tmp_path, "vit", False, settings(8, **STORED, **saving, max_steps=1))
+    looks, sets = Looks(), {"train_dataset": trainer.train_dataset, "forget_dataset": trainer.forget_dataset}
+    torch.manual_seed(0)
+    again = OrthoGradTrainer(MODELS["vit"](), trainer.args, **sets, callbacks=[looks])
     starts.clear(), runs.clear()
-    again.args.max_steps = 3
-    again.train()
-    assert looks.alive == [False] * 3 and len(starts) == 1
-    assert len(runs) == -(-len(trainer.train_dataset) // again.args.per_device_eval_batch_size)
+    again.args.max_steps = 4
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert len(looks.seen) == 3 and len(set(looks.seen)) == 1 and looks.seen[0][1] > 0
+    alive, _ = looks.seen[0]
+    assert not alive and len(starts) == 1
     copied = sum(parameter.nbytes for parameter in again.model.parameters() if parameter.requires_grad)
     found = again.estimate()
     again.args.precompute_ref_logits = False
@@ -306,8 +307,34 @@ def _noting(method, noted):
     return noting
 
 
+@pytest.mark.parametrize("more", [{}, {"precompute_ref_logits": True}])
+def test_a_smaller_batch_size_begins_again_beside_the_same_start(more, tmp_path, monkeypatch):
+    """A run that goes on from a checkpoint, and runs out of memory at its first step."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    whole = train(tmp_path, "vit", False, settings(8, **KL, **saving))
+    torch.manual_seed(0)
+    args, failures = copy.copy(whole.args), [torch.cuda.OutOfMemoryError("CUDA out of memory.")]
+    args.auto_find_batch_size = True
+    for name, value in more.items():
+        setattr(args, name, value)
+    trainer = OrthoGradTrainer(
+        MODELS["vit"](), args, train_dataset=whole.train_dataset, forget_dataset=whole.forget_dataset
+    )
+    step = OrthoGradTrainer.training_step
+
+    def fails_once(self, *inputs):
+        if failures:
+            raise failures.pop()
+        return step(self, *inputs)
+
+    monkeypatch.setattr(OrthoGradTrainer, "training_step", fails_once)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    logged = [entry["retain_divergence"] for entry in trainer.state.log_history if "retain_divergence" in entry]
+    assert trainer.state.global_step == 4 and not failures and logged[-1] > 1e-6
+
+
 class Varying(torch.utils.data.Dataset):
-    """Other pixels at each reading."""
+    """Some rows have other pixels at some readings."""
 
     def __init__(self, dataset):
         self._dataset = dataset
@@ -317,32 +344,58 @@ class Varying(torch.utils.data.Dataset):
 
     def __getitem__(self, row):
         example = self._dataset[row]
-        return example | {"pixel_values": example["pixel_values"] + torch.randn(())}
+        flipped = row % 2 and torch.rand(()) < 0.5
+        return example | {"pixel_values": example["pixel_values"].flip(-1) if flipped else example["pixel_values"]}
+
+
+class PadLeft:
+    """Tokens of unequal lengths, and no mask that would say so."""
+
+    def __call__(self, examples):
+        longest = max(len(example["input_ids"]) for example in examples)
+        padded = [[1] * (longest - len(own["input_ids"])) + own["input_ids"] for own in examples]
+        return {"input_ids": torch.tensor(padded), "labels": torch.tensor([own["labels"] for own in examples])}
 
 
 def test_what_varies_is_not_found_once(tmp_path):
     base = train(tmp_path, "vit", False, settings(8, **STORED, max_steps=1))
 
-    def make(kind="vit", dataset=None, spec_augment=None, **changes):
+    def make(model=None, dataset=None, collator=default_collate, ref_model=None, forget=None, **changes):
         args = copy.copy(base.args)
         for name, value in changes.items():
             setattr(args, name, value)
-        model = MODELS[kind]()
-        if spec_augment is not None:
-            model.config.apply_spec_augment = spec_augment
         dataset = base.train_dataset if dataset is None else dataset
-        return OrthoGradTrainer(
-            model, args, train_dataset=dataset, forget_dataset=base.forget_dataset, data_collator=default_collate
-        )
+        sets = {"train_dataset": dataset, "forget_dataset": base.forget_dataset if forget is None else forget}
+        model = MODELS["vit"]() if model is None else model
+        return OrthoGradTrainer(model, args, **sets, data_collator=collator, ref_model=ref_model)
 
-    with pytest.raises(ValueError, match="vary from one reading to the next: 'pixel_values'"):
+    with pytest.raises(ValueError, match="answers otherwise when rows of `train_dataset` are read again"):
         make(dataset=Varying(base.train_dataset), check_overlap=False).train()
-    with pytest.raises(ValueError, match="`retain_loss` is 'nll' with `alpha` 0.7, so that nothing"):
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40, num_labels=3, pad_token_id=0)
+    texts = [
+        {"input_ids": [2 + (row * 7 + n) % 30 for n in range(3 + row % 5)], "labels": row % 3} for row in range(24)
+    ]
+    with pytest.raises(ValueError, match="padding or masks change what it answers"):
+        make(GPT2ForSequenceClassification(config), texts, PadLeft(), forget=texts, check_overlap=False).train()
+    with pytest.raises(ValueError, match="`retain_loss` is 'nll' with `alpha` 0.7, which uses no predictions"):
         make(retain_loss="nll")
-    with pytest.raises(ValueError, match="for classifiers of whole samples"):
-        make(kind="llama", check_overlap=False)
-    with pytest.raises(ValueError, match="masks what it reads anew"):
-        make(spec_augment=True)
+    with pytest.raises(ValueError, match="for classifiers of whole samples, but the model is a LlamaForCausalLM"):
+        make(MODELS["llama"](), check_overlap=False)
+    later = make(precompute_ref_logits=False)
+    later.args.precompute_ref_logits, later.train_dataset = True, Stream()
+    with pytest.raises(ValueError, match="`train_dataset` is a stream"):
+        later.train()
+    other = MODELS["vit"]()
+    held = make(ref_model=other, max_steps=1)  # other predictions are stored alike
+    held.train()
+    entry = next(entry for entry in held.state.log_history if "retain_divergence" in entry)
+    assert entry["retain_divergence"] > 1e-6
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        while True:
+            yield {"pixel_values": torch.zeros(3, 32, 32), "labels": torch.tensor(0)}
 
 
 @pytest.mark.parametrize("more", [{"projection_target": "update"}, {"projection": "none"}, {"retain_chunk_size": 3}])

@@ -78,7 +78,7 @@ class GradientTrainer(BaselineTrainer):
         super().begin_unlearning()
         if self.keeps_gradients and self.state.global_step > 0:
             raise ValueError(
-                f"A run of {type(self).__name__} cannot be resumed: its earlier retain gradients are not saved. Start from the "
+                f"A run of {type(self).__name__} cannot be resumed: the gradients that it keeps are not saved. Start from the "
                 "beginning."
             )
 
@@ -195,19 +195,21 @@ class SamTrainer(GradientTrainer):
 
 
 class OnpoTrainer(GradientTrainer):
-    """NPO for requests in turn (ONPO, OpenReview lb6Ce20kl5): each step leaves the losses of earlier requests alone.
+    """NPO for requests in turn, after the abstract of ONPO (OpenReview lb6Ce20kl5): off the forget gradients of earlier requests.
 
-    The whole step, `1 - alpha` times the forget gradient and `alpha` times the retain gradient, loses its part in the span of
-    forget gradients that earlier runs kept. So none of the data of earlier requests is needed. Without any it is NPO. Which
-    gradients are kept the abstract of the paper leaves open: here it is those of a run's last steps.
+    The gradient that the optimizer is handed, `1 - alpha` times the forget gradient and `alpha` times the retain gradient,
+    loses its part in the span of forget gradients that earlier runs kept. To first order a step of SGD leaves the losses
+    of earlier requests alone; Adam's scaling bends it. No data of earlier requests is needed. Without kept gradients it
+    is NPO. Which gradients are kept the abstract leaves open: here it is those of a run's last steps.
 
     Args:
         earlier (`torch.Tensor`, *optional*): Shape (r, d): [`directions`] of the run before, of a model with the same trained
-            parameters.
-        rank (`int`): How many forget gradients this run keeps, each the size of the parameters.
+            parameters. They are held on the device, 4 bytes a number.
+        rank (`int`): How many forget gradients a call of `train()` keeps, each the size of the parameters.
 
     Raises:
-        ValueError: `rank` below 1, directions of another model, or a run that is resumed: kept gradients are not saved.
+        ValueError: `rank` below 1, `earlier` of another shape or not finite, or a run that is resumed: kept gradients are not
+            saved.
     """
 
     keeps_gradients = True
@@ -217,18 +219,20 @@ class OnpoTrainer(GradientTrainer):
         if rank < 1:
             raise ValueError(f"`rank` must be at least 1, but is {rank}.")
         size = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        if earlier is not None and (earlier.ndim != 2 or earlier.shape[1] != size):
+        shape = tuple(earlier.shape) if isinstance(earlier, Tensor) else type(earlier).__name__
+        if earlier is not None and (len(shape) != 2 or shape[1] != size or not earlier.isfinite().all()):
             raise ValueError(
-                f"`earlier` must have shape (directions, {size}), one column for each trained parameter, but has "
-                f"{tuple(earlier.shape)}. Pass `directions` of a run on the same model."
+                f"`earlier` must be a tensor of finite numbers, of shape (directions, {size}), one column for each trained "
+                f"parameter, but is {shape}. Pass `directions` of a run on the same model."
             )
-        self._earlier, self._rank, self._kept = earlier, rank, []
+        self._earlier, self._rank, self._size = earlier, rank, size
+        self._kept: list[Tensor] = []
 
     @property
     def directions(self) -> Tensor:
         """What to pass as `earlier` to the next run, shape (r, d), on the CPU: what this one was given, and what it kept."""
-        own = [gradient.cpu() for gradient in self._kept]
-        return torch.cat([*([] if self._earlier is None else [self._earlier.cpu()]), *(row[None] for row in own)])
+        before = torch.zeros(0, self._size) if self._earlier is None else self._earlier.cpu()
+        return torch.cat([before, *(gradient.cpu()[None] for gradient in self._kept)])
 
     def begin_unlearning(self) -> None:
         super().begin_unlearning()

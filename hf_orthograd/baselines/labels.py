@@ -61,7 +61,7 @@ class RandomLabelTrainer(BaselineTrainer):
         total = [torch.zeros_like(parameter) for parameter in trained]
         with preserved_modes(plain), preserved_random_state():
             plain.eval()
-            for batch in self.batches_in_order("forget_dataset"):
+            for batch in self.batches_of("forget_dataset"):
                 losses = batch.losses(plain, self.per_sample_loss)
                 gradients = torch.autograd.grad(losses.sum(), trained, allow_unused=True)
                 total = [t if g is None else t + g for t, g in zip(total, gradients, strict=True)]

@@ -87,7 +87,7 @@ def begin_run(trainer: "OrthoGradTrainer", model: nn.Module, observers: list[Ste
         model (`torch.nn.Module`): Its model, wrapped as the launch has it.
     """
     if (reference := find_callback(trainer.callback_handler, ReferenceLosses)) is not None:
-        rows = trainer.batches_in_order("forget_dataset"), len(trainer.forget_dataset)
+        rows = trainer.batches_of("forget_dataset"), len(trainer.forget_dataset)
         reference.begin_run(trainer.state, model, trainer.per_sample_loss, *rows)
     for observer in observers:
         observer.attach(trainer.gradient_engine.parameters, trainer.per_sample_loss, trainer.state.logging_steps)

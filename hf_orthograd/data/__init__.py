@@ -2,7 +2,7 @@
 
 from .batches import Batch, PairedBatches, RowSource
 from .splits import check_corpus, present_values, split_forget_retain
-from .streams import ForgetStream, batches_in_order, fill_last_batch
+from .streams import ForgetStream, fill_last_batch, load_batches
 from .text import prepare_text_dataset
 from .variation import VaryImages, VarySpeech
 
@@ -14,9 +14,9 @@ __all__ = [
     "RowSource",
     "VaryImages",
     "VarySpeech",
-    "batches_in_order",
     "check_corpus",
     "fill_last_batch",
+    "load_batches",
     "prepare_text_dataset",
     "present_values",
     "split_forget_retain",

@@ -1,6 +1,6 @@
 """The two streams of a step: retain batches that are always full, and forget batches without end."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 
 import numpy as np
@@ -78,9 +78,12 @@ class ForgetStream:
         return send_to_device(dict(next(self._batches)), self._args.device, non_blocking=True)
 
 
-def batches_in_order(source: RowSource, args: OrthoGradConfig) -> Iterator[Mapping]:
-    """Each row once, in order, in every process alike, in batches as those of evaluation."""
-    return iter(_loader(source, args, batch_size=args.per_device_eval_batch_size))
+def load_batches(
+    source: RowSource, args: OrthoGradConfig, numbers: Sequence[Sequence[int]] | None = None
+) -> Iterator[Mapping]:
+    """Batches of the rows of these numbers; by default each row once, in order, in batches as those of evaluation."""
+    sampling = {"batch_size": args.per_device_eval_batch_size} if numbers is None else {"batch_sampler": numbers}
+    return iter(_loader(source, args, **sampling))
 
 
 def _loader(source: RowSource, args: OrthoGradConfig, **sampling) -> DataLoader:

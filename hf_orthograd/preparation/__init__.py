@@ -2,15 +2,15 @@
 
 from .engines import prepare_engine, prepare_retain_term
 from .estimate import Estimate, estimate_run, estimate_step
-from .starting_model import KeepPredictions, KeepStoredPredictions, ReferenceModel, StartingModel
+from .starting_model import KeepPredictions, ReferenceModel, StartingModel, StoredPredictions
 
 
 __all__ = [
     "Estimate",
     "KeepPredictions",
-    "KeepStoredPredictions",
     "ReferenceModel",
     "StartingModel",
+    "StoredPredictions",
     "estimate_run",
     "estimate_step",
     "prepare_engine",

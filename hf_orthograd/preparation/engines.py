@@ -5,16 +5,21 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from .. import callbacks, validation
 from ..gradients import GradientEngine, MeanEngine, PlainEngine, choose_engine
 from ..parallel.sharding import is_sharded, unshard
 from ..trials import preserved_random_state
-from .starting_model import KeepPredictions, KeepStoredPredictions, ReferenceModel, StartingModel
+from .starting_model import KeepPredictions, ReferenceModel, StartingModel, StoredPredictions
 
 
 if TYPE_CHECKING:
     from ..trainer import OrthoGradTrainer
+
+logger = logging.get_logger(__name__)
+
+_READ_AGAIN = 64  # retain samples whose stored predictions are compared with new ones
 
 
 def prepare_engine(trainer: "OrthoGradTrainer", model: nn.Module) -> GradientEngine:
@@ -75,8 +80,8 @@ def prepare_retain_term(trainer: "OrthoGradTrainer", start: StartingModel | None
         start ([`StartingModel`], *optional*): The model as it was before a checkpoint was loaded, if one was.
 
     Raises:
-        ValueError: A run goes on whose starting model is gone, or another than it was; or predictions are to be found once for
-            samples that vary.
+        ValueError: A run goes on whose starting model is gone, or another than it was; or predictions cannot be found once for
+            all steps.
     """
     if not trainer.args.keeps_predictions:
         return None
@@ -93,6 +98,53 @@ def prepare_retain_term(trainer: "OrthoGradTrainer", start: StartingModel | None
     fingerprint.begin_run(trainer.state, start.fingerprint(trainer.group))
     if not trainer.args.precompute_ref_logits:
         return KeepPredictions(start, trainer.per_sample_loss)
-    validation.check_samples_are_fixed(lambda: trainer.first_batch("train_dataset", trainer.args.train_batch_size))
-    with trainer.compute_loss_context_manager():
-        return KeepStoredPredictions(start, trainer.per_sample_loss, trainer.batches_in_order("train_dataset"))
+    validation.check_precomputed(trainer.args, trainer.per_sample_loss, trainer.train_dataset)
+    place = None if trainer.ref_model is None else next(trainer.ref_model.parameters()).device
+    with preserved_random_state(), trainer.compute_loss_context_manager():
+        stored = _store_predictions(trainer, start)
+        _check_stored(trainer, start, stored)
+    if place is not None:
+        trainer.ref_model.to(place)
+    return KeepPredictions(stored, trainer.per_sample_loss)
+
+
+def _store_predictions(trainer: "OrthoGradTrainer", start: StartingModel) -> StoredPredictions:
+    """Each process runs the starting model on its part of the retain set."""
+    args, group, rows = trainer.args, trainer.group, range(len(trainer.train_dataset))
+    read = trainer.state.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if read < len(rows) and trainer.is_world_process_zero():
+        logger.warning(
+            f"`precompute_ref_logits` runs the starting model on all {len(rows)} retain samples, but the steps read {read} at "
+            "most: without it the run is faster."
+        )
+    size = args.per_device_eval_batch_size
+    batches = [rows[first : first + size] for first in rows[::size]]
+    own = batches[group.process_index :: group.num_processes]
+    # the forward passes of a sharded model are made by all processes together
+    own += batches[:1] * (-(-len(batches) // group.num_processes) - len(own))
+    source = trainer.batches_of("train_dataset", own)
+    return StoredPredictions.find(start, trainer.per_sample_loss, source, len(rows), group)
+
+
+def _check_stored(trainer: "OrthoGradTrainer", start: StartingModel, stored: StoredPredictions) -> None:
+    """Reads some of the retain samples again, in other batches.
+
+    Raises:
+        ValueError: The starting model then answers otherwise.
+    """
+    args, generator = trainer.args, torch.Generator().manual_seed(trainer.args.seed)
+    some = torch.randperm(len(trainer.train_dataset), generator=generator)[:_READ_AGAIN].tolist()
+    apart, largest = [], []
+    for batch in trainer.batches_of("train_dataset", [some[first : first + 7] for first in range(0, len(some), 7)]):
+        once, again = (one.outputs(trainer.per_sample_loss, batch).logits.float() for one in (stored, start))
+        apart.append((once - again).abs().max())
+        largest.append(again.abs().max())
+    found = (torch.stack(apart).max() / torch.stack(largest).max().clamp(min=1e-6)).item()
+    is_half = args.bf16 or args.fp16 or next(trainer.model.parameters()).dtype != torch.float32
+    differs = not found <= (5e-2 if is_half else 5e-3)
+    if differs or not trainer.group.all_equal(differs):
+        raise ValueError(
+            f"`precompute_ref_logits` is True, but the starting model answers otherwise when rows of `train_dataset` are read again in other "
+            f"batches: its logits differ by {found:.2g} of the largest. The rows vary, or padding or masks change what it "
+            "answers. Leave `precompute_ref_logits` out, or change that."
+        )

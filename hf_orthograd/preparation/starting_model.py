@@ -51,6 +51,10 @@ class StartingModel:
                 module.training = any(hasattr(module, name) for name in _MASKING)
             return forward(self._model)
 
+    def outputs(self, per_sample_loss: PerSampleLoss, batch: Batch) -> ModelOutput:
+        """What it answers to a batch."""
+        return self.run(lambda start: per_sample_loss.outputs(start, batch.inputs))
+
     @contextmanager
     def _in_place(self) -> Iterator[None]:
         reshard(self._model)  # a sharded model then gathers what is put in place here
@@ -88,49 +92,69 @@ class ReferenceModel(StartingModel):
         yield
 
 
+class StoredPredictions:
+    """The starting model's logits on all retain samples, found once: neither it nor a forward pass of it is needed again.
+
+    Args:
+        logits (`torch.Tensor`): Shape (n, classes), by row number.
+    """
+
+    def __init__(self, logits: Tensor):
+        self._logits = logits
+
+    def outputs(self, per_sample_loss: PerSampleLoss, batch: Batch) -> ModelOutput:
+        """Those of a batch with row numbers, as a classifier returns them.
+
+        Raises:
+            ValueError: It has none.
+        """
+        if batch.rows is None:
+            raise ValueError(
+                "`precompute_ref_logits` is True, but a retain batch has no row numbers to find its predictions by. Leave it out, or "
+                "keep the trainer's collator in a loader of your own."
+            )
+        return SequenceClassifierOutput(logits=self._logits[batch.rows])
+
+    @classmethod
+    def find(
+        cls,
+        start: StartingModel,
+        per_sample_loss: PerSampleLoss,
+        batches: Iterable[Batch],
+        num_rows: int,
+        group: ProcessGroup,
+    ) -> "StoredPredictions":
+        """Runs the starting model.
+
+        Args:
+            batches (`Iterable[Batch]`): Of this process, as many as in each other; together they hold each row, some more than once.
+        """
+        table = None
+        for batch in batches:
+            logits = start.outputs(per_sample_loss, batch).logits.float()
+            if table is None:
+                table = logits.new_zeros(num_rows, logits.shape[1])
+                times = logits.new_zeros(num_rows, 1)
+            table[batch.rows], times[batch.rows] = logits, 1
+        return cls(group.sum(table) / group.sum(times))
+
+
 class KeepPredictions:
     """How far a retain sample's predictions have gone from those of another model: KL(start || model).
 
     Args:
-        start ([`StartingModel`]): Whose predictions they were.
+        start ([`StartingModel`] or [`StoredPredictions`]): Whose predictions they were.
         per_sample_loss ([`PerSampleLoss`]): Of the model; says which positions count.
     """
 
-    def __init__(self, start: StartingModel, per_sample_loss: PerSampleLoss):
+    def __init__(self, start: StartingModel | StoredPredictions, per_sample_loss: PerSampleLoss):
         self._start, self._per_sample_loss = start, per_sample_loss
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One forward pass of the model gives both, beside one of the starting model without gradients."""
-        before = self.start_outputs(batch)
+        """One forward pass of the model gives both, beside the starting model's answers."""
+        before = self._start.outputs(self._per_sample_loss, batch)
         losses, outputs = self._per_sample_loss.with_outputs(model, batch.inputs)
         return losses, self._per_sample_loss.divergences(outputs, before, batch.inputs)
-
-    def start_outputs(self, batch: Batch) -> ModelOutput:
-        """What the starting model answers to a retain batch."""
-        return self._start.run(lambda start: self._per_sample_loss.outputs(start, batch.inputs))
-
-
-class KeepStoredPredictions(KeepPredictions):
-    """The same from the starting model's logits on all retain samples, found once: neither it nor its forward pass is needed again.
-
-    Args:
-        start ([`StartingModel`]): Not kept.
-        per_sample_loss ([`PerSampleLoss`]): Of a classifier of whole samples.
-        batches (`Iterable[Batch]`): The retain set, with row numbers, the same in every process.
-    """
-
-    def __init__(self, start: StartingModel, per_sample_loss: PerSampleLoss, batches: Iterable[Batch]):
-        super().__init__(start, per_sample_loss)
-        rows, logits = [], []
-        for batch in batches:
-            rows.append(batch.rows)
-            logits.append(super().start_outputs(batch).logits)
-        self._logits = torch.empty_like(found := torch.cat(logits))
-        self._logits[torch.cat(rows)] = found
-        del self._start
-
-    def start_outputs(self, batch: Batch) -> ModelOutput:
-        return SequenceClassifierOutput(logits=self._logits[batch.rows])
 
 
 def _changing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

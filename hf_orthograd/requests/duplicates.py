@@ -92,7 +92,11 @@ def check_dataset(
 def same_rows(dataset: Dataset, rows: Dataset, request_id: str) -> list[FoundRow]:
     """Rows of a data set that are equal to some of `rows` in the columns that both have."""
     shared = [name for name in rows.column_names if name in dataset.column_names]
-    dataset, rows, columns = dataset.select_columns(shared), rows.select_columns(shared), frozenset(shared) - {"labels"}
+    dataset, rows, columns = (
+        dataset.select_columns(shared),
+        rows.select_columns(shared),
+        frozenset(shared) - {"labels"},
+    )
     known = set(row_digests(rows, columns))
     return [FoundRow(row, request_id, 1.0) for row, one in enumerate(row_digests(dataset, columns)) if one in known]
 

@@ -19,13 +19,7 @@ from .launch import (
     freeze_batch_norm,
     warn_of_half_precision,
 )
-from .samples import (
-    check_per_sample,
-    check_precomputed,
-    check_retain_loss,
-    check_samples,
-    check_samples_are_fixed,
-)
+from .samples import check_per_sample, check_precomputed, check_retain_loss, check_samples
 
 
 __all__ = [
@@ -38,7 +32,6 @@ __all__ = [
     "check_precomputed",
     "check_retain_loss",
     "check_samples",
-    "check_samples_are_fixed",
     "check_steps",
     "find_parameters",
     "freeze_batch_norm",

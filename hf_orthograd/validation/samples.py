@@ -1,6 +1,6 @@
 """A few samples of each set: their labels, and whether the loss is one number for each, of that sample alone."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from datasets import Dataset
@@ -46,9 +46,13 @@ def _cut(batch: Batch) -> list[Batch]:
 
 
 def check_retain_loss(
-    args: OrthoGradConfig, per_sample_loss: PerSampleLoss, ref_model: nn.Module | None, model: nn.Module
+    args: OrthoGradConfig,
+    per_sample_loss: PerSampleLoss,
+    ref_model: nn.Module | None,
+    model: nn.Module,
+    train_dataset: object,
 ) -> None:
-    """Checks that what `retain_loss` asks for is known.
+    """Checks that what `retain_loss` asks for is known, and that [`check_precomputed`] holds.
 
     Raises:
         ValueError: "kl" with a loss of the user's own, whose divergence is not known; or a `ref_model` that nothing is held to,
@@ -69,45 +73,31 @@ def check_retain_loss(
             "`compute_divergence_func(outputs, start_outputs, labels)` that returns shape (batch size,), or set "
             "retain_loss='nll'."
         )
+    check_precomputed(args, per_sample_loss, train_dataset)
 
 
 def check_precomputed(args: OrthoGradConfig, per_sample_loss: PerSampleLoss, train_dataset: object) -> None:
     """Checks that the starting model's predictions can be found once for all steps, where `precompute_ref_logits` asks for it.
 
     Raises:
-        ValueError: Nothing is held to them, they are more than a row of logits for each sample, samples have no row numbers, or
-            the model masks what it reads.
+        ValueError: They are not used, they are more than a row of logits for each sample, or samples have no row numbers.
     """
     if not args.precompute_ref_logits:
         return
-    reason = None
     if not args.keeps_predictions:
-        reason = f"`retain_loss` is {args.retain_loss!r} with `alpha` {args.alpha}, so that nothing is held to them"
-    elif not per_sample_loss.is_of_whole_samples:
-        reason = "that is for classifiers of whole samples, with their own loss and divergence"
-    elif not hasattr(train_dataset, "__len__"):
-        reason = "`train_dataset` is a stream, whose samples have no numbers to find them by"
-    elif getattr(per_sample_loss.model.config, "apply_spec_augment", False):
-        reason = "the model masks what it reads anew at each step (`config.apply_spec_augment`)"
-    if reason is not None:
-        raise ValueError(f"`precompute_ref_logits` is True, but {reason}. Leave it out, or change that.")
-
-
-def check_samples_are_fixed(first_batch: Callable[[], Batch]) -> None:
-    """Reads the first samples twice.
-
-    Raises:
-        ValueError: They came out differently.
-    """
-    once, again = (first_batch().inputs for _ in range(2))
-    varying = [
-        name for name, value in once.items() if isinstance(value, Tensor) and not torch.equal(value, again[name])
-    ]
-    if varying:
         raise ValueError(
-            "`precompute_ref_logits` is True, but samples of `train_dataset` vary from one reading to the next: "
-            f"{', '.join(map(repr, varying))}. Predictions found once are not those of what a step sees. Leave "
-            "`precompute_ref_logits` out, or the variation."
+            f"`precompute_ref_logits` is True, but `retain_loss` is {args.retain_loss!r} with `alpha` {args.alpha}, which uses no "
+            "predictions of the starting model. Leave it out, or set retain_loss='kl' and `alpha` above 0."
+        )
+    if not per_sample_loss.is_of_whole_samples:
+        raise ValueError(
+            f"`precompute_ref_logits` is True, which is for classifiers of whole samples, but the model is a "
+            f"{type(per_sample_loss.model).__name__}, or `compute_loss_func` or `compute_divergence_func` is given. Leave it out."
+        )
+    if not hasattr(train_dataset, "__len__"):
+        raise ValueError(
+            "`precompute_ref_logits` is True, but `train_dataset` is a stream, whose samples have no numbers to find predictions by. "
+            "Leave it out, or pass a data set with a length."
         )
 
 
