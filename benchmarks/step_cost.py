@@ -8,7 +8,7 @@
         --memory_methods                                 # all four take part in every round
     python benchmarks/step_cost.py --results two_pass --samples 8 --train full --methods two_pass gram \\
         --models wav2vec2-base-12s --repeats 4 --memory_methods  # more rounds
-    python benchmarks/step_cost.py --results stored --samples 8 --train full --models vit-b-16 \
+    python benchmarks/step_cost.py --results stored --samples 8 --train full --models vit-b-16 \\
         --methods graddiff gram gram_kl gram_kl_stored  # a classifier's starting predictions found once
     python benchmarks/step_cost.py --report              # table and plot from what was measured so far
 

@@ -56,7 +56,7 @@ class ShadowStudy(ImageStudy):
                 self.attacked.get(f"{name} {request}", lambda name=name, request=request: self.attack(name, request))
 
     def attack(self, name: str, request: Request) -> dict[str, list[float]]:
-        """Of each shadow: the attack's AUC and TPR at 1 % FPR, and the AUC of a threshold on the loss."""
+        """Of each shadow: the attack's AUC and TPR at 1 % FPR, and the AUC of a threshold on the loss; and mean losses over all shadows."""
         name, further = FURTHER.get(name, (name, 0.0))
         study, method, extra = self, name, {}
         if name in WITH_RETAIN_TERM:

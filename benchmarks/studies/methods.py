@@ -34,7 +34,7 @@ class Method:
         trainer (`Callable`): Its class.
         rule (`bool`): Whether it ends by the study's stopping rule. A method with a schedule of its own does not.
         steps (`int`): How many times the study's steps it takes.
-        compared (`bool`): Whether it is in the tables of images and speech, or only in ablations or on text.
+        compared (`bool`): Whether studies take it where they do not name their methods.
     """
 
     label: str

@@ -33,10 +33,11 @@ class Kind:
     Attributes:
         speakers (`int`): Named by each.
         seconds (`int`): Of the longest utterances.
+        requests (`int`): How many there are, one for each seed.
         steps (`int`): The most of a run.
         level (`float`): Nats per token, at which runs are compared by loss.
         why (`str`): When that level was set.
-        watched (`int`): Utterances of the test set that are evaluated while unlearning.
+        watched (`int`): Utterances of the test set that are evaluated while unlearning; of short ones half of all.
     """
 
     speakers: int
@@ -225,8 +226,8 @@ def _tables(runs: dict, kind: str, of: Kind, share: str) -> list[str]:
 
 
 _NOTE = """Means over requests with 95 % intervals by Student's t. Word error rates; an endless transcript counts for many words, so more than all \
-may be wrong. "by WER" and "by loss": the test WER where that of the forgotten utterances passes 0.9, and the test loss in nats where their loss passes a level, \
-on the test utterances evaluated while unlearning, empty where a run never did. Differences to the default's are paired: above zero, the \
+may be wrong. "by WER": the test WER where that of the forgotten utterances passes 0.9. "by loss": the test loss in nats where their loss passes a level. Both are \
+of the test utterances evaluated while unlearning, and empty where a run never got there. Differences to the default's are paired: above zero, the \
 default keeps more."""
 
 

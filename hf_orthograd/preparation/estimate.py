@@ -136,7 +136,8 @@ def estimate_run(trainer: "OrthoGradTrainer") -> Estimate:
         [`Estimate`], which prints as a table.
 
     Raises:
-        ValueError: There is no `forget_dataset`, or the model or samples would be refused by `train()`.
+        ValueError: There is no `forget_dataset`, or the model or samples would be refused by `train()`; what
+            `precompute_ref_logits` asks of samples, `train()` alone looks at.
     """
     if trainer.forget_dataset is None:
         raise ValueError("`estimate()` needs a `forget_dataset`: without one the trainer is Trainer.")
