@@ -122,6 +122,10 @@ def test_rows_of_the_request_are_proved_and_no_others(folder, make_samples):
     assert verify(folder, salt=salt, row=retain[0]) == ["the row is in no request under this salt"]
     no_seal = "no record carries the seal of this salt: it was changed, or the salt is another"
     assert verify(folder, salt=bytes(32), row=forget[2]) == [no_seal, "the row is in no request under this salt"]
+    with pytest.raises(ValueError, match="`row` has no column pixel_values, by which request"):
+        verify(folder, salt=salt, row={"image": 1})
+    with pytest.raises(ValueError, match="nosalt.key' holds no salt: .*No such file"):
+        read_salt(folder / "nosalt.key")
     with pytest.raises(ValueError, match="pass `salt`, too"):
         verify(folder, row=forget[2])
     (record,) = load_records(folder)

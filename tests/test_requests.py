@@ -243,6 +243,8 @@ def test_what_is_not_looked_for_is_said(history, sets, caplog):
     history.delete_data(2, salt=True)
     assert history.check_dataset(sets["forget 2"]) == []
     assert "Request 2 is not looked for: its rows and its salt were deleted." in caplog.text
+    with pytest.raises(ValueError, match="`dataset` has none of the columns .* of request 'case-1', only labels"):
+        history.check_dataset(sets["forget 1"].remove_columns("pixel_values"))
     shutil.rmtree(history.request(1).folder)
     history.check_dataset(sets["forget 1"])
     assert "Request 1 (case-1) is not looked for: its folder is gone" in caplog.text

@@ -43,8 +43,10 @@ def load_maker(place: str) -> "MakeTrainer":
         ValueError: There is no such file, or no such function in it.
     """
     path, _, name = place.partition(":")
-    if not name or not Path(path).is_file():
+    if not name:
         raise ValueError(f"`--trainer` is {place!r}, but names no function of a file: pass FILE.py:FUNCTION.")
+    if not Path(path).is_file():
+        raise ValueError(f"`--trainer` is {place!r}, but there is no file {path!r}.")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -238,12 +238,11 @@ def read_salt(path: str | Path) -> bytes:
     """The salt of such a file.
 
     Raises:
-        ValueError: It holds no salt.
+        ValueError: It is not there, or holds no salt.
     """
-    text = Path(path).read_text().strip()
     try:
-        salt = bytes.fromhex(text)
-    except ValueError as error:
+        salt = bytes.fromhex(Path(path).read_text().strip())
+    except (ValueError, OSError) as error:
         raise ValueError(f"{str(path)!r} holds no salt: {error}") from error
     if len(salt) < 16:
         raise ValueError(f"{str(path)!r} holds a salt of {len(salt)} bytes, too short to hide a row: 32 are usual.")

@@ -45,6 +45,13 @@ def verify(
     sealed = [record for record in load_records(folder) if record.is_sealed_by(salt)]
     if not sealed:
         problems.append("no record carries the seal of this salt: it was changed, or the salt is another")
+    for record in sealed if row is not None else ():
+        missing = set(record.committed_columns or ()) - set(row)
+        if missing:
+            raise ValueError(
+                f"`row` has no column {', '.join(sorted(missing))}, by which request {record.request_id!r} knows its rows: prepare it as "
+                "the forget set was."
+            )
     if row is not None and not any(record.includes(row, salt) for record in sealed):
         problems.append("the row is in no request under this salt")
     return problems

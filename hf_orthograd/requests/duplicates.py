@@ -92,6 +92,11 @@ def check_dataset(
 def same_rows(dataset: Dataset, rows: Dataset, request_id: str) -> list[FoundRow]:
     """Rows of a data set that are equal to some of `rows` in the columns that both have."""
     shared = [name for name in rows.column_names if name in dataset.column_names]
+    if not set(shared) - {"labels", "attention_mask"}:
+        raise ValueError(
+            f"`dataset` has none of the columns {', '.join(rows.column_names)} of request {request_id!r}, only "
+            f"{', '.join(dataset.column_names)}: prepare it as the forget set was."
+        )
     dataset, rows, columns = (
         dataset.select_columns(shared),
         rows.select_columns(shared),
