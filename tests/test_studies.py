@@ -276,6 +276,10 @@ def test_retain_terms_in_the_guide_are_those_of_the_records():
         difference = gaps(variants[2]) - gaps(retention.DEFAULT)
         cells.append(mean_and_interval(difference) if difference.any() else "")
         assert f"| {method} | {' | '.join(cells)} |".replace("  |", " |") in guide.replace("**", "")
+    ours, other = (gaps(f"{method}, kl, varied, k = 256") for method in ("OrthoGrad + NPO", "NPO"))
+    more = mean_and_interval(other - ours)
+    said = f"OrthoGrad + NPO has {ours.mean():.3f}, and NPO {other.mean():.3f}: {more} more."
+    assert said in guide.replace("**", "")
 
 
 KL = {
