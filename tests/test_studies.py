@@ -341,6 +341,32 @@ def test_table_of_requests_in_turn_is_that_of_its_records(tmp_path):
     assert numbers_of(tmp_path / "table.md") == numbers_of(RESULTS / "study_sequences.md")
 
 
+IN_TURN = {
+    'OrthoGrad + NPO, "kl" to the original, varied, rate 3e-5': "OrthoGrad + NPO, kl, varied, to the original, 3e-5",
+    'ONPO, "kl" to the original, varied, rate 3e-5': "ONPO, kl, varied, to the original, 3e-5",
+    "OrthoGrad + NPO, labels": "OrthoGrad + NPO",
+    "ONPO, labels": "ONPO",
+    "NPO, labels": "NPO",
+    "GradDiff, labels": "GradDiff",
+}
+
+
+def test_requests_in_turn_in_the_docs_are_those_of_the_records():
+    runs = json.loads((RESULTS / "study_sequences.json").read_text())["runs"]
+    page = (RESULTS.parent.parent / "docs" / "results.md").read_text().replace("**", "")
+
+    def last(variant):
+        return [runs[f"{variant} random-{seed}"]["after"][-1] for seed in range(3)]
+
+    def gaps(variant):
+        return np.array([gap(own, runs[f"retrained random-{seed}"]) for seed, own in enumerate(last(variant))])
+
+    for shown, variant in IN_TURN.items():
+        own, test = gaps(variant), np.mean([one["quality"]["test"][0] for one in last(variant)])
+        cells = mean_and_interval(own), mean_and_interval(own - gaps(sequences.ONCE)), f"{test:.3f}"
+        assert f"| {shown} | {' | '.join(cells)} |" in page
+
+
 def answers(forget, utility, steps=None):
     """A record of the study of text."""
     sets = {
