@@ -219,8 +219,10 @@ class OnpoTrainer(GradientTrainer):
         if rank < 1:
             raise ValueError(f"`rank` must be at least 1, but is {rank}.")
         size = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        shape = tuple(earlier.shape) if isinstance(earlier, Tensor) else type(earlier).__name__
-        if earlier is not None and (len(shape) != 2 or shape[1] != size or not earlier.isfinite().all()):
+        is_tensor = isinstance(earlier, Tensor)
+        fits = is_tensor and earlier.ndim == 2 and earlier.shape[1] == size and bool(earlier.isfinite().all())
+        if earlier is not None and not fits:
+            shape = tuple(earlier.shape) if is_tensor else type(earlier).__name__
             raise ValueError(
                 f"`earlier` must be a tensor of finite numbers, of shape (directions, {size}), one column for each trained "
                 f"parameter, but is {shape}. Pass `directions` of a run on the same model."

@@ -13,7 +13,7 @@ def load_rows(path: str, *, leave_no_copy: bool = False) -> Dataset:
         leave_no_copy (`bool`): Whether to hold it in memory, so that no copy of its rows stays in a cache.
 
     Raises:
-        ValueError: There is no such file or folder, it holds something else, or no rows.
+        ValueError: There is no such file or folder, or it holds something else.
     """
     if not Path(path).exists():
         raise ValueError(f"There is nothing at {path!r}. Pass a parquet or JSON file, or a folder of `save_to_disk`.")
@@ -32,4 +32,7 @@ def _load(path: str, leave_no_copy: bool) -> Dataset:
             return load_dataset(**source)
         with TemporaryDirectory() as folder:
             return load_dataset(**source, cache_dir=folder, keep_in_memory=True)
-    return load_from_disk(path)
+    rows = load_from_disk(path)
+    if not isinstance(rows, Dataset):
+        raise ValueError(f"it holds several sets, {', '.join(rows)}")
+    return rows

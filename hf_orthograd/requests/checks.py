@@ -80,7 +80,8 @@ def check_record(request: Request, carrier: Request, model: Path) -> Iterator[st
 def lost_requests(history: "RequestHistory") -> list[tuple[int, str]]:
     """Place and name of each request that the records of today's model name, and no folder of the history."""
     known = {request.request_id for request in history.requests}
-    names = [name for record in load_records(history.model) for name in record.request_id.split(", ")]
+    before = len(load_records(history.original))  # the original may have been unlearned outside of this history
+    names = [name for record in load_records(history.model)[before:] for name in record.request_id.split(", ")]
     return [(place, name) for place, name in enumerate(names, start=1) if name not in known]
 
 

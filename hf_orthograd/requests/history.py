@@ -1,6 +1,7 @@
 """A model and the requests that it went through, in one folder of plain files.
 
     history.json            the original model
+    .lock                   held while requests are carried out
     original/               a copy of it, if it was a folder
     requests/0001/
       request.json          what was asked, without names or rows

@@ -55,31 +55,10 @@ class Request:
         if partial.exists():
             shutil.rmtree(partial)
         try:
-            return cls._write(partial, folder, number, request_id, goal, forget, retain, sketched)
+            _write_private(partial / PRIVATE, forget, retain, sketched)
         except Exception:
             shutil.rmtree(partial)  # it holds rows and a salt
             raise
-
-    @classmethod
-    def _write(
-        cls,
-        partial: Path,
-        folder: Path,
-        number: int,
-        request_id: str,
-        goal: str | None,
-        forget: Dataset,
-        retain: Dataset | None,
-        sketched: Iterable | None,
-    ) -> "Request":
-        private = partial / PRIVATE
-        private.mkdir(parents=True)
-        forget.save_to_disk(private / "forget")
-        if retain is not None:
-            retain.save_to_disk(private / "retain")
-        salt = owner_salt(private)
-        if sketched is not None:
-            Sketches.of(sketched, salt).save(private / SKETCHES_NAME)
         sizes = {"forget": len(forget), "retain": 0 if retain is None else len(retain)}
         added = datetime.now(timezone.utc).isoformat(timespec="seconds")
         request = cls(number, request_id, goal, added, sizes, folder)
@@ -138,6 +117,16 @@ class Request:
         """That its rows are committed to with, if it was not deleted."""
         path = self.private / SALT_NAME
         return read_salt(path) if path.exists() else None
+
+
+def _write_private(folder: Path, forget: Dataset, retain: Dataset | None, sketched: Iterable | None) -> None:
+    folder.mkdir(parents=True)
+    forget.save_to_disk(folder / "forget")
+    if retain is not None:
+        retain.save_to_disk(folder / "retain")
+    salt = owner_salt(folder)
+    if sketched is not None:
+        Sketches.of(sketched, salt).save(folder / SKETCHES_NAME)
 
 
 def write_json(path: Path, content: Mapping) -> None:

@@ -42,9 +42,10 @@ class StaysForgotten(TrainerCallback):
     Held, each optimizer step's gradient g loses what would lower the mean loss of those of some forgotten rows that are at
     their level or below: `g - max(0, <g, f>) / <f, f> f`, with f the gradient of that loss. This is the projection of A-GEM
     (arXiv 1812.00420, equation 11), turned round. Rows above their level may fall to it. Rows below it are pushed
-    back, by the gradient of `mean(max(0, level - loss))`, which clipping does not reach. Momentum and Adam's scaling bend what the projection leaves: at a high learning rate
-    the rows' loss jumps around its level, and other quality suffers. This takes one more forward and backward pass of `batch_size` rows a step and process. Levels stand in the trainer's state, and so
-    in checkpoints: these stay with the owner.
+    back, by the gradient of `mean(max(0, level - loss))`, which clipping does not reach. Momentum and Adam's scaling bend
+    what the projection leaves: at a high learning rate the rows' loss jumps around its level. This takes one more forward
+    and backward pass of `batch_size` rows a step and process. Levels stand in the trainer's state, and so in checkpoints:
+    these stay with the owner.
 
     Args:
         dataset (`Dataset`): Rows that were forgotten; or, if they were deleted, others that tell as much, as paraphrases.
