@@ -235,6 +235,8 @@ def test_what_is_not_looked_for_is_said(history, sets, caplog):
     for number in (1, 2):
         history.add(sets[f"forget {number}"], request_id=f"case-{number}")
     history.run(maker(sets["retain"]), merge=True)
+    again = RequestHistory.create(history.folder.with_name("again"), history.model)
+    assert again.check() == []  # records from before it are none of its requests
     assert history.check_dataset(sets["forget 3"], column=["a", "b", "c", "d"]) == []
     assert caplog.text.count("it has no sketches") == 2
     for number in (1, 2):  # by rows that are kept
