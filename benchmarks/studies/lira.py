@@ -5,7 +5,7 @@
 Candidates are 500 training images, which the model that shadows start from never saw, and 500 test images. Each shadow is
 fine-tuned on half of them and on retained images, and unlearns that half at the settings chosen in the studies of images and of
 retain terms, with 5 % of the retain set at hand. Each shadow in turn is then attacked by one who knows the others. A run ends when the
-loss on what it forgets is that of images never seen, or is so much higher ("further").
+loss on what it forgets is that of images never seen, or after 48 steps, or after more ("at most").
 """
 
 import argparse
@@ -31,11 +31,10 @@ NUM_SHADOWS = 16
 RETAINED = 1500  # retained images that a shadow is trained on beside its half of the candidates
 CONTROLS = {"nothing": "nothing unlearned", "never": "never trained on"}
 WITH_RETAIN_TERM = (DEFAULT, "NPO, kl, varied")  # of the study of retain terms
+MOST = 144  # steps of runs that do not get there in the studies' 48
 # name: (variant, nats beyond the loss on images never seen)
-FURTHER = {
-    f"{variant}, {nats:g} nats further": (variant, nats)
-    for variant, nats in ((DEFAULT, 0.1), (DEFAULT, 0.2), ("orthograd_npo", 0.1), ("orthograd_npo", 0.2))
-}
+LONGER = {f"{variant}, at most {MOST} steps": (variant, 0.0) for variant in (*WITH_RETAIN_TERM, "orthograd_npo")}
+LONGER[f"{DEFAULT}, at most {MOST} steps, 0.1 nats further"] = DEFAULT, 0.1
 
 
 class ShadowStudy(ImageStudy):
@@ -50,24 +49,27 @@ class ShadowStudy(ImageStudy):
         self.retention = RetentionStudy(data_folder, work_folder, Records(RESULTS / "study_retention.json"))
 
     def stage_final(self) -> None:
-        for name in (*CONTROLS, *self.methods, *WITH_RETAIN_TERM, *FURTHER):
+        for name in (*CONTROLS, *self.methods, *WITH_RETAIN_TERM, *LONGER):
             for seed in self.seeds:
                 request = self.request("random", seed)
                 self.attacked.get(f"{name} {request}", lambda name=name, request=request: self.attack(name, request))
 
     def attack(self, name: str, request: Request) -> dict[str, list[float]]:
         """Of each shadow: the attack's AUC and TPR at 1 % FPR, and the AUC of a threshold on the loss; and mean losses over all shadows."""
-        name, further = FURTHER.get(name, (name, 0.0))
+        longer = name in LONGER
+        name, further = LONGER.get(name, (name, 0.0))
         study, method, extra = self, name, {}
         if name in WITH_RETAIN_TERM:
             study, method, extra = self.retention, RETAIN_TERMS[name].method, RETAIN_TERMS[name].extra
             study.varied = RETAIN_TERMS[name].varied
+        if longer:
+            extra = extra | {"max_steps": MOST}
         bench, sets = self.bench("random"), study.sets(request, CHOSEN_AT)
         candidates = ConcatDataset([sets["forget"], sets["proxy"]])
         retained = sets["others"].select(np.arange(RETAINED))
         start = self.retrained(request)
         setting = None if name in CONTROLS else study.chosen("random", name)
-        numbers = itertools.count()
+        numbers, steps = itertools.count(), []
 
         def train(shadow, half):
             number = next(numbers)
@@ -80,7 +82,9 @@ class ShadowStudy(ImageStudy):
                 return shadow
             target = {"forget_target": losses(shadow, sets["validation"]).mean() + further} if further else {}
             own = sets | {"forget": half}
-            return unlearn(bench, method, setting, shadow, own, request.seed, extra | target)[0].model
+            trainer, record = unlearn(bench, method, setting, shadow, own, request.seed, extra | target)
+            steps.append(record["steps"])
+            return trainer.model
 
         def losses(shadow, images=candidates):
             args = OrthoGradConfig(str(self.work / "run"), per_device_eval_batch_size=250, report_to="none")
@@ -96,22 +100,25 @@ class ShadowStudy(ImageStudy):
             "tpr": [one.tpr_at_1_percent_fpr for one in attacks],
             "threshold": [membership_inference(*(losses[~np.isnan(losses)] for losses in pair)).auc for pair in pairs],
             "losses": [float(np.nanmean(rows)) for rows in (found.unlearned, found.unseen)],
+            "steps": steps,
         }
 
     def stage_report(self) -> None:
         lines = [
-            "| method | U-LiRA AUC | U-LiRA TPR at 1 % FPR | AUC of a threshold on the loss | loss, unlearned | loss, never seen |",
-            "|---|---|---|---|---|---|",
+            "| method | U-LiRA AUC | U-LiRA TPR at 1 % FPR | AUC of a threshold on the loss | steps | loss, unlearned | loss, never seen |",
+            "|---|---|---|---|---|---|---|",
         ]
         panels = {"AUC, U-LiRA": {}, "AUC, threshold on the loss": {}}
         labels = CONTROLS | {name: METHODS[name].label for name in type(self).methods}
-        further = {name: name.replace(variant, labels.get(variant, variant)) for name, (variant, _) in FURTHER.items()}
-        for name, label in (labels | {name: name for name in WITH_RETAIN_TERM} | further).items():
+        longer = {name: name.replace(variant, labels.get(variant, variant)) for name, (variant, _) in LONGER.items()}
+        for name, label in (labels | {name: name for name in WITH_RETAIN_TERM} | longer).items():
             runs = [self.attacked.runs.get(f"{name} random-{seed}") for seed in self.seeds]
             if None in runs:
                 continue
             values = {key: np.concatenate([run[key] for run in runs]) for key in ("auc", "tpr", "threshold")}
             shown = [f"{one.mean():.3f} ({one.std(ddof=1):.3f})" for one in values.values()]
+            steps = [step for run in runs for step in run.get("steps", [])]
+            shown.append(f"{np.median(steps):g}" if steps else "")
             losses = [run.get("losses", [np.nan] * 2) for run in runs]
             shown += ["" if np.isnan(one).any() else f"{np.mean(one):.3f}" for one in zip(*losses, strict=True)]
             lines.append("| " + " | ".join([label, *shown]) + " |")
