@@ -86,6 +86,7 @@ class SequenceStudy(ImageStudy):
     name, kinds, seeds = "sequences", ("random",), (0, 1, 2)
     choices, ours = VARIANTS, OURS
     what, note, continued_note = "requests", _NOTE, _CONTINUED_NOTE
+    metric, task = "accuracy", "test"  # what the curves show; the set that stands for the new task
     variants = tuple(VARIANTS)
 
     def parts(self, request: Request) -> list[Images]:
@@ -177,7 +178,7 @@ def _losses_and_hits(model, images: Images) -> tuple[np.ndarray, np.ndarray]:
 
 def write_report(runs: dict, path: Path, study: type[SequenceStudy] = SequenceStudy) -> None:
     """Tables of the variants that were run for the same seeds as the default, and curves over requests."""
-    kind, better = study.kinds[0], "accuracy" if study.better > 0 else "word error rate"
+    kind = study.kinds[0]
     seeds = [seed for seed in study.seeds if all(f"{name} {kind}-{seed}" in runs for name in (ONCE, study.ours))]
     if not seeds:
         return
@@ -186,9 +187,9 @@ def write_report(runs: dict, path: Path, study: type[SequenceStudy] = SequenceSt
     references = {what: [runs[f"{what} {kind}-{seed}"] for seed in seeds] for what in ("original", "retrained")}
     title = f"# Five {study.what} in turn, {f'{len(seeds)} seeds' if len(seeds) > 1 else 'one seed'}"
     parts = [title, study.note, _sequence_table(found, references)]
-    parts += ["## Trained on", study.continued_note, _continued_table(found), machine_note()]
+    parts += ["## Trained on", study.continued_note, _continued_table(found, study.task), machine_note()]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
-    _plot(found, references["retrained"], path.with_suffix(".png"), better)
+    _plot(found, references["retrained"], path.with_suffix(".png"), study.metric)
 
 
 def _sequence_table(found: dict, references: dict) -> str:
@@ -232,10 +233,10 @@ def _sequence_table(found: dict, references: dict) -> str:
     return "\n".join(lines)
 
 
-def _continued_table(found: dict) -> str:
+def _continued_table(found: dict, task: str) -> str:
     heads = [
         "method",
-        *(f"{name}: {what}" for name in NEW_DATA for what in ("watched", "held", "test, watched", "test, held")),
+        *(f"{name}: {what}" for name in NEW_DATA for what in ("watched", "held", f"{task}, watched", f"{task}, held")),
     ]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for variant, own in found.items():
@@ -243,7 +244,7 @@ def _continued_table(found: dict) -> str:
             continue
         cells = []
         for name in NEW_DATA:
-            for of in ("request 1", "test"):
+            for of in ("request 1", task):
                 for how in HOW.values():
                     values = [record["continued"][f"{name}, {how}"]["quality"][of][0] for record in own]
                     starts = [record["after"][-1]["quality"][of][0] if of == "request 1" else 0.0 for record in own]

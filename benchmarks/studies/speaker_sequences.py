@@ -49,9 +49,9 @@ VARIANTS = {
 class SpeakerSequences(SequenceStudy):
     """The study of images with speakers in place of sets of images; models and measures are those of the study of speech."""
 
-    name, kinds, better = "speaker_sequences", ("turn",), -1
+    name, kinds = "speaker_sequences", ("turn",)
     choices, ours, variants = VARIANTS, OURS, tuple(VARIANTS)
-    what = "speakers"
+    what, metric = "speakers", "word error rate"
     note = f""""kl" holds utterances at hand to the predictions of the model before, "to the original" to those of the model before any request. Learning rate {RATE:g}. \
 Word error rates after the last request. The gap is the mean distance to the model retrained without all five over word error rates on forgotten, retained and test \
 utterances and the AUC of membership inference. "Came back": word error rate on the first speaker after the last request less that after the first: below zero, it came back. Rates above 1 count as 1 in the gap alone. \
