@@ -13,7 +13,7 @@ from datasets import Dataset, concatenate_datasets
 from filelock import FileLock
 from published import rows
 from safetensors.torch import load_file
-from transformers import ViTForImageClassification
+from transformers import TrainerCallback, ViTForImageClassification
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, publishing
 from hf_orthograd.data import VaryImages
@@ -134,6 +134,59 @@ def test_requests_are_merged_into_one_run(history, sets):
     assert [one.problems for one in history.check()] == [[], [], []]
     with pytest.raises(ValueError, match="committed to under the salt of request 3"):
         history.delete_data(1, salt=True)
+    history.delete_data(3, salt=True)  # salts of the others' own open nothing but their sketches
+    assert [request.salt() for request in history.requests] == [None] * 3
+    assert [request.rows("forget") is None for request in history.requests] == [False, False, True]
+
+
+def test_requests_with_several_goals_are_not_merged(history, sets):
+    for number, goal in ((1, "erased"), (2, None)):
+        history.add(sets[f"forget {number}"], goal=goal)
+    with pytest.raises(ValueError, match="several goals, {1: 'erased', 2: None}, and a run has one"):
+        history.run(maker(sets["retain"]), merge=True)
+    assert len(history.run(maker(sets["retain"], max_steps=1))) == 2
+
+
+def test_rows_that_are_asked_for_twice_are_told(history, sets, caplog):
+    history.add(sets["forget 1"], request_id="case-1")
+    both = concatenate_datasets([sets["forget 2"], sets["forget 1"].select([0, 1])])
+    history.add(both, request_id="case-2")
+    told = "2 of the 6 rows to forget are also in request 1 (case-1): they are asked for twice."
+    assert caplog.text.count(told) == 1
+    history.run(maker(sets["retain"], max_steps=1))
+    history.delete_data(1)
+    history.add(both)  # by the salt
+    assert caplog.text.count(told) == 2 and "6 of the 6 rows to forget are also in request 2" in caplog.text
+    assert "`make_trainer` has to take both" not in caplog.text
+    history.add(sets["forget 3"].add_column("extra", [0] * 4))
+    assert "'extra'], those of request 3 have" in caplog.text
+
+
+def test_a_run_goes_on_with_the_settings_that_it_began_with(history, sets):
+    history.add(sets["forget 1"])
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise InterruptedError
+
+    def killed(*arguments):
+        trainer = maker(sets["retain"])(*arguments)
+        trainer.add_callback(Kill())
+        return trainer
+
+    with pytest.raises(InterruptedError):
+        history.run(killed)
+    fewer = sets["retain"].select(range(6))
+    with pytest.raises(
+        ValueError, match="learning_rate 0.02, not 0.01; retain rows 6, not 8. Return that one, or `roll"
+    ):
+        history.run(maker(fewer, learning_rate=2e-2))
+    history.run(maker(sets["retain"]))
+    kept = history.model
+    history.roll_back(0)
+    history.run(maker(fewer, learning_rate=2e-2))  # anew
+    assert history.model == kept
 
 
 def test_earlier_requests_are_held(history, sets):
@@ -278,13 +331,10 @@ def test_a_history_that_is_killed_goes_on_bit_for_bit(kills, tmp_path):
 
 
 BAD = {
-    "no rows": (
-        lambda history, rows: history.add(rows.select([])),
-        "`forget_dataset` is empty",
-    ),
+    "no rows": (lambda history, rows: history.add(rows.select([])), "`forget_dataset` is empty"),
     "a list": (
         lambda history, rows: history.add([1]),
-        "`forget_dataset` is a list, but is kept as files: pass a datasets.Dataset",
+        "`forget_dataset` is a list, but is kept as files: pass a datas",
     ),
     "goal": (
         lambda history, rows: history.add(rows, goal="gone"),
@@ -317,6 +367,10 @@ BAD = {
     "no weights": (
         lambda history, rows: RequestHistory.create(history.folder / "new", history.folder),
         "holds no weights in safetensors",
+    ),
+    "no such model": (
+        lambda history, rows: RequestHistory.create(history.folder / "new", "nobody/nothing"),
+        "`model` is 'nobody/nothing', but there is no such folder, nor such a model",
     ),
     "other rows": (
         lambda history, rows: (

@@ -2,13 +2,13 @@
 
 import argparse
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
     from ..requests import RequestHistory
-    from ..requests.running import MakeTrainer
 
 
 _DESCRIPTION = """A folder holds a model's history: the original, the requests in order, their records and models, and what the owner has to
@@ -36,7 +36,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
             action.add_argument(flag, **settings)
 
 
-def load_maker(place: str) -> "MakeTrainer":
+def load_function(place: str, argument: str = "--trainer") -> Callable:
     """A function by its place, as "train.py:make_trainer".
 
     Raises:
@@ -44,14 +44,14 @@ def load_maker(place: str) -> "MakeTrainer":
     """
     path, _, name = place.partition(":")
     if not name:
-        raise ValueError(f"`--trainer` is {place!r}, but names no function of a file: pass FILE.py:FUNCTION.")
+        raise ValueError(f"`{argument}` is {place!r}, but names no function of a file: pass FILE.py:FUNCTION.")
     if not Path(path).is_file():
-        raise ValueError(f"`--trainer` is {place!r}, but there is no file {path!r}.")
+        raise ValueError(f"`{argument}` is {place!r}, but there is no file {path!r}.")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
-        raise ValueError(f"`--trainer` is {place!r}, but {path} has no function {name!r}.")
+        raise ValueError(f"`{argument}` is {place!r}, but {path} has no function {name!r}.")
     return getattr(module, name)
 
 
@@ -84,8 +84,9 @@ def _add(parsed: argparse.Namespace) -> int:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    history, make = _open(parsed.history), load_maker(parsed.trainer)
-    done = history.run(make, merge=parsed.merge, hold_earlier=parsed.hold_earlier)
+    history, make = _open(parsed.history), load_function(parsed.trainer)
+    report = None if parsed.report is None else load_function(parsed.report, "--report")
+    done = history.run(make, merge=parsed.merge, hold_earlier=parsed.hold_earlier, make_report=report)
     for request in done:
         print(f"Done: request {request.number} ({request.request_id}).")
     if not done:
@@ -112,7 +113,7 @@ def _status(parsed: argparse.Namespace) -> int:
 
 
 def _check(parsed: argparse.Namespace) -> int:
-    make = None if parsed.trainer is None else load_maker(parsed.trainer)
+    make = None if parsed.trainer is None else load_function(parsed.trainer)
     checked = _open(parsed.history).check(make)
     for one in checked:
         print(one)
@@ -135,21 +136,35 @@ def _find(parsed: argparse.Namespace) -> int:
 
 def _roll_back(parsed: argparse.Namespace) -> int:
     history = _open(parsed.history)
-    pending = history.roll_back(parsed.number)
+    pending = history.roll_back(_number(history, parsed.request))
     print(f"The model of today: {history.model}. Pending again: {[request.number for request in pending]}")
     return 0
 
 
 def _withdraw(parsed: argparse.Namespace) -> int:
-    _open(parsed.history).withdraw(parsed.number)
-    print(f"Withdrawn: request {parsed.number}.")
+    history = _open(parsed.history)
+    number = _number(history, parsed.request)
+    history.withdraw(number)
+    print(f"Withdrawn: request {number}.")
     return 0
 
 
 def _delete_data(parsed: argparse.Namespace) -> int:
-    _open(parsed.history).delete_data(parsed.number, salt=parsed.salt)
-    print(f"Deleted: rows of request {parsed.number}" + (" and its salt." if parsed.salt else "."))
+    history = _open(parsed.history)
+    number = _number(history, parsed.request)
+    history.delete_data(number, salt=parsed.salt)
+    print(f"Deleted: rows of request {number}" + (" and its salt." if parsed.salt else "."))
     return 0
+
+
+def _number(history: "RequestHistory", given: str) -> int:
+    """That of the request that was named by its number or its name."""
+    named = {request.request_id: request.number for request in history.requests}
+    if not given.isdigit() and given not in named:
+        raise ValueError(
+            f"`request` is {given!r}, but the history has {', '.join(named) or 'none'}: pass a number or a name."
+        )
+    return int(given) if given.isdigit() else named[given]
 
 
 def _column(rows, name: str):
@@ -159,7 +174,7 @@ def _column(rows, name: str):
 
 
 _TRAINER = "function that makes the trainer, as train.py:make_trainer"
-_NUMBER = {"type": int, "help": "of the request"}
+_NAMED = {"help": "its number or name, as `status` has them"}
 _SWITCH = {"action": "store_true"}
 _ACTIONS = {
     "begin": (_begin, "begin a history", {"model": {"help": "the original: a folder, or a model on the Hub"}}),
@@ -183,6 +198,9 @@ _ACTIONS = {
             "--trainer": {"required": True, "help": _TRAINER},
             "--merge": _SWITCH | {"help": "all requests in one run"},
             "--hold_earlier": _SWITCH | {"help": "hold what earlier requests forgot"},
+            "--report": {
+                "help": "function of the trainer that makes the report after training, as train.py:make_report"
+            },
         },
     ),
     "status": (_status, "say how far each request is, and what of it is kept", {}),
@@ -202,12 +220,12 @@ _ACTIONS = {
     "roll_back": (
         _roll_back,
         "make the model after a request that of today",
-        {"number": _NUMBER | {"help": "0: the original"}},
+        {"request": _NAMED | {"help": _NAMED["help"] + "; 0: the original"}},
     ),
-    "withdraw": (_withdraw, "delete a request that is pending", {"number": _NUMBER}),
+    "withdraw": (_withdraw, "delete a request that is pending", {"request": _NAMED}),
     "delete_data": (
         _delete_data,
         "delete the rows of a request that was carried out",
-        {"number": _NUMBER, "--salt": _SWITCH | {"help": "and what its commitments are checked by"}},
+        {"request": _NAMED, "--salt": _SWITCH | {"help": "and what its commitments are checked by"}},
     ),
 }

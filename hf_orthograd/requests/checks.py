@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, cached_file, logging
 
-from ..publishing import load_records
+from ..publishing import UnlearningRecord, is_weights, load_records, published_files
 from ..validation import stored_row
 from .duplicates import FoundRow, check_dataset, same_rows
 from .request import Request
@@ -114,3 +114,57 @@ def find_rows(history: "RequestHistory", dataset: Dataset, column: Iterable | No
             before = found.setdefault((one.row, one.request_id), one)
             found[one.row, one.request_id] = max(before, one, key=lambda each: each.similarity)
     return sorted(found.values(), key=lambda one: (-one.similarity, one.row))
+
+
+def _repeated(request: Request, records: list[UnlearningRecord], forget: Dataset) -> list[FoundRow]:
+    """Rows that the request names, too, where its rows, or its salt and a record, can tell."""
+    rows, salt = request.rows("forget"), request.salt()
+    if rows is not None:
+        same_columns = set(rows.column_names) == set(forget.column_names)
+        return same_rows(forget, rows, request.request_id) if same_columns else []
+    known = [
+        record
+        for record in records
+        if salt is not None
+        and record.is_sealed_by(salt)
+        and set(record.committed_columns or ()) <= set(forget.column_names)
+    ]
+    return check_dataset(forget, known, salt) if known else []
+
+
+def warn_of_earlier(history: "RequestHistory", forget: Dataset) -> None:
+    """Warns where rows to forget are those of an earlier request, or have other columns than the last one's."""
+    records, requests = load_records(history.model), history.requests
+    for request in requests:
+        repeated = {one.row for one in _repeated(request, records, forget)}
+        if repeated:
+            logger.warning(
+                f"{len(repeated)} of the {len(forget)} rows to forget are also in request {request.number} "
+                f"({request.request_id}): they are asked for twice."
+            )
+    last = requests[-1].rows("forget") if requests else None
+    if last is not None and set(last.column_names) != set(forget.column_names):
+        logger.warning(
+            f"The rows to forget have the columns {forget.column_names}, those of request {requests[-1].number} have "
+            f"{last.column_names}: `make_trainer` has to take both."
+        )
+
+
+def original_files(model: str | Path) -> list[str]:
+    """What to copy of the model that a history begins with: files of a folder; of a model on the Hub, nothing.
+
+    Raises:
+        ValueError: The folder holds no weights, or the Hub has no such model.
+    """
+    if Path(model).is_dir():
+        names = published_files(Path(model))
+        if not any(map(is_weights, names)):
+            raise ValueError(f"`model` {str(model)!r} holds no weights in safetensors: save it by `save_pretrained`.")
+        return names
+    try:
+        cached_file(str(model), CONFIG_NAME)
+    except OSError as error:
+        raise ValueError(
+            f"`model` is {str(model)!r}, but there is no such folder, nor such a model: {error}"
+        ) from error
+    return []

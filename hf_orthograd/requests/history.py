@@ -30,10 +30,10 @@ from .. import publishing
 from ..evaluation import UnlearningReport
 from ..parallel import ProcessGroup
 from ..trainer import OrthoGradTrainer
-from .checks import CheckedRequest, check_record, find_rows, lost_requests
+from .checks import CheckedRequest, check_record, find_rows, lost_requests, original_files, warn_of_earlier
 from .duplicates import FoundRow
 from .request import PLAN_NAME, SKETCHES_NAME, Request, check_kept, remove, write_json
-from .running import MakeTrainer, alone_in, carry_out, joined, measure_rows
+from .running import MakeTrainer, alone_in, carry_out, check_one_goal, joined, measure_rows
 from .staying import StaysForgotten
 
 
@@ -73,14 +73,13 @@ class RequestHistory:
             model (`str`): The original: a folder, which is copied, or a model's name on the Hub.
 
         Raises:
-            ValueError: There is something in the folder already, or the model's folder holds no weights.
+            ValueError: There is something in the folder already, the model's folder holds no weights, or the Hub has no such
+                model.
         """
         folder, source = Path(folder), Path(model)
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"`folder` {str(folder)!r} is not empty. Name a new one for the history.")
-        names = publishing.published_files(source) if source.is_dir() else []
-        if source.is_dir() and not any(map(publishing.is_weights, names)):
-            raise ValueError(f"`model` {str(model)!r} holds no weights in safetensors: save it by `save_pretrained`.")
+        names = original_files(model)
 
         def write() -> None:
             unfinished = folder.with_name(f"{folder.name}.partial")
@@ -167,7 +166,7 @@ class RequestHistory:
                 later, also when the rows were deleted.
 
         Raises:
-            ValueError: No rows, another goal, a name that is taken.
+            ValueError: No rows, another goal, a name that is taken. A warning tells of rows that an earlier request names.
         """
         check_kept("forget_dataset", forget_dataset)
         if retain_dataset is not None:
@@ -180,6 +179,7 @@ class RequestHistory:
             raise ValueError(f"`request_id` is {request_id!r}, but a comma stands between those of a merged run.")
         if request_id in {request.request_id for request in self.requests}:
             raise ValueError(f"`request_id` {request_id!r} is that of an earlier request. Choose another.")
+        _in_first(partial(warn_of_earlier, self, forget_dataset))
         _in_first(partial(self._write, request_id, goal, forget_dataset, retain_dataset, sketch))
         return self.requests[-1]
 
@@ -212,8 +212,8 @@ class RequestHistory:
             `list[Request]`: Those carried out.
 
         Raises:
-            ValueError: The model of today is not as it was recorded, the trainer is not of this request, or another process
-                carries requests out.
+            ValueError: The model of today is not as it was recorded, the trainer is not of this request or not that which its run
+                began with, requests to be merged have several goals, or another process carries requests out.
         """
         with alone_in(self.folder, _in_first):
             return self._run(make_trainer, merge, hold_earlier, make_report)
@@ -232,6 +232,7 @@ class RequestHistory:
             if begun is None:  # a plan that came to nothing, as its arguments were refused, is made anew
                 numbers = [request.number for request in pending] if merge else [pending[0].number]
                 begun = self.request(numbers[-1])
+                check_one_goal([self.request(number) for number in numbers])
                 _in_first(partial(self._make_plan, begun, {"numbers": numbers, **asked}))
             requests = [self.request(number) for number in begun.plan["numbers"]]
             others = [request for request in self.requests if request.number < requests[0].number]
@@ -347,7 +348,7 @@ class RequestHistory:
         Args:
             number (`int`): Of the request.
             salt (`bool`): Also that which its commitments can be checked by, and its sketches. Requests that were merged share
-                the salt of the last of them.
+                the salt of the last of them: with it go their sketches, and salts of their own.
 
         Raises:
             ValueError: There is no such request, it is pending, its rows are held by a run that has begun, or its salt is that
@@ -367,8 +368,12 @@ class RequestHistory:
         _in_first(partial(self._delete, request, salt))
 
     def _delete(self, request: Request, salt: bool) -> None:
-        for name in ("forget", "retain", *((publishing.SALT_NAME, SKETCHES_NAME) if salt else ())):
+        for name in ("forget", "retain"):
             remove(request.private / name)
+        for other in self.requests if salt else ():
+            if self.carrier(other) == request:
+                remove(other.private / publishing.SALT_NAME)
+                remove(other.private / SKETCHES_NAME)
         self._tidy()
 
     def _make_plan(self, carrier: Request, plan: dict) -> None:

@@ -1,8 +1,10 @@
 """One run of a history: from the model that the request before left to the one that this request leaves."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
@@ -16,6 +18,7 @@ from ..trials import preserved_random_state, replaced
 from .request import MEASURED_NAME, Request, write_json
 
 
+SETTINGS_NAME = "settings.json"  # in a run's folder: those that it began with
 MakeTrainer = Callable[[str, Dataset, Dataset | None, str], OrthoGradTrainer]
 
 
@@ -46,6 +49,7 @@ def carry_out(
         _hold(trainer, earlier)
     before = {number: measure_rows(trainer, rows) for number, rows in sets.items()}
     begun = any(carrier.run_folder.glob("checkpoint-*"))
+    _keep_settings(trainer, carrier.run_folder / SETTINGS_NAME, begun)
     trainer.train(resume_from_checkpoint=find_last_checkpoint(str(carrier.run_folder)) if begun else None)
     after = {number: measure_rows(trainer, rows) for number, rows in sets.items()}
     report = None if make_report is None else make_report(trainer)
@@ -60,9 +64,7 @@ def carry_out(
 
     trainer.group.in_first(keep)
     name = ", ".join(request.request_id for request in requests)
-    goals = {request.goal for request in requests}
-    goal = goals.pop() if len(goals) == 1 else None
-    public = publishing.prepare_folder(trainer, report=report, request_id=name, goal=goal)
+    public = publishing.prepare_folder(trainer, report=report, request_id=name, goal=carrier.goal)
     trainer.group.in_first(lambda: public.rename(carrier.model))
 
 
@@ -149,3 +151,43 @@ def _check_trainer(trainer: OrthoGradTrainer, forget: Dataset, carrier: Request)
             f"`make_trainer` returned a trainer that forgets {found} rows, but the request has {len(forget)}. Pass it `forget` "
             "as `forget_dataset`."
         )
+
+
+def check_one_goal(requests: Sequence[Request]) -> None:
+    """Checks that one run can carry the requests out.
+
+    Raises:
+        ValueError: They have several goals.
+    """
+    goals = {request.number: request.goal for request in requests}
+    if len(set(goals.values())) > 1:
+        raise ValueError(
+            f"`merge` is True, but the requests have several goals, {goals}, and a run has one. Leave `merge` out, or `withdraw` and add "
+            "them with the same goal."
+        )
+
+
+def _keep_settings(trainer: OrthoGradTrainer, path: Path, begun: bool) -> None:
+    """Writes down what a run begins with; one that goes on must go on with the same, as its record tells of one trainer."""
+    given = {name: value for name, value in trainer.args.to_dict().items() if name != "local_rank"}
+    given |= {"processes": trainer.args.world_size, "trainer": type(trainer).__name__}
+    given["retain rows"] = len(trainer.train_dataset)
+    if not begun:
+        trainer.group.in_first(partial(_write_settings, path, given))
+        return
+    if not path.exists():  # of an earlier release
+        return
+    kept, given = json.loads(path.read_text()), json.loads(json.dumps(given))
+    changed = [
+        f"{name} {given[name]!r}, not {kept[name]!r}" for name in kept.keys() & given if kept[name] != given[name]
+    ]
+    if changed:
+        raise ValueError(
+            f"`make_trainer` returned another trainer than the run began with: {'; '.join(sorted(changed))}. Return that one, or "
+            "`roll_back` to the request before, which begins the run anew."
+        )
+
+
+def _write_settings(path: Path, settings: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, settings)
