@@ -51,6 +51,7 @@ class SpeakerSequences(SequenceStudy):
 
     name, kinds = "speaker_sequences", ("turn",)
     choices, ours, variants = VARIANTS, OURS, tuple(VARIANTS)
+    trained_on = (ONCE, OURS)  # a run held takes ten minutes
     what, metric = "speakers", "word error rate"
     note = f""""kl" holds utterances at hand to the predictions of the model before, "to the original" to those of the model before any request. Learning rate {RATE:g}. \
 Word error rates after the last request. The gap is the mean distance to the model retrained without all five over word error rates on forgotten, retained and test \

@@ -9,6 +9,7 @@ them. The same learning rate for all. Resumable.
 """
 
 import argparse
+import time
 from functools import cache
 from pathlib import Path
 
@@ -39,6 +40,7 @@ STEPS = 60  # of a request; all at once may take as many for each
 AT_HAND = (0, 3)  # of every five questions on the others
 CHANCE = 1 / 16  # an attribute has sixteen values
 OURS = "OrthoGrad + NPO, kl, to the original"
+RETRAINING = "retraining after each"
 ORIGINAL = {"extra": KL, "to_original": True}
 VARIANTS = {
     ONCE: Variant("orthograd_npo", RATE, KL | {"max_steps": REQUESTS * STEPS}),
@@ -51,6 +53,7 @@ VARIANTS = {
     "ONPO": Variant("onpo", RATE),
     "ONPO, kl, to the original": Variant("onpo", RATE, **ORIGINAL),
     "GradDiff": Variant("graddiff", RATE),
+    RETRAINING: Variant("retraining", 2e-3),
 }
 
 
@@ -58,7 +61,7 @@ class TextSequences(SequenceStudy):
     """The study of images with people in place of sets of images."""
 
     name, kinds = "text_sequences", ("turn",)
-    choices, ours, variants = VARIANTS, OURS, tuple(VARIANTS)
+    choices, ours, variants, trained_on = VARIANTS, OURS, tuple(VARIANTS), tuple(VARIANTS)
     what, metric = "people", "answers right"
     note = f""""kl" holds answers at hand to the predictions of the model before, "to the original" to those of the model before any request. Learning rate {RATE:g}. \
 Shares of answers that are right in every token, after the last request; test questions are on the others, in words that were not trained on. A run ends when no more \
@@ -133,20 +136,37 @@ them. By how much the share of right answers on those rises, watched only and he
         return self.learned(request.seed, self.sets(request, "")["others"], f"retrained-{request.seed}")
 
     def learned(self, seed: int, rows: Dataset, name: str):
-        tokenizer = _people(seed)[1]
+        return trained_model(
+            self.work / name,
+            lambda: self.untrained(seed),
+            lambda model: self.learn(model, seed, rows),
+            AutoModelForCausalLM.from_pretrained,
+        )
 
-        def build():
-            transformers.set_seed(seed)
-            return make_model(tokenizer)
+    def untrained(self, seed: int):
+        transformers.set_seed(seed)
+        return make_model(_people(seed)[1])
 
-        def train(model) -> None:
-            args = TrainingArguments(
-                str(self.work / "training"), num_train_epochs=LEARNED_FOR, per_device_train_batch_size=60, learning_rate=2e-3,
-                warmup_steps=0.1, save_strategy="no", report_to="none", disable_tqdm=True, seed=seed,
-            )  # fmt: skip
-            Trainer(model, args, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer)).train()
+    def learn(self, model, seed: int, rows: Dataset) -> int:
+        """Trains the model, and returns in how many steps."""
+        args = TrainingArguments(
+            str(self.work / "training"), num_train_epochs=LEARNED_FOR, per_device_train_batch_size=60, learning_rate=2e-3,
+            warmup_steps=0.1, save_strategy="no", report_to="none", disable_tqdm=True, seed=seed,
+        )  # fmt: skip
+        collate = DataCollatorForSeq2Seq(_people(seed)[1])
+        return Trainer(model, args, train_dataset=rows, data_collator=collate).train().global_step
 
-        return trained_model(self.work / name, build, train, AutoModelForCausalLM.from_pretrained)
+    def run(self, variant: str, request: Request) -> dict:
+        if variant != RETRAINING:
+            return super().run(variant, request)
+        after, steps, seconds = [], [], 0.0
+        for number in range(1, REQUESTS + 1):
+            model = self.untrained(request.seed)
+            started = time.perf_counter()
+            steps.append(self.learn(model, request.seed, self.of(request.seed, "train", slice(number, -NEW))))
+            seconds += time.perf_counter() - started
+            after.append(self.measured(model, request))
+        return {"after": after, "continued": {}, "steps": steps, "seconds": seconds}
 
     def train_on(self, model, request: Request, again: bool, hold: bool) -> None:
         sets, parts = self.sets(request, ""), self.parts(request)
