@@ -45,6 +45,7 @@ RANK = 16
 STEPS = 40
 AT_HAND, ASKED = 4, 2  # of every four questions on the others the first is at hand, the third is asked in the end
 RMU_LAYER = 10  # of 30; with the two before it, as in the paper, a third of the way up
+RMU = {"steering": 2.0, "retain_weight": 1.0}  # those of open-unlearning; the paper's, 6.5 and 1200, moved nothing here
 NPO_KL = {"retain_loss": "kl"}
 
 # name: (method, what changes)
@@ -222,7 +223,7 @@ def _rmu(model, *args, **kwargs) -> RmuTrainer:
     trained = tuple(f"{stem}{number}.mlp." for number in range(RMU_LAYER - 2, RMU_LAYER + 1))
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and key.startswith(trained))
-    return RmuTrainer(model, *args, layer=name, **kwargs)
+    return RmuTrainer(model, *args, layer=name, **RMU, **kwargs)
 
 
 CLASSES = {"rmu": _rmu}
