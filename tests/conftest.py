@@ -9,8 +9,10 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from published import report_of, unlearned_trainer
+from published import report_of, rows, unlearned_trainer
 from torch.utils.data import Dataset
+
+from hf_orthograd.requests import RequestHistory
 
 
 torch.set_num_threads(1)
@@ -170,3 +172,16 @@ def folder(hub, unlearned, tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.clear()
     return tmp_path / "out" / "public"
+
+
+@pytest.fixture
+def sets(make_samples):
+    """Three forget sets and a retain set."""
+    own = {f"forget {n}": rows(make_samples("vit", 4, seed=n)) for n in (1, 2, 3)}
+    return own | {"retain": rows(make_samples("vit", 8, seed=9))}
+
+
+@pytest.fixture
+def history(tmp_path, make_model):
+    make_model("vit").save_pretrained(tmp_path / "original")
+    return RequestHistory.create(tmp_path / "history", tmp_path / "original")

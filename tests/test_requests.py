@@ -1,4 +1,4 @@
-"""A model's history of requests: what is carried out, checked, taken back, and what a kill leaves."""
+"""A model's history of requests: what is carried out and taken back, and what a kill leaves."""
 
 import json
 import os
@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import concatenate_datasets
 from filelock import FileLock
-from published import rows
-from safetensors.torch import load_file
+from histories import maker, same, weights
 from transformers import TrainerCallback, ViTForImageClassification
 
-from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, publishing
+from hf_orthograd import publishing
 from hf_orthograd.data import VaryImages
 from hf_orthograd.evaluation import evaluate_unlearning
 from hf_orthograd.objectives import PerSampleLoss
@@ -24,47 +23,6 @@ from hf_orthograd.requests import RequestHistory
 
 RETAIN_ROWS = 8
 TESTS = Path(__file__).parent
-
-
-@pytest.fixture
-def sets(make_samples):
-    """Three forget sets and a retain set."""
-    own = {f"forget {n}": rows(make_samples("vit", 4, seed=n)) for n in (1, 2, 3)}
-    return own | {"retain": rows(make_samples("vit", RETAIN_ROWS, seed=9))}
-
-
-@pytest.fixture
-def history(tmp_path, make_model):
-    make_model("vit").save_pretrained(tmp_path / "original")
-    return RequestHistory.create(tmp_path / "history", tmp_path / "original")
-
-
-def maker(retain_rows, **config):
-    """A trainer's maker that brings its own retain rows where the request has none."""
-
-    def make(model, forget, retain, output_dir):
-        settings = {"max_steps": 3, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1} | config
-        args = OrthoGradConfig(
-            output_dir, per_device_train_batch_size=4, per_device_forget_batch_size=4, per_device_eval_batch_size=3,
-            report_to="none", use_cpu=True, disable_tqdm=True, **settings,
-        )  # fmt: skip
-        return OrthoGradTrainer(
-            ViTForImageClassification.from_pretrained(model),
-            args,
-            train_dataset=retain_rows if retain is None else retain,
-            forget_dataset=forget,
-        )
-
-    return make
-
-
-def weights(folder):
-    return load_file(Path(folder, "model.safetensors"))
-
-
-def same(one, other):
-    one, other = weights(one), weights(other)
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_requests_are_carried_out_one_after_the_other(history, sets):
@@ -139,54 +97,42 @@ def test_requests_are_merged_into_one_run(history, sets):
     assert [request.rows("forget") is None for request in history.requests] == [False, False, True]
 
 
-def test_requests_with_several_goals_are_not_merged(history, sets):
-    for number, goal in ((1, "erased"), (2, None)):
-        history.add(sets[f"forget {number}"], goal=goal)
-    with pytest.raises(ValueError, match="several goals, {1: 'erased', 2: None}, and a run has one"):
-        history.run(maker(sets["retain"]), merge=True)
-    assert len(history.run(maker(sets["retain"], max_steps=1))) == 2
-
-
-def test_rows_that_are_asked_for_twice_are_told(history, sets, caplog):
-    history.add(sets["forget 1"], request_id="case-1")
-    both = concatenate_datasets([sets["forget 2"], sets["forget 1"].select([0, 1])])
-    history.add(both, request_id="case-2")
-    told = "2 of the 6 rows to forget are also in request 1 (case-1): they are asked for twice."
-    assert caplog.text.count(told) == 1
-    history.run(maker(sets["retain"], max_steps=1))
-    history.delete_data(1)
-    history.add(both)  # by the salt
-    assert caplog.text.count(told) == 2 and "6 of the 6 rows to forget are also in request 2" in caplog.text
-    assert "`make_trainer` has to take both" not in caplog.text
-    history.add(sets["forget 3"].add_column("extra", [0] * 4))
-    assert "'extra'], those of request 3 have" in caplog.text
-
-
 def test_a_run_goes_on_with_the_settings_that_it_began_with(history, sets):
     history.add(sets["forget 1"])
+    steps = []
 
     class Kill(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 2:
+            steps.append(state.global_step)
+            if steps == [1, 2]:
                 raise InterruptedError
 
-    def killed(*arguments):
-        trainer = maker(sets["retain"])(*arguments)
-        trainer.add_callback(Kill())
-        return trainer
+    def watched(rows=sets["retain"], **config):
+        def make(*arguments):
+            trainer = maker(rows, **config)(*arguments)
+            trainer.add_callback(Kill())
+            return trainer
+
+        return make
 
     with pytest.raises(InterruptedError):
-        history.run(killed)
-    fewer = sets["retain"].select(range(6))
+        history.run(watched())
+    other = watched(sets["retain"].select(range(6)), learning_rate=2e-2)
     with pytest.raises(
         ValueError, match="learning_rate 0.02, not 0.01; retain rows 6, not 8. Return that one, or `roll"
     ):
-        history.run(maker(fewer, learning_rate=2e-2))
-    history.run(maker(sets["retain"]))
-    kept = history.model
+        history.run(other)
+    # where files lie and what is shown makes no other weights
+    history = RequestHistory(history.folder.rename(history.folder.with_name("moved")))
+    history.run(watched(logging_steps=1, save_total_limit=2))
+    assert steps == [1, 2, 2, 3]  # goes on from the checkpoint of step 1
+    resumed = weights(history.model)
     history.roll_back(0)
-    history.run(maker(fewer, learning_rate=2e-2))  # anew
-    assert history.model == kept
+    history.run(watched())
+    assert all(torch.equal(value, resumed[name]) for name, value in weights(history.model).items())
+    history.roll_back(0)
+    history.run(other)
+    assert not all(torch.equal(value, resumed[name]) for name, value in weights(history.model).items())
 
 
 def test_earlier_requests_are_held(history, sets):
@@ -257,66 +203,14 @@ def test_a_roll_back_makes_later_requests_pending(history, sets):
         history.roll_back(1)
 
 
-def test_what_was_changed_is_found(history, sets):
-    for number in (1, 2):
-        history.add(sets[f"forget {number}"], request_id=f"case-{number}")
-    make = maker(sets["retain"])
-    history.run(make)
-    path = Path(history.model, publishing.files.RECORD_NAME)
-    content = json.loads(path.read_text())
-    content["records"][0]["commitments"].pop()
-    path.write_text(json.dumps(content))
-    found = history.check()
-    assert "the chain is broken" in found[0].problems[0]
-    assert {"its record does not carry the seal of its salt", "1 of its 4 rows are in no commitment"} < set(
-        found[0].problems
-    )
-    history.add(sets["forget 3"])
-    with pytest.raises(ValueError, match="The model to start from.*is not as it was recorded: the chain is broken"):
-        history.run(make)
-    (history.requests[0].private / "forget.0.removed").mkdir()  # by a deletion that was killed
-    # without rows and salt there is less to check
-    history.delete_data(1, salt=True)
-    assert len(history.check()[0].problems) == 1
-    assert history.requests[0].rows("forget") is None and history.requests[0].salt() is None
-    assert not list(history.folder.rglob("*.removed"))
-    shutil.rmtree(history.requests[0].folder)
-    assert str(history.check()[0]).startswith("request 1 (case-1): its folder is gone")
-
-
-def test_what_is_not_looked_for_is_said(history, sets, caplog):
-    for number in (1, 2):
-        history.add(sets[f"forget {number}"], request_id=f"case-{number}")
-    history.run(maker(sets["retain"]), merge=True)
-    again = RequestHistory.create(history.folder.with_name("again"), history.model)
-    assert again.check() == []  # records from before it are none of its requests
-    assert history.check_dataset(sets["forget 3"], column=["a", "b", "c", "d"]) == []
-    assert caplog.text.count("it has no sketches") == 2
-    for number in (1, 2):  # by rows that are kept
-        assert len(history.check_dataset(sets[f"forget {number}"].remove_columns("labels"))) == 4
-    assert "have no `labels`" in caplog.text
-    history.delete_data(2, salt=True)
-    assert history.check_dataset(sets["forget 2"]) == []
-    assert "Request 2 is not looked for: its rows and its salt were deleted." in caplog.text
-    with pytest.raises(ValueError, match="`dataset` has none of the columns .* of request 'case-1', only labels"):
-        history.check_dataset(sets["forget 1"].remove_columns("pixel_values"))
-    shutil.rmtree(history.request(1).folder)
-    history.check_dataset(sets["forget 1"])
-    assert "Request 1 (case-1) is not looked for: its folder is gone" in caplog.text
-
-
 def test_requests_are_carried_out_by_one_process(history, sets):
     history.add(sets["forget 1"])
     with FileLock(history.folder / ".lock"):
-        with pytest.raises(ValueError, match="Another process carries out requests of '.*history': it holds .*lock"):
+        with pytest.raises(
+            ValueError, match="Another process carries out or changes requests of '.*history': it holds .*lock"
+        ):
             history.run(maker(sets["retain"]))
     assert len(history.run(maker(sets["retain"], max_steps=1))) == 1
-
-
-def test_nothing_is_left_of_a_request_that_was_refused(history, sets):
-    with pytest.raises(ValueError, match="neither text, tokens nor audio"):
-        history.add(sets["forget 1"], sketch=[None] * 4)
-    assert [path.name for path in (history.folder / "requests").iterdir()] == []
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
@@ -328,73 +222,3 @@ def test_a_history_that_is_killed_goes_on_bit_for_bit(kills, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(done.stdout.splitlines()[-1])
     assert len(results) == kills and all(one["resumed"] == 0 and one["same"] for one in results), results
-
-
-BAD = {
-    "no rows": (lambda history, rows: history.add(rows.select([])), "`forget_dataset` is empty"),
-    "a list": (
-        lambda history, rows: history.add([1]),
-        "`forget_dataset` is a list, but is kept as files: pass a datas",
-    ),
-    "goal": (
-        lambda history, rows: history.add(rows, goal="gone"),
-        "`goal` must be 'retrained' or 'erased', or left out, but is 'gone'",
-    ),
-    "comma": (
-        lambda history, rows: history.add(rows, request_id="March, first"),
-        "`request_id` is 'March, first', but a comma",
-    ),
-    "transform": (
-        lambda history, rows: history.add(rows.with_transform(VaryImages())),
-        "`forget_dataset` has a transform, which no file keeps",
-    ),
-    "no such request": (
-        lambda history, rows: history.withdraw(4),
-        "`number` is 4, but the history has requests \\[\\]",
-    ),
-    "name": (
-        lambda history, rows: [history.add(rows, request_id="a") for _ in range(2)],
-        "`request_id` 'a' is that of an earlier request",
-    ),
-    "folder": (
-        lambda history, rows: RequestHistory(history.folder / "requests"),
-        "holds no history.json: `RequestHistory.create",
-    ),
-    "created twice": (
-        lambda history, rows: RequestHistory.create(history.folder, history.original),
-        "is not empty. Name a new one for the history",
-    ),
-    "no weights": (
-        lambda history, rows: RequestHistory.create(history.folder / "new", history.folder),
-        "holds no weights in safetensors",
-    ),
-    "no such model": (
-        lambda history, rows: RequestHistory.create(history.folder / "new", "nobody/nothing"),
-        "`model` is 'nobody/nothing', but there is no such folder, nor such a model",
-    ),
-    "other rows": (
-        lambda history, rows: (
-            history.add(rows),
-            history.run(lambda m, f, r, o: maker(rows, check_overlap=False)(m, f.select([0]), r, o)),
-        ),
-        "a trainer that forgets 1 rows, but the request has 4. Pass it `forget`",
-    ),
-    "other folder": (
-        lambda history, rows: (
-            history.add(rows),
-            history.run(lambda m, f, r, o: maker(rows, check_overlap=False)(m, f, r, f"{o}x")),
-        ),
-        "whose `output_dir` is .*runx', not the one that it was given",
-    ),
-    "pending data": (
-        lambda history, rows: (history.add(rows), history.delete_data(1)),
-        "`number` is 1, which is no request that was carried out",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_named(history, sets, name):
-    act, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        act(history, Dataset.from_dict(sets["forget 1"].with_format(None).to_dict()).with_format("torch"))

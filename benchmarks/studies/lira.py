@@ -5,7 +5,7 @@
 Candidates are 500 training images, which the model that shadows start from never saw, and 500 test images. Each shadow is
 fine-tuned on half of them and on retained images, and unlearns that half at the settings chosen in the studies of images and of
 retain terms, with 5 % of the retain set at hand. Each shadow in turn is then attacked by one who knows the others. A run ends when the
-loss on what it forgets is that of images never seen, or after 48 steps, or after more ("at most").
+loss on what it forgets is that of images never seen, or so much higher ("further"), or after 48 steps, or after more ("at most").
 """
 
 import argparse

@@ -45,7 +45,10 @@ RANK = 16
 STEPS = 40
 AT_HAND, ASKED = 4, 2  # of every four questions on the others the first is at hand, the third is asked in the end
 RMU_LAYER = 10  # of 30; with the two before it, as in the paper, a third of the way up
-RMU = {"steering": 2.0, "retain_weight": 1.0}  # those of open-unlearning; the paper's, 6.5 and 1200, moved nothing here
+RMU = {
+    "steering": 2.0,
+    "retain_weight": 1.0,
+}  # those of open-unlearning; the paper's, 6.5 and 1200, moved nothing here
 NPO_KL = {"retain_loss": "kl"}
 
 # name: (method, what changes)

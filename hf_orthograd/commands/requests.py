@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,9 +48,12 @@ def load_function(place: str, argument: str = "--trainer") -> Callable:
         raise ValueError(f"`{argument}` is {place!r}, but names no function of a file: pass FILE.py:FUNCTION.")
     if not Path(path).is_file():
         raise ValueError(f"`{argument}` is {place!r}, but there is no file {path!r}.")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    known = f"_of_{Path(path).resolve()}"
+    if known not in sys.modules:  # one file may hold several of the functions
+        spec = importlib.util.spec_from_file_location(known, path)
+        sys.modules[known] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[known])
+    module = sys.modules[known]
     if not callable(getattr(module, name, None)):
         raise ValueError(f"`{argument}` is {place!r}, but {path} has no function {name!r}.")
     return getattr(module, name)
@@ -153,18 +157,20 @@ def _delete_data(parsed: argparse.Namespace) -> int:
     history = _open(parsed.history)
     number = _number(history, parsed.request)
     history.delete_data(number, salt=parsed.salt)
-    print(f"Deleted: rows of request {number}" + (" and its salt." if parsed.salt else "."))
+    print(f"Deleted: rows of request {number}" + (", and salt and sketches of its run." if parsed.salt else "."))
     return 0
 
 
 def _number(history: "RequestHistory", given: str) -> int:
     """That of the request that was named by its number or its name."""
     named = {request.request_id: request.number for request in history.requests}
-    if not given.isdigit() and given not in named:
-        raise ValueError(
-            f"`request` is {given!r}, but the history has {', '.join(named) or 'none'}: pass a number or a name."
-        )
-    return int(given) if given.isdigit() else named[given]
+    meant = {int(given)} & {0, *named.values()} if given.isdecimal() else set()
+    meant |= {named[given]} if given in named else set()
+    if len(meant) != 1:
+        why = "is the number of one request and the name of another" if meant else "names no request"
+        known = ", ".join(f"{number} ({name})" for name, number in named.items()) or "none"
+        raise ValueError(f"`request` is {given!r}, which {why}. The history has {known}: pass what means one of them.")
+    return meant.pop()
 
 
 def _column(rows, name: str):

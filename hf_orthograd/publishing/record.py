@@ -150,7 +150,7 @@ def find_lineage(config: PreTrainedConfig | None, token: str | None = None) -> L
         )
         return Lineage(source)
     weights = next((weights_of(one) for one in snapshots if one.name == revision), None)
-    return Lineage(source, revision, weights, _records_on_hub(source, revision, token))
+    return Lineage(source, revision, weights, records_on_hub(source, revision, token))
 
 
 class Origin:
@@ -194,7 +194,8 @@ def _cached_snapshots(repo_id: str) -> list[Path]:
     return [one for one in folder.iterdir() if any(map(is_weights, published_files(one)))] if folder.is_dir() else []
 
 
-def _records_on_hub(repo_id: str, revision: str, token: str | None) -> list[UnlearningRecord]:
+def records_on_hub(repo_id: str, revision: str, token: str | None = None) -> list[UnlearningRecord]:
+    """All requests of a model on the Hub; none if it has no record, or the Hub must not be asked."""
     try:
         path = patiently(lambda: hf_hub_download(repo_id, RECORD_NAME, revision=revision, token=token))
     except RemoteEntryNotFoundError:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
-from transformers.utils import CONFIG_NAME, cached_file, logging
+from transformers.utils import logging
 
-from ..publishing import UnlearningRecord, is_weights, load_records, published_files
+from ..publishing import UnlearningRecord, load_records
 from ..validation import stored_row
 from .duplicates import FoundRow, check_dataset, same_rows
 from .request import Request
@@ -79,9 +79,11 @@ def check_record(request: Request, carrier: Request, model: Path) -> Iterator[st
 
 def lost_requests(history: "RequestHistory") -> list[tuple[int, str]]:
     """Place and name of each request that the records of today's model name, and no folder of the history."""
+    if history.model == history.original:
+        return []
     known = {request.request_id for request in history.requests}
-    before = len(load_records(history.original))  # the original may have been unlearned outside of this history
-    names = [name for record in load_records(history.model)[before:] for name in record.request_id.split(", ")]
+    records = load_records(history.model)[history.records_before :]
+    names = [name for record in records for name in record.request_id.split(", ")]
     return [(place, name) for place, name in enumerate(names, start=1) if name not in known]
 
 
@@ -89,6 +91,11 @@ def find_rows(history: "RequestHistory", dataset: Dataset, column: Iterable | No
     """What [`RequestHistory.check_dataset`] returns; a warning for each request, or kind of row, that is not looked for."""
     found: dict[tuple[int, str], FoundRow] = {}
     records = load_records(history.model)
+    column = None if column is None else list(column)
+    if column is not None and len(column) != len(dataset):
+        raise ValueError(
+            f"`column` has {len(column)} values, but `dataset` has {len(dataset)} rows: pass a column of it."
+        )
     for number, name in lost_requests(history):
         logger.warning(f"Request {number} ({name}) is not looked for: its folder is gone from the history.")
     labelled = "labels" in dataset.column_names
@@ -97,18 +104,22 @@ def find_rows(history: "RequestHistory", dataset: Dataset, column: Iterable | No
             "The new rows have no `labels`: exact rows of requests that had some are found only where their rows are kept."
         )
     for request in history.requests:
-        salt, sketches, rows = request.salt(), request.sketches(), request.rows("forget")
+        rows, sketches, salt = request.rows("forget"), request.sketches(), request.salt()
+        carrier = history.carrier(request)
+        sealed = _sealed(carrier, records)
+        near = column is not None and sketches is not None and salt is not None
         known = []
-        if history.carrier(request) == request and salt is not None and (labelled or rows is None):
-            known = check_dataset(dataset, [one for one in records if one.is_sealed_by(salt)], salt)
+        if carrier == request and sealed and (labelled or rows is None):  # also those that were merged into its run
+            known = check_dataset(dataset, sealed, salt)
         elif rows is not None:
             known = same_rows(dataset, rows, request.request_id)
-        near = salt is not None and sketches is not None
-        if column is not None and near:
+        elif not sealed and not near:
+            logger.warning(
+                f"Request {request.number} is not looked for: its rows were deleted, and no salt opens its record."
+            )
+        if near:
             known += [FoundRow(row, request.request_id, score) for row, score in sketches.find(column, salt)]
-        elif salt is None and rows is None:
-            logger.warning(f"Request {request.number} is not looked for: its rows and its salt were deleted.")
-        elif column is not None:
+        elif column is not None and (sealed or rows is not None):
             logger.warning(f"Near duplicates of request {request.number} are not looked for: it has no sketches.")
         for one in known:
             before = found.setdefault((one.row, one.request_id), one)
@@ -116,55 +127,31 @@ def find_rows(history: "RequestHistory", dataset: Dataset, column: Iterable | No
     return sorted(found.values(), key=lambda one: (-one.similarity, one.row))
 
 
-def _repeated(request: Request, records: list[UnlearningRecord], forget: Dataset) -> list[FoundRow]:
-    """Rows that the request names, too, where its rows, or its salt and a record, can tell."""
-    rows, salt = request.rows("forget"), request.salt()
-    if rows is not None:
-        same_columns = set(rows.column_names) == set(forget.column_names)
-        return same_rows(forget, rows, request.request_id) if same_columns else []
-    known = [
-        record
-        for record in records
-        if salt is not None
-        and record.is_sealed_by(salt)
-        and set(record.committed_columns or ()) <= set(forget.column_names)
-    ]
-    return check_dataset(forget, known, salt) if known else []
+def _sealed(carrier: Request | None, records: list[UnlearningRecord]) -> list[UnlearningRecord]:
+    """The records that commit to the rows of a run, where its salt is kept."""
+    salt = None if carrier is None else carrier.salt()
+    return [] if salt is None else [record for record in records if record.is_sealed_by(salt)]
 
 
 def warn_of_earlier(history: "RequestHistory", forget: Dataset) -> None:
-    """Warns where rows to forget are those of an earlier request, or have other columns than the last one's."""
-    records, requests = load_records(history.model), history.requests
+    """Warns of rows to forget that an earlier request names, as far as its files tell, and of other columns than the last one's."""
+    records, requests, columns = load_records(history.model), history.requests, set(forget.column_names)
     for request in requests:
-        repeated = {one.row for one in _repeated(request, records, forget)}
+        rows, carrier = request.rows("forget"), history.carrier(request)
+        sealed = _sealed(carrier, records)
+        repeated = []
+        if carrier == request and sealed and all(columns >= set(record.committed_columns or ()) for record in sealed):
+            repeated = check_dataset(forget, sealed, request.salt())
+        elif rows is not None and columns >= set(rows.column_names):
+            repeated = same_rows(forget, rows, request.request_id)
         if repeated:
             logger.warning(
-                f"{len(repeated)} of the {len(forget)} rows to forget are also in request {request.number} "
-                f"({request.request_id}): they are asked for twice."
+                f"{len({one.row for one in repeated})} of the {len(forget)} rows to forget are also in request "
+                f"{repeated[0].request_id}: they are asked for twice."
             )
     last = requests[-1].rows("forget") if requests else None
-    if last is not None and set(last.column_names) != set(forget.column_names):
+    if last is not None and set(last.column_names) != columns:
         logger.warning(
             f"The rows to forget have the columns {forget.column_names}, those of request {requests[-1].number} have "
             f"{last.column_names}: `make_trainer` has to take both."
         )
-
-
-def original_files(model: str | Path) -> list[str]:
-    """What to copy of the model that a history begins with: files of a folder; of a model on the Hub, nothing.
-
-    Raises:
-        ValueError: The folder holds no weights, or the Hub has no such model.
-    """
-    if Path(model).is_dir():
-        names = published_files(Path(model))
-        if not any(map(is_weights, names)):
-            raise ValueError(f"`model` {str(model)!r} holds no weights in safetensors: save it by `save_pretrained`.")
-        return names
-    try:
-        cached_file(str(model), CONFIG_NAME)
-    except OSError as error:
-        raise ValueError(
-            f"`model` is {str(model)!r}, but there is no such folder, nor such a model: {error}"
-        ) from error
-    return []

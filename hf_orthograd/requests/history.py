@@ -1,7 +1,7 @@
 """A model and the requests that it went through, in one folder of plain files.
 
     history.json            the original model
-    .lock                   held while requests are carried out
+    .lock                   held while requests are carried out or changed
     original/               a copy of it, if it was a folder
     requests/0001/
       request.json          what was asked, without names or rows
@@ -21,26 +21,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import default_data_collator
 from transformers.utils import logging
 
 from .. import publishing
 from ..evaluation import UnlearningReport
-from ..parallel import ProcessGroup
 from ..trainer import OrthoGradTrainer
-from .checks import CheckedRequest, check_record, find_rows, lost_requests, original_files, warn_of_earlier
+from .checks import CheckedRequest, check_record, find_rows, lost_requests, warn_of_earlier
 from .duplicates import FoundRow
+from .keeping import CHECKED, HISTORY_NAME, ORIGINAL, REQUESTS, adding_to, alone_in, describe_original, in_first, tidy
 from .request import PLAN_NAME, SKETCHES_NAME, Request, check_kept, remove, write_json
-from .running import MakeTrainer, alone_in, carry_out, check_one_goal, joined, measure_rows
+from .running import MakeTrainer, carry_out, check_one_goal, joined, measure_rows
 from .staying import StaysForgotten
 
 
 logger = logging.get_logger(__name__)
 
 GOALS = (None, "retrained", "erased")
-_HISTORY_NAME, _ORIGINAL, _REQUESTS = "history.json", "original", "requests"
 
 
 class RequestHistory:
@@ -58,9 +56,9 @@ class RequestHistory:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if not (self.folder / _HISTORY_NAME).exists():
+        if not (self.folder / HISTORY_NAME).exists():
             raise ValueError(
-                f"`folder` {str(folder)!r} holds no {_HISTORY_NAME}: `RequestHistory.create(folder, model)`, or `hf-orthograd requests "
+                f"`folder` {str(folder)!r} holds no {HISTORY_NAME}: `RequestHistory.create(folder, model)`, or `hf-orthograd requests "
                 "begin`, begins a history."
             )
 
@@ -76,26 +74,26 @@ class RequestHistory:
             ValueError: There is something in the folder already, the model's folder holds no weights, or the Hub has no such
                 model.
         """
-        folder, source = Path(folder), Path(model)
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"`folder` {str(folder)!r} is not empty. Name a new one for the history.")
-        names = original_files(model)
+        folder = Path(folder)
 
         def write() -> None:
+            if folder.exists() and any(folder.iterdir()):
+                raise ValueError(f"`folder` {str(folder)!r} is not empty. Name a new one for the history.")
+            names, described = describe_original(model)
             unfinished = folder.with_name(f"{folder.name}.partial")
             if unfinished.exists():
                 shutil.rmtree(unfinished)
-            (unfinished / _REQUESTS).mkdir(parents=True)
+            (unfinished / REQUESTS).mkdir(parents=True)
             for name in names:
-                target = unfinished / _ORIGINAL / name
+                target = unfinished / ORIGINAL / name
                 target.parent.mkdir(exist_ok=True)
-                shutil.copy2(source / name, target)
-            write_json(unfinished / _HISTORY_NAME, {"original": None if names else str(model)})
+                shutil.copy2(Path(model, name), target)
+            write_json(unfinished / HISTORY_NAME, described)
             if folder.exists():
                 folder.rmdir()
             unfinished.rename(folder)
 
-        _in_first(write)
+        in_first(write)
         return cls(folder)
 
     # ---- What is there ----
@@ -103,13 +101,22 @@ class RequestHistory:
     @property
     def requests(self) -> list[Request]:
         """All, the oldest first."""
-        return [Request.read(path) for path in sorted((self.folder / _REQUESTS).glob("[0-9]" * 4))]
+        return [Request.read(path) for path in sorted((self.folder / REQUESTS).glob("[0-9]" * 4))]
 
     @property
     def original(self) -> str:
         """The model before any request, as `from_pretrained` takes it."""
-        name = json.loads((self.folder / _HISTORY_NAME).read_text())["original"]
-        return name or str(self.folder / _ORIGINAL)
+        return self._begun_with["original"] or str(self.folder / ORIGINAL)
+
+    @property
+    def records_before(self) -> int:
+        """How many records the original brought along, which are of no request of this history."""
+        begun_with = self._begun_with
+        return begun_with["records"] if "records" in begun_with else len(publishing.load_records(self.original))
+
+    @property
+    def _begun_with(self) -> dict:
+        return json.loads((self.folder / HISTORY_NAME).read_text())
 
     @property
     def model(self) -> str:
@@ -177,16 +184,19 @@ class RequestHistory:
             raise ValueError(f"`goal` must be 'retrained' or 'erased', or left out, but is {goal!r}.")
         if request_id is not None and "," in request_id:
             raise ValueError(f"`request_id` is {request_id!r}, but a comma stands between those of a merged run.")
-        if request_id in {request.request_id for request in self.requests}:
-            raise ValueError(f"`request_id` {request_id!r} is that of an earlier request. Choose another.")
-        _in_first(partial(warn_of_earlier, self, forget_dataset))
-        _in_first(partial(self._write, request_id, goal, forget_dataset, retain_dataset, sketch))
-        return self.requests[-1]
 
-    def _write(self, request_id: str | None, goal: str | None, *rows) -> None:
-        number = max((request.number for request in self.requests), default=0) + 1
-        folder = self.folder / _REQUESTS / f"{number:04d}"
-        Request.write(folder, number, request_id or uuid.uuid4().hex, goal, *rows)
+        def write() -> Request:
+            with adding_to(self.folder):
+                before = self.requests
+                if request_id in {request.request_id for request in before}:
+                    raise ValueError(f"`request_id` {request_id!r} is that of an earlier request. Choose another.")
+                warn_of_earlier(self, forget_dataset)
+                number = before[-1].number + 1 if before else 1
+                folder = self.folder / REQUESTS / f"{number:04d}"
+                named = request_id or uuid.uuid4().hex
+                return Request.write(folder, number, named, goal, forget_dataset, retain_dataset, sketch)
+
+        return in_first(write)
 
     def run(
         self,
@@ -215,11 +225,11 @@ class RequestHistory:
             ValueError: The model of today is not as it was recorded, the trainer is not of this request or not that which its run
                 began with, requests to be merged have several goals, or another process carries requests out.
         """
-        with alone_in(self.folder, _in_first):
+        with alone_in(self.folder):
             return self._run(make_trainer, merge, hold_earlier, make_report)
 
     def _run(self, make_trainer: MakeTrainer, merge: bool, hold_earlier: bool, make_report: Callable | None) -> list:
-        _in_first(self._tidy)
+        in_first(self._tidy)
         done = []
         while pending := self.pending():
             begun = next((request for request in pending if request.has_begun), None)
@@ -232,18 +242,17 @@ class RequestHistory:
             if begun is None:  # a plan that came to nothing, as its arguments were refused, is made anew
                 numbers = [request.number for request in pending] if merge else [pending[0].number]
                 begun = self.request(numbers[-1])
-                check_one_goal([self.request(number) for number in numbers])
-                _in_first(partial(self._make_plan, begun, {"numbers": numbers, **asked}))
+                in_first(partial(self._make_plan, begun, {"numbers": numbers, **asked}))
             requests = [self.request(number) for number in begun.plan["numbers"]]
+            check_one_goal(requests)
             others = [request for request in self.requests if request.number < requests[0].number]
             earlier = others if begun.plan["hold_earlier"] else []
             source = self.model
             if source != self.original and (problems := publishing.verify(source)):
-                raise ValueError(
-                    f"The model to start from, {source!r}, is not as it was recorded: {'; '.join(problems)}."
-                )
+                what = f"The model to start from, {source!r}, is not as it was recorded"
+                raise ValueError(f"{what}: {'; '.join(problems)}.")
             carry_out(begun, requests, earlier, source, make_trainer, make_report)
-            _in_first(self._tidy)
+            in_first(self._tidy)
             done += requests
         return done
 
@@ -266,10 +275,10 @@ class RequestHistory:
             found = [*problems, *check_record(request, carrier, Path(self.model))]
             now, forget = None, request.rows("forget")
             if make_trainer is not None and forget is not None:
-                trainer = make_trainer(self.model, forget, request.rows("retain"), str(request.run_folder))
+                trainer = make_trainer(self.model, forget, request.rows("retain"), str(self.folder / CHECKED))
                 now = measure_rows(trainer, forget)
             checked.append(CheckedRequest(request.number, request.request_id, found, request.measured, now))
-        _in_first(self._tidy)
+        in_first(partial(remove, self.folder / CHECKED))
         return checked
 
     def check_dataset(self, dataset: Dataset, *, column: Iterable | None = None) -> list[FoundRow]:
@@ -309,11 +318,13 @@ class RequestHistory:
             ValueError: No model was kept after that request, or rows of a later one were deleted: it could not be carried out
                 again.
         """
+        with alone_in(self.folder):
+            return in_first(partial(self._roll_back, number))
+
+    def _roll_back(self, number: int) -> list[Request]:
         known = {request.number for request in self.requests if request.model.exists()}
         if number != 0 and number not in known:
-            raise ValueError(
-                f"`number` is {number}, but models are kept after {sorted(known)}, and 0 for the original."
-            )
+            raise ValueError(f"`number` is {number}, but models are kept after {sorted(known)}; 0 is the original.")
         later = [request for request in self.requests if request.number > number and request.plan is not None]
         undone = [self.request(one) for request in later for one in request.plan["numbers"]]
         lost = [request.number for request in undone if request.rows("forget") is None or request.salt() is None]
@@ -321,14 +332,11 @@ class RequestHistory:
             raise ValueError(
                 f"`number` is {number}, but rows or salts of requests {lost} were deleted: they could not be carried out again."
             )
-        _in_first(partial(self._undo, later))
-        return [request for request in undone if self.carrier(request) is None]
-
-    def _undo(self, later: list[Request]) -> None:
         for request in reversed(later):  # the newest first: what is left is a history at any moment
             remove(request.model)
             (request.folder / PLAN_NAME).unlink(missing_ok=True)
         self._tidy()
+        return [request for request in undone if self.carrier(request) is None]
 
     def withdraw(self, number: int) -> None:
         """Deletes a request that is pending.
@@ -336,11 +344,15 @@ class RequestHistory:
         Raises:
             ValueError: There is no such request, or a run has begun or ended with it.
         """
+        with alone_in(self.folder):
+            in_first(partial(self._withdraw, number))
+
+    def _withdraw(self, number: int) -> None:
         request = self.request(number)
         plans = [other.plan for other in self.requests if other.has_begun]
         if self.carrier(request) is not None or any(number in plan["numbers"] for plan in plans):
             raise ValueError(f"`number` is {number}, but its run has begun: `roll_back` to the one before it first.")
-        _in_first(partial(remove, request.folder))
+        remove(request.folder)
 
     def delete_data(self, number: int, *, salt: bool = False) -> None:
         """Deletes the rows of a request that was carried out.
@@ -354,6 +366,10 @@ class RequestHistory:
             ValueError: There is no such request, it is pending, its rows are held by a run that has begun, or its salt is that
                 of another.
         """
+        with alone_in(self.folder):
+            in_first(partial(self._delete_data, number, salt))
+
+    def _delete_data(self, number: int, salt: bool) -> None:
         request = self.request(number)
         carrier = self.carrier(request)
         if carrier is None:
@@ -365,9 +381,6 @@ class RequestHistory:
                 f"`number` is {number}, whose rows are committed to under the salt of request {carrier.number}, that it was merged "
                 "into: delete that one's."
             )
-        _in_first(partial(self._delete, request, salt))
-
-    def _delete(self, request: Request, salt: bool) -> None:
         for name in ("forget", "retain"):
             remove(request.private / name)
         for other in self.requests if salt else ():
@@ -382,15 +395,5 @@ class RequestHistory:
         write_json(carrier.folder / PLAN_NAME, plan)
 
     def _tidy(self) -> None:
-        """Removes what a run that is over, or anything that was killed, left behind."""
-        folder = self.folder / _REQUESTS
-        for path in [*folder.glob("*.partial"), *folder.rglob("*.removed")]:
-            remove(path)
-        for request in self.requests:
-            if request.plan is None or self.carrier(request) is not None:
-                remove(request.run_folder)
-
-
-def _in_first(call: Callable[[], object]) -> None:
-    state = PartialState()
-    ProcessGroup(state.num_processes, state.process_index).in_first(call)
+        requests = self.requests
+        tidy(self.folder, requests, lambda request: self.carrier(request) is not None)

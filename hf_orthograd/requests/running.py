@@ -2,13 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
-from filelock import FileLock, Timeout
 
 from .. import publishing
 from ..checkpoints import find_last_checkpoint
@@ -47,12 +45,17 @@ def carry_out(
     _check_trainer(trainer, forget, carrier)
     if earlier:
         _hold(trainer, earlier)
-    before = {number: measure_rows(trainer, rows) for number, rows in sets.items()}
     begun = any(carrier.run_folder.glob("checkpoint-*"))
     _keep_settings(trainer, carrier.run_folder / SETTINGS_NAME, begun)
+    before = {number: measure_rows(trainer, rows) for number, rows in sets.items()}
     trainer.train(resume_from_checkpoint=find_last_checkpoint(str(carrier.run_folder)) if begun else None)
     after = {number: measure_rows(trainer, rows) for number, rows in sets.items()}
     report = None if make_report is None else make_report(trainer)
+    if report is not None and carrier.goal not in (None, report.goal):
+        raise ValueError(
+            f"`make_report` returned a report with the goal {report.goal!r}, but that of the request is {carrier.goal!r}: pass `goal` to "
+            "`evaluate_unlearning`, and call `run` again, which goes on from the last checkpoint."
+        )
 
     def keep() -> None:
         shutil.copy2(carrier.private / publishing.SALT_NAME, carrier.run_folder)
@@ -66,30 +69,6 @@ def carry_out(
     name = ", ".join(request.request_id for request in requests)
     public = publishing.prepare_folder(trainer, report=report, request_id=name, goal=carrier.goal)
     trainer.group.in_first(lambda: public.rename(carrier.model))
-
-
-@contextmanager
-def alone_in(folder: Path, in_first: Callable[[Callable[[], object]], object]) -> Iterator[None]:
-    """Holds a history's lock, in the first process of a launch; the system lets it go where a process is killed.
-
-    Raises:
-        ValueError: Another launch holds it.
-    """
-    lock = FileLock(folder / ".lock")
-
-    def acquire() -> None:
-        try:
-            lock.acquire(blocking=False)
-        except Timeout as error:
-            raise ValueError(
-                f"Another process carries out requests of {str(folder)!r}: it holds {lock.lock_file}. Wait for it, or end it."
-            ) from error
-
-    in_first(acquire)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _hold(trainer: OrthoGradTrainer, earlier: Sequence[Request]) -> None:
@@ -163,28 +142,38 @@ def check_one_goal(requests: Sequence[Request]) -> None:
     if len(set(goals.values())) > 1:
         raise ValueError(
             f"`merge` is True, but the requests have several goals, {goals}, and a run has one. Leave `merge` out, or `withdraw` and add "
-            "them with the same goal."
+            "them with the same goal. `roll_back` undoes a run that has begun."
         )
+
+
+# arguments that say where files lie, what is shown, and how data is loaded, and not what the weights become
+_ELSEWHERE = ("output_dir", "run_name", "local_rank", "disable_tqdm", "report_to", "project", "dataloader_num_workers")
+_BEGIN_ELSEWHERE = ("log", "save_", "hub_", "push_to_hub", "dataloader_p", "per_device_eval", "eval_accumulation")
 
 
 def _keep_settings(trainer: OrthoGradTrainer, path: Path, begun: bool) -> None:
     """Writes down what a run begins with; one that goes on must go on with the same, as its record tells of one trainer."""
-    given = {name: value for name, value in trainer.args.to_dict().items() if name != "local_rank"}
+    retain = trainer.train_dataset
+    given = {
+        name: value
+        for name, value in trainer.args.to_dict().items()
+        if name not in _ELSEWHERE and not name.startswith(_BEGIN_ELSEWHERE)
+    }
     given |= {"processes": trainer.args.world_size, "trainer": type(trainer).__name__}
-    given["retain rows"] = len(trainer.train_dataset)
+    given["retain rows"] = len(retain) if hasattr(retain, "__len__") else None
+    given = json.loads(json.dumps(given, default=lambda value: type(value).__name__))
     if not begun:
         trainer.group.in_first(partial(_write_settings, path, given))
         return
     if not path.exists():  # of an earlier release
         return
-    kept, given = json.loads(path.read_text()), json.loads(json.dumps(given))
-    changed = [
-        f"{name} {given[name]!r}, not {kept[name]!r}" for name in kept.keys() & given if kept[name] != given[name]
-    ]
+    kept = json.loads(path.read_text())
+    changed = [name for name in sorted(kept.keys() & given) if kept[name] != given[name]]
     if changed:
+        told = "; ".join(f"{name} {given[name]!r}, not {kept[name]!r}" for name in changed)
         raise ValueError(
-            f"`make_trainer` returned another trainer than the run began with: {'; '.join(sorted(changed))}. Return that one, or "
-            "`roll_back` to the request before, which begins the run anew."
+            f"`make_trainer` returned another trainer than the run began with: {told}. Return that one, or `roll_back` to the request "
+            "before, which begins the run anew."
         )
 
 
