@@ -203,6 +203,22 @@ def test_a_roll_back_makes_later_requests_pending(history, sets):
         history.roll_back(1)
 
 
+def test_a_launch_changes_a_history_once(make_model, tmp_path):
+    """Every process calls everything; the first one writes, and all are told the same."""
+    make_model("vit").save_pretrained(tmp_path / "original")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "localhost:0", str(TESTS / "launched_requests.py"), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (json.loads((tmp_path / f"{process}.json").read_text()) for process in (0, 1))
+    refused, same = first.pop("refused"), {name: value for name, value in second.items() if name != "refused"}
+    assert first == same
+    assert first == {"added": [1, 2, 3], "done": [1, 2], "undone": [2], "again": [2], "problems": [[], []]}
+    assert "`number` is 7, but the history has requests [1, 2]" in refused[0] and "is not empty" in refused[1]
+    assert second["refused"] == [f"The first process failed: ValueError: {message}" for message in refused]
+
+
 def test_requests_are_carried_out_by_one_process(history, sets):
     history.add(sets["forget 1"])
     with FileLock(history.folder / ".lock"):
@@ -210,7 +226,10 @@ def test_requests_are_carried_out_by_one_process(history, sets):
             ValueError, match="Another process carries out or changes requests of '.*history': it holds .*lock"
         ):
             history.run(maker(sets["retain"]))
-    assert len(history.run(maker(sets["retain"], max_steps=1))) == 1
+        with pytest.raises(ValueError, match="Another process carries out or changes requests"):
+            history.withdraw(1)
+        history.add(sets["forget 2"])  # a new request may come in at any time
+    assert len(history.run(maker(sets["retain"], max_steps=1))) == 2
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])

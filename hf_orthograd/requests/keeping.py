@@ -5,6 +5,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 from transformers.utils import CONFIG_NAME, cached_file
@@ -27,7 +28,8 @@ def in_first(call: Callable[[], Result]) -> Result:
     Raises:
         RuntimeError: In the others, where it failed there; the first raises what was raised.
     """
-    state = PartialState()
+    # a launch on CPUs is told from no launch by that alone; where there is a state already, it is that one
+    state = PartialState(cpu=not torch.accelerator.is_available())
     group = ProcessGroup(state.num_processes, state.process_index)
     return group.agree(group.in_first(call))
 
