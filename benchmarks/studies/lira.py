@@ -24,7 +24,13 @@ from tables import plot_means
 from torch.utils.data import ConcatDataset
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
-from hf_orthograd.evaluation import attack_shadows, membership_inference, per_sample_losses, shadow_losses
+from hf_orthograd.evaluation import (
+    ShadowLosses,
+    attack_shadows,
+    membership_inference,
+    per_sample_losses,
+    shadow_losses,
+)
 
 
 NUM_SHADOWS = 16
@@ -55,7 +61,7 @@ class ShadowStudy(ImageStudy):
                 self.attacked.get(f"{name} {request}", lambda name=name, request=request: self.attack(name, request))
 
     def attack(self, name: str, request: Request) -> dict[str, list[float]]:
-        """Of each shadow: the attack's AUC and TPR at 1 % FPR, and the AUC of a threshold on the loss; and mean losses over all shadows."""
+        """Of each shadow: the attack's AUC and TPR at 1 % FPR, and the AUC of a threshold on the loss; mean losses, and differences by image."""
         longer = name in LONGER
         name, further = LONGER.get(name, (name, 0.0))
         study, method, extra = self, name, {}
@@ -101,13 +107,13 @@ class ShadowStudy(ImageStudy):
             "threshold": [membership_inference(*(losses[~np.isnan(losses)] for losses in pair)).auc for pair in pairs],
             "losses": [float(np.nanmean(rows)) for rows in (found.unlearned, found.unseen)],
             "steps": steps,
+            "by_sample": differences_by_sample(found),
         }
 
     def stage_report(self) -> None:
-        lines = [
-            "| method | U-LiRA AUC | U-LiRA TPR at 1 % FPR | AUC of a threshold on the loss | steps | loss, unlearned | loss, never seen |",
-            "|---|---|---|---|---|---|---|",
-        ]
+        heads = ("method", "U-LiRA AUC", "U-LiRA TPR at 1 % FPR", "AUC of a threshold on the loss", "steps")
+        heads += ("loss, unlearned", "loss, never seen", "spread of differences", "ratio of deviations")
+        lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         panels = {"AUC, U-LiRA": {}, "AUC, threshold on the loss": {}}
         labels = CONTROLS | {name: METHODS[name].label for name in type(self).methods}
         longer = {name: name.replace(variant, labels.get(variant, variant)) for name, (variant, _) in LONGER.items()}
@@ -121,13 +127,38 @@ class ShadowStudy(ImageStudy):
             shown.append(f"{np.median(steps):g}" if steps else "")
             losses = [run.get("losses", [np.nan] * 2) for run in runs]
             shown += ["" if np.isnan(one).any() else f"{np.mean(one):.3f}" for one in zip(*losses, strict=True)]
+            told = [run.get("by_sample", [np.nan] * 2) for run in runs]
+            shown += ["" if np.isnan(one).any() else f"{np.mean(one):.2f}" for one in zip(*told, strict=True)]
             lines.append("| " + " | ".join([label, *shown]) + " |")
             for panel, key in zip(panels.values(), ("auc", "threshold"), strict=True):
                 panel[label] = values[key]
         count = NUM_SHADOWS * len(self.seeds)
         head = f"# Which images were unlearned? Mean (standard deviation) over {count} shadow models"
-        (RESULTS / "study_lira.md").write_text("\n\n".join([head, "\n".join(lines), machine_note()]) + "\n")
+        (RESULTS / "study_lira.md").write_text("\n\n".join([head, _NOTE, "\n".join(lines), machine_note()]) + "\n")
         plot_means(panels, RESULTS / "study_lira.png")
+
+
+def differences_by_sample(found: ShadowLosses) -> list[float]:
+    """How the losses of single images differ between models that unlearned them and models that never saw them.
+
+    Returns:
+        The standard deviation over images of the difference of their mean losses, in nats, less what chance makes of it; and the
+        ratio of the deviations over models, pooled over images. A method that makes each image one that was never seen has 0 and 1.
+    """
+    counts = [(~np.isnan(losses)).sum(0) for losses in (found.unlearned, found.unseen)]
+    enough = np.minimum(*counts) > 2
+    means, variances = (
+        [function(losses[:, enough], 0) for losses in (found.unlearned, found.unseen)]
+        for function in (np.nanmean, lambda losses, axis: np.nanvar(losses, axis, ddof=1))
+    )
+    by_chance = sum(variance / count[enough] for variance, count in zip(variances, counts, strict=True)).mean()
+    spread = np.sqrt(max(0.0, np.var(means[0] - means[1], ddof=1) - by_chance))
+    return [float(spread), float(np.sqrt(variances[0].mean() / variances[1].mean()))]
+
+
+_NOTE = """"Spread of differences": over images, the deviation of the mean loss of models that unlearned an image less that of models that never saw it, in nats, \
+without what chance makes of it. "Ratio of deviations": how much the loss of an image varies over the former, to the latter. Where each image becomes one that was never seen they are 0 and 1. Empty \
+cells were not recorded."""
 
 
 def make_study(arguments: argparse.Namespace) -> ShadowStudy:
