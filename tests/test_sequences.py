@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import sequences
 from speaker_sequences import SpeakerSequences
 from tables import gap, mean_and_interval
+from text_sequences import TextSequences
 
 
 def test_speakers_in_turn_are_compared_with_all_at_once(tmp_path):
@@ -49,6 +50,20 @@ IN_TURN = {
     "NPO, labels": "NPO",
     "GradDiff, labels": "GradDiff",
 }
+
+
+def test_no_question_is_asked_where_it_was_at_hand():
+    """And each set is of other people than those to forget and those who are new."""
+    study = TextSequences(Path("unused"), None)
+    request = study.request("turn", 1)
+    sets, parts = study.sets(request, ""), study.parts(request)
+    kept = {name: {tuple(row) for row in rows["input_ids"]} for name, rows in sets.items()}
+    assert kept["retain"] | kept["retain_measured"] == kept["others"] and not kept["retain"] & kept["retain_measured"]
+    assert {tuple(row) for part in parts for row in part["input_ids"]} == kept["forget"]
+    apart = [kept[name] for name in ("forget", "others", "new", "new_asked", "test")]
+    assert (
+        sum(map(len, apart)) == len(set.union(*apart)) == 24 * 36 - 5 * 6
+    )  # the forgotten are not asked in other words
 
 
 def test_requests_in_turn_in_the_docs_are_those_of_the_records():

@@ -297,6 +297,8 @@ def test_sizes_and_the_class_in_the_guide_are_those_of_the_records():
         held = "not measured" if varied is None else f"{gaps('class', '0.05', varied).mean():.3f}"
         difference = mean_and_interval(own - gaps("class", "0.05", retention.DEFAULT))
         assert f"| {method} | {own.mean():.3f} | {held} | {difference} |" in guide
+    wide = [gaps("class", "0.05", f"{method}, kl, varied, k = 256").mean() for method in ("OrthoGrad + NPO", "NPO")]
+    assert f"with 256 the gap is {wide[0]:.3f}, and NPO's {wide[1]:.3f}." in guide
 
 
 def test_differences_to_the_default_are_paired(tmp_path):
