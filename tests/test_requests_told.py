@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, concatenate_datasets
 from histories import maker
+from huggingface_hub import HfApi
 from published import rows
 
 from hf_orthograd import publishing
@@ -92,7 +93,7 @@ def test_nothing_is_left_of_a_request_that_was_refused(history, sets):
     assert [path.name for path in (history.folder / "requests").iterdir()] == []
 
 
-def test_a_history_begins_with_a_model_of_the_hub(folder, make_samples, tmp_path):
+def test_a_history_begins_with_a_model_of_the_hub(folder, make_samples, tmp_path, caplog):
     publishing.publish(folder, "me/name")
     history = RequestHistory.create(tmp_path / "history", "me/name")
     assert history.original == history.model == "me/name"
@@ -101,6 +102,11 @@ def test_a_history_begins_with_a_model_of_the_hub(folder, make_samples, tmp_path
     history.run(maker(rows(make_samples("vit", 8, seed=9)), max_steps=1))
     assert len(publishing.load_records(history.model)) == 2
     assert [(one.number, one.problems) for one in history.check()] == [(1, [])]
+    assert "when this history began" not in caplog.text
+    HfApi().upload_file(path_or_fileobj=b"{}", path_in_repo="other.json", repo_id="me/name")
+    history.roll_back(0)
+    history.run(maker(rows(make_samples("vit", 8, seed=9)), max_steps=1))
+    assert "The original, 'me/name', was at commit" in caplog.text and "when this history began" in caplog.text
 
 
 BAD = {

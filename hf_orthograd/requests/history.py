@@ -28,9 +28,10 @@ from transformers.utils import logging
 from .. import publishing
 from ..evaluation import UnlearningReport
 from ..trainer import OrthoGradTrainer
+from . import keeping
 from .checks import CheckedRequest, check_record, find_rows, lost_requests, warn_of_earlier
 from .duplicates import FoundRow
-from .keeping import CHECKED, HISTORY_NAME, ORIGINAL, REQUESTS, adding_to, alone_in, describe_original, in_first, tidy
+from .keeping import HISTORY_NAME, ORIGINAL, REQUESTS, alone_in, in_first
 from .request import PLAN_NAME, SKETCHES_NAME, Request, check_kept, remove, write_json
 from .running import MakeTrainer, carry_out, check_one_goal, joined, measure_rows
 from .staying import StaysForgotten
@@ -79,7 +80,7 @@ class RequestHistory:
         def write() -> None:
             if folder.exists() and any(folder.iterdir()):
                 raise ValueError(f"`folder` {str(folder)!r} is not empty. Name a new one for the history.")
-            names, described = describe_original(model)
+            names, described = keeping.describe_original(model)
             unfinished = folder.with_name(f"{folder.name}.partial")
             if unfinished.exists():
                 shutil.rmtree(unfinished)
@@ -186,7 +187,7 @@ class RequestHistory:
             raise ValueError(f"`request_id` is {request_id!r}, but a comma stands between those of a merged run.")
 
         def write() -> Request:
-            with adding_to(self.folder):
+            with keeping.adding_to(self.folder):
                 before = self.requests
                 if request_id in {request.request_id for request in before}:
                     raise ValueError(f"`request_id` {request_id!r} is that of an earlier request. Choose another.")
@@ -248,7 +249,9 @@ class RequestHistory:
             others = [request for request in self.requests if request.number < requests[0].number]
             earlier = others if begun.plan["hold_earlier"] else []
             source = self.model
-            if source != self.original and (problems := publishing.verify(source)):
+            if source == self.original:
+                in_first(partial(keeping.warn_of_other_original, self._begun_with))
+            elif problems := publishing.verify(source):
                 what = f"The model to start from, {source!r}, is not as it was recorded"
                 raise ValueError(f"{what}: {'; '.join(problems)}.")
             carry_out(begun, requests, earlier, source, make_trainer, make_report)
@@ -275,10 +278,10 @@ class RequestHistory:
             found = [*problems, *check_record(request, carrier, Path(self.model))]
             now, forget = None, request.rows("forget")
             if make_trainer is not None and forget is not None:
-                trainer = make_trainer(self.model, forget, request.rows("retain"), str(self.folder / CHECKED))
+                trainer = make_trainer(self.model, forget, request.rows("retain"), str(self.folder / keeping.CHECKED))
                 now = measure_rows(trainer, forget)
             checked.append(CheckedRequest(request.number, request.request_id, found, request.measured, now))
-        in_first(partial(remove, self.folder / CHECKED))
+        in_first(partial(remove, self.folder / keeping.CHECKED))
         return checked
 
     def check_dataset(self, dataset: Dataset, *, column: Iterable | None = None) -> list[FoundRow]:
@@ -396,4 +399,4 @@ class RequestHistory:
 
     def _tidy(self) -> None:
         requests = self.requests
-        tidy(self.folder, requests, lambda request: self.carrier(request) is not None)
+        keeping.tidy(self.folder, requests, lambda request: self.carrier(request) is not None)

@@ -8,13 +8,15 @@ from typing import TypeVar
 import torch
 from accelerate import PartialState
 from filelock import FileLock, Timeout
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from ..parallel import ProcessGroup
 from ..publishing import is_weights, load_records, published_files
 from ..publishing.record import records_on_hub
 from .request import Request, remove
 
+
+logger = logging.get_logger(__name__)
 
 HISTORY_NAME, ORIGINAL, REQUESTS = "history.json", "original", "requests"
 CHECKED = "checked"  # `output_dir` of trainers that only measure
@@ -90,10 +92,23 @@ def describe_original(model: str | Path) -> tuple[list[str], dict]:
             raise ValueError(f"`model` {str(model)!r} holds no weights in safetensors: save it by `save_pretrained`.")
         return names, {"original": None, "records": len(load_records(model))}
     try:
-        commit = Path(cached_file(str(model), CONFIG_NAME)).parent.name
+        commit = _commit_of(str(model))
     except OSError as error:
         raise ValueError(
             f"`model` is {str(model)!r}, which is no folder, and was not found on the Hub: {str(error).splitlines()[0]} Pass a folder, or "
             "a model's name as `from_pretrained` takes it; log in if it is private."
         ) from error
     return [], {"original": str(model), "revision": commit, "records": len(records_on_hub(str(model), commit))}
+
+
+def warn_of_other_original(described: dict) -> None:
+    """Warns where the original's name on the Hub is that of another commit than when the history began."""
+    if "revision" in described and (now := _commit_of(described["original"])) != described["revision"]:
+        logger.warning(
+            f"The original, {described['original']!r}, was at commit {described['revision']} when this history began, and is now at {now}: "
+            "have `make_trainer` load the former by `revision`."
+        )
+
+
+def _commit_of(name: str) -> str:
+    return Path(cached_file(name, CONFIG_NAME)).parent.name  # a snapshot's folder bears it
