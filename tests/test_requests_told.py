@@ -54,7 +54,7 @@ def test_what_was_changed_is_found(history, sets):
         found[0].problems
     )
     history.add(sets["forget 3"])
-    with pytest.raises(ValueError, match="The model to start from.*is not as it was recorded: the chain is broken"):
+    with pytest.raises(ValueError, match="The model to start from.*is not as recorded: the chain is broken"):
         history.run(make)
     (history.requests[0].private / "forget.0.removed").mkdir()  # by a deletion that was killed
     # without rows and salt there is less to check

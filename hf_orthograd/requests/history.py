@@ -252,8 +252,7 @@ class RequestHistory:
             if source == self.original:
                 in_first(partial(keeping.warn_of_other_original, self._begun_with))
             elif problems := publishing.verify(source):
-                what = f"The model to start from, {source!r}, is not as it was recorded"
-                raise ValueError(f"{what}: {'; '.join(problems)}.")
+                raise ValueError(f"The model to start from, {source!r}, is not as recorded: {'; '.join(problems)}.")
             carry_out(begun, requests, earlier, source, make_trainer, make_report)
             in_first(self._tidy)
             done += requests
@@ -275,8 +274,8 @@ class RequestHistory:
             carrier = self.carrier(request)
             if carrier is None:
                 continue
-            found = [*problems, *check_record(request, carrier, Path(self.model))]
             now, forget = None, request.rows("forget")
+            found = [*problems, *check_record(request, carrier, Path(self.model))]
             if make_trainer is not None and forget is not None:
                 trainer = make_trainer(self.model, forget, request.rows("retain"), str(self.folder / keeping.CHECKED))
                 now = measure_rows(trainer, forget)
@@ -384,8 +383,8 @@ class RequestHistory:
                 f"`number` is {number}, whose rows are committed to under the salt of request {carrier.number}, that it was merged "
                 "into: delete that one's."
             )
-        for name in ("forget", "retain"):
-            remove(request.private / name)
+        remove(request.private / "forget")
+        remove(request.private / "retain")
         for other in self.requests if salt else ():
             if self.carrier(other) == request:
                 remove(other.private / publishing.SALT_NAME)
@@ -398,5 +397,4 @@ class RequestHistory:
         write_json(carrier.folder / PLAN_NAME, plan)
 
     def _tidy(self) -> None:
-        requests = self.requests
-        keeping.tidy(self.folder, requests, lambda request: self.carrier(request) is not None)
+        keeping.tidy(self.folder, self.requests, lambda request: self.carrier(request) is not None)
