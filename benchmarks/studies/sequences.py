@@ -87,7 +87,7 @@ class SequenceStudy(ImageStudy):
     choices, ours = VARIANTS, OURS
     what, note, continued_note = "requests", _NOTE, _CONTINUED_NOTE
     metric, task = "accuracy", "test"  # what the curves show; the set that stands for the new task
-    trained_on = tuple(VARIANTS)  # those whose last model is trained on
+    trained_on, new_data = tuple(VARIANTS), NEW_DATA  # the variants whose last model is trained on, and on what
     variants = tuple(VARIANTS)
 
     def parts(self, request: Request) -> list[Images]:
@@ -117,7 +117,7 @@ class SequenceStudy(ImageStudy):
             seconds += record["seconds"]
             after.append(self.measured(model, request))
         continued = {}
-        for name, again in NEW_DATA.items() if variant in self.trained_on else ():
+        for name, again in self.new_data.items() if variant in self.trained_on else ():
             for hold in (False, True):
                 weights = {key: value.clone() for key, value in model.state_dict().items()}
                 self.train_on(model, request, again, hold)
@@ -188,7 +188,12 @@ def write_report(runs: dict, path: Path, study: type[SequenceStudy] = SequenceSt
     references = {what: [runs[f"{what} {kind}-{seed}"] for seed in seeds] for what in ("original", "retrained")}
     title = f"# Five {study.what} in turn, {f'{len(seeds)} seeds' if len(seeds) > 1 else 'one seed'}"
     parts = [title, study.note, _sequence_table(found, references)]
-    parts += ["## Trained on", study.continued_note, _continued_table(found, study.task), machine_note()]
+    parts += [
+        "## Trained on",
+        study.continued_note,
+        _continued_table(found, study.task, study.new_data),
+        machine_note(),
+    ]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     _plot(found, references["retrained"], path.with_suffix(".png"), study.metric)
 
@@ -234,17 +239,17 @@ def _sequence_table(found: dict, references: dict) -> str:
     return "\n".join(lines)
 
 
-def _continued_table(found: dict, task: str) -> str:
+def _continued_table(found: dict, task: str, new_data: dict) -> str:
     heads = [
         "method",
-        *(f"{name}: {what}" for name in NEW_DATA for what in ("watched", "held", f"{task}, watched", f"{task}, held")),
+        *(f"{name}: {what}" for name in new_data for what in ("watched", "held", f"{task}, watched", f"{task}, held")),
     ]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for variant, own in found.items():
-        if any(f"new, {HOW[True]}" not in record["continued"] for record in own):
+        if any(f"{name}, {HOW[True]}" not in record["continued"] for record in own for name in new_data):
             continue
         cells = []
-        for name in NEW_DATA:
+        for name in new_data:
             for of in ("request 1", task):
                 for how in HOW.values():
                     values = [record["continued"][f"{name}, {how}"]["quality"][of][0] for record in own]
