@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from test_studies import RESULTS, numbers_of
 
 
@@ -36,13 +37,14 @@ def test_speakers_in_turn_are_compared_with_all_at_once(tmp_path):
     assert "| 0.075 | 0.075 | -0.500 | 15 |" in row
 
 
-def test_table_of_requests_in_turn_is_that_of_its_records(tmp_path):
-    runs = json.loads((RESULTS / "study_sequences.json").read_text())["runs"]
-    sequences.write_report(runs, tmp_path / "table")
-    assert numbers_of(tmp_path / "table.md") == numbers_of(RESULTS / "study_sequences.md")
+@pytest.mark.parametrize("study", [sequences.SequenceStudy, TextSequences])
+def test_table_of_requests_in_turn_is_that_of_its_records(study, tmp_path):
+    runs = json.loads((RESULTS / f"study_{study.name}.json").read_text())["runs"]
+    sequences.write_report(runs, tmp_path / "table", study)
+    assert numbers_of(tmp_path / "table.md") == numbers_of(RESULTS / f"study_{study.name}.md")
 
 
-IN_TURN = {
+IMAGES = {
     'OrthoGrad + NPO, "kl" to the original, varied, rate 3e-5': "OrthoGrad + NPO, kl, varied, to the original, 3e-5",
     'ONPO, "kl" to the original, varied, rate 3e-5': "ONPO, kl, varied, to the original, 3e-5",
     "OrthoGrad + NPO, labels": "OrthoGrad + NPO",
@@ -50,33 +52,45 @@ IN_TURN = {
     "NPO, labels": "NPO",
     "GradDiff, labels": "GradDiff",
 }
+PEOPLE = {
+    'ONPO, "kl" to the original': "ONPO, kl, to the original",
+    'OrthoGrad + NPO, "kl" to the original': TextSequences.ours,
+    'OrthoGrad + NPO, "kl" to the model before, earlier held': "OrthoGrad + NPO, kl, earlier held",
+    "ONPO, labels": "ONPO",
+    'OrthoGrad + NPO, "kl" to the model before': "OrthoGrad + NPO, kl",
+    'NPO, "kl" to the original': "NPO, kl, to the original",
+    "OrthoGrad + NPO, labels": "OrthoGrad + NPO",
+    "NPO, labels": "NPO",
+    "GradDiff, labels": "GradDiff",
+    "retraining after each, another seed": "retraining after each",
+}
 
 
-def test_no_question_is_asked_where_it_was_at_hand():
-    """And each set is of other people than those to forget and those who are new."""
-    study = TextSequences(Path("unused"), None)
-    request = study.request("turn", 1)
-    sets, parts = study.sets(request, ""), study.parts(request)
-    kept = {name: {tuple(row) for row in rows["input_ids"]} for name, rows in sets.items()}
-    assert kept["retain"] | kept["retain_measured"] == kept["others"] and not kept["retain"] & kept["retain_measured"]
-    assert {tuple(row) for part in parts for row in part["input_ids"]} == kept["forget"]
-    apart = [kept[name] for name in ("forget", "others", "new", "new_asked", "test")]
-    assert (
-        sum(map(len, apart)) == len(set.union(*apart)) == 24 * 36 - 5 * 6
-    )  # the forgotten are not asked in other words
-
-
-def test_requests_in_turn_in_the_docs_are_those_of_the_records():
-    runs = json.loads((RESULTS / "study_sequences.json").read_text())["runs"]
+@pytest.mark.parametrize("kind, name, shown", [("random", "sequences", IMAGES), ("turn", "text_sequences", PEOPLE)])
+def test_requests_in_turn_in_the_docs_are_those_of_the_records(kind, name, shown):
+    runs = json.loads((RESULTS / f"study_{name}.json").read_text())["runs"]
     page = (RESULTS.parent.parent / "docs" / "results.md").read_text().replace("**", "")
 
     def last(variant):
-        return [runs[f"{variant} random-{seed}"]["after"][-1] for seed in range(3)]
+        return [runs[f"{variant} {kind}-{seed}"]["after"][-1] for seed in range(3)]
 
     def gaps(variant):
-        return np.array([gap(own, runs[f"retrained random-{seed}"]) for seed, own in enumerate(last(variant))])
+        return np.array([gap(own, runs[f"retrained {kind}-{seed}"]) for seed, own in enumerate(last(variant))])
 
-    for shown, variant in IN_TURN.items():
-        own, test = gaps(variant), np.mean([one["quality"]["test"][0] for one in last(variant)])
-        cells = mean_and_interval(own), mean_and_interval(own - gaps(sequences.ONCE)), f"{test:.3f}"
-        assert f"| {shown} | {' | '.join(cells)} |" in page
+    for label, variant in shown.items():
+        means = [np.mean([one["quality"][of][0] for one in last(variant)]) for of in ("retain", "test")]
+        own, rates = gaps(variant), [f"{mean:.3f}" for mean in (means if kind == "turn" else means[1:])]
+        cells = mean_and_interval(own), mean_and_interval(own - gaps(sequences.ONCE)), *rates
+        assert f"| {label} | {' | '.join(cells)} |" in page
+
+
+def test_people_who_come_back_in_the_docs_are_those_of_the_records():
+    runs = json.loads((RESULTS / "study_text_sequences.json").read_text())["runs"]
+    page = (RESULTS.parent.parent / "docs" / "results.md").read_text()
+    found = [runs[f"{TextSequences.ours} turn-{seed}"] for seed in range(3)]
+    for label, how in (("watched", "watched"), ("held by `StaysForgotten`", "held at their level")):
+        after = [run["continued"][f"new with request 1, {how}"]["quality"] for run in found]
+        before = [run["after"][-1]["quality"] for run in found]
+        back = [one["request 1"][0] - start["request 1"][0] for one, start in zip(after, before, strict=True)]
+        new = mean_and_interval([one["new"][0] for one in after])
+        assert f"| {label} | {mean_and_interval(back)} | {new} |" in page
