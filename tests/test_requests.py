@@ -31,7 +31,7 @@ def test_requests_are_carried_out_one_after_the_other(history, sets):
     assert [request.request_id for request in history.pending()] == ["case-1", "case-2"]
     assert history.model == history.original
     make = maker(sets["retain"])
-    report = lambda trainer: evaluate_unlearning(trainer, datasets={"forget": trainer.forget_dataset}, goal="erased")  # noqa: E731
+    report = lambda trainer, goal: evaluate_unlearning(trainer, datasets={"forget": trainer.forget_dataset}, goal=goal)  # noqa: E731
     done = history.run(make, make_report=report)
 
     assert [request.number for request in done] == [1, 2] and history.pending() == []

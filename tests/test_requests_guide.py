@@ -62,9 +62,12 @@ def test_each_command_does_what_the_guide_says(folder, monkeypatch, capsys):
 
     assert said(commands[0]) == "Begun: history\n"
     march = said(commands[1])
-    assert march.startswith("Added: request 1 (case-17), 10 rows.\n") and "Done: request 1 (case-17)." in march
+    assert (
+        march.startswith("Added: request 1 (case-17), 10 rows.\n")
+        and "Done: request 1 (case-17); loss on its forget set" in march
+    )
     april = said(commands[2])
-    assert "1 case-17; erased: done; 10 rows; kept: rows, salt, sketches\n" in april
+    assert "1 case-17; erased: done; 10 rows; kept: model, rows, salt, sketches\n" in april
     assert re.search(r"request 1 \(case-17\): as recorded; loss on its forget set .* came back", april)
     history = RequestHistory("history")
     assert history.pending() == []
@@ -83,17 +86,13 @@ def test_each_command_does_what_the_guide_says(folder, monkeypatch, capsys):
     assert history.requests[0].rows("forget") is None
     assert len(commands) == 5
 
-    Path("report.py").write_text(
-        "from hf_orthograd.evaluation import evaluate_unlearning\n\n"
-        "def make_report(trainer):\n    return evaluate_unlearning(trainer, datasets={'forget': trainer.forget_dataset})\n"
-    )
     again, then = commands[2].splitlines()[:2]
     assert run(shlex.split(again.removeprefix("python -m hf_orthograd "))) == 0
-    assert run(shlex.split(then.removeprefix("python -m hf_orthograd ") + " --report report.py:make_report")) == 0
+    assert run(shlex.split(then.removeprefix("python -m hf_orthograd ") + " --report train.py:make_report")) == 0
     assert (history.requests[-1].private / "unlearning_report.json").exists()
     capsys.readouterr()
-    assert run(["requests", "run", "history", "--trainer", "train.py:make_trainer", "--report", "report.py:made"]) == 1
+    assert run(["requests", "run", "history", "--trainer", "train.py:make_trainer", "--report", "train.py:made"]) == 1
     assert run(["requests", "withdraw", "history", "case-99"]) == 1
     said = capsys.readouterr().err
-    assert "`--report` is 'report.py:made', but report.py has no function 'made'" in said
+    assert "`--report` is 'train.py:made', but train.py has no function 'made'" in said
     assert "`request` is 'case-99', which names no request. The history has 1 (case-17), 2 (case-23): pass" in said

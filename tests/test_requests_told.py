@@ -13,6 +13,7 @@ from published import rows
 from hf_orthograd import publishing
 from hf_orthograd.data import VaryImages
 from hf_orthograd.requests import RequestHistory
+from hf_orthograd.validation import stored_row
 
 
 def test_requests_with_several_goals_are_not_merged(history, sets):
@@ -93,6 +94,44 @@ def test_nothing_is_left_of_a_request_that_was_refused(history, sets):
     assert [path.name for path in (history.folder / "requests").iterdir()] == []
 
 
+def test_labels_count_by_any_name(history, sets):
+    """As Trainer's own collators take them: "label" and "label_ids" are renamed."""
+    own = {name: rows.rename_column("labels", "label") for name, rows in sets.items()}
+    history.add(own["forget 1"], request_id="case-1")
+    history.run(maker(own["retain"], max_steps=1))
+    wrong = own["forget 1"].with_format(None).map(lambda row: {"label": 1 - row["label"]})
+    salt = history.requests[0].salt()
+    (record,) = publishing.load_records(history.model)
+    for deleted in (False, True):
+        if deleted:
+            history.delete_data(1)
+        for name in ("label", "labels", "label_ids"):
+            same = own["forget 1"].rename_column("label", name) if name != "label" else own["forget 1"]
+            other = wrong.rename_column("label", name) if name != "label" else wrong
+            assert len(history.check_dataset(same)) == 4 and history.check_dataset(other) == []
+            assert record.includes(stored_row(same, 0), salt) and not record.includes(stored_row(other, 0), salt)
+    with pytest.raises(ValueError, match="none of the columns|no column pixel_values"):
+        history.check_dataset(wrong.select_columns(["label"]))
+
+
+def test_nothing_is_deleted_for_a_model_that_is_gone(history, sets):
+    for number in (1, 2):
+        history.add(sets[f"forget {number}"])
+    history.run(maker(sets["retain"], max_steps=1))
+    first, last = history.requests
+    kept = (first.model / "model.safetensors").read_bytes()
+    (first.model / "model.safetensors").write_bytes(kept[:-4])
+    assert "the model that its run left is not as recorded" in history.check()[0].problems[0]
+    with pytest.raises(ValueError, match="`number` is 1, but its model is not as recorded"):
+        history.roll_back(1)
+    shutil.rmtree(history.original)
+    with pytest.raises(ValueError, match="`number` is 0, but the original was deleted"):
+        history.roll_back(0)
+    assert last.model.exists()
+    history.delete_data(2, salt=True)
+    assert "not checked: its seal, as the salt was deleted, its rows, which were deleted" in str(history.check()[1])
+
+
 def test_a_history_begins_with_a_model_of_the_hub(folder, make_samples, tmp_path, caplog):
     publishing.publish(folder, "me/name")
     history = RequestHistory.create(tmp_path / "history", "me/name")
@@ -107,6 +146,10 @@ def test_a_history_begins_with_a_model_of_the_hub(folder, make_samples, tmp_path
     history.roll_back(0)
     history.run(maker(rows(make_samples("vit", 8, seed=9)), max_steps=1))
     assert "The original, 'me/name', was at commit" in caplog.text and "when this history began" in caplog.text
+
+
+class Reported:
+    goal = "retrained"
 
 
 BAD = {
@@ -161,6 +204,13 @@ BAD = {
             history.run(lambda m, f, r, o: maker(rows, check_overlap=False)(m, f, r, f"{o}x")),
         ),
         "whose `output_dir` is .*runx', not the one that it was given",
+    ),
+    "goal of a report": (
+        lambda history, rows: (
+            history.add(rows, goal="erased"),
+            history.run(maker(rows, max_steps=1, check_overlap=False), make_report=lambda trainer, goal: Reported()),
+        ),
+        "`make_report` returned a report with the goal 'retrained', but that of the request is 'erased': pass `goal`",
     ),
     "pending data": (
         lambda history, rows: (history.add(rows), history.delete_data(1)),

@@ -52,6 +52,7 @@ def load_function(place: str, argument: str = "--trainer") -> Callable:
     if known not in sys.modules:  # one file may hold several of the functions
         spec = importlib.util.spec_from_file_location(known, path)
         sys.modules[known] = importlib.util.module_from_spec(spec)
+        sys.path.insert(0, str(Path(path).resolve().parent))  # as for a script: files beside it may be imported
         spec.loader.exec_module(sys.modules[known])
     module = sys.modules[known]
     if not callable(getattr(module, name, None)):
@@ -92,7 +93,12 @@ def _run(parsed: argparse.Namespace) -> int:
     report = None if parsed.report is None else load_function(parsed.report, "--report")
     done = history.run(make, merge=parsed.merge, hold_earlier=parsed.hold_earlier, make_report=report)
     for request in done:
-        print(f"Done: request {request.number} ({request.request_id}).")
+        losses = (request.measured[when]["forget_loss"] for when in ("before", "after"))
+        print(
+            "Done: request {} ({}); loss on its forget set {:.3f} before, {:.3f} after.".format(
+                request.number, request.request_id, *losses
+            )
+        )
     if not done:
         print("No request was pending.")
     print(f"The model of today: {history.model}")
@@ -108,7 +114,8 @@ def _status(parsed: argparse.Namespace) -> int:
             "pending" if carrier is None else "done" if carrier == request else f"done with request {carrier.number}"
         )
         state = "begun" if carrier is None and request.has_begun else state
-        parts = {"rows": request.rows("forget"), "salt": request.salt(), "sketches": request.sketches()}
+        parts = {"model": request.model if request.model.exists() else None, "rows": request.rows("forget")}
+        parts |= {"salt": request.salt(), "sketches": request.sketches()}
         kept = ", ".join(name for name, part in parts.items() if part is not None) or "nothing"
         goal = f"; {request.goal}" * (request.goal is not None)
         print(f"{request.number} {request.request_id}{goal}: {state}; {request.sizes['forget']} rows; kept: {kept}")
@@ -205,7 +212,7 @@ _ACTIONS = {
             "--merge": _SWITCH | {"help": "all requests in one run"},
             "--hold_earlier": _SWITCH | {"help": "hold what earlier requests forgot"},
             "--report": {
-                "help": "function of the trainer that makes the report after training, as train.py:make_report"
+                "help": "function of the trainer and the goal that makes the report after training, as train.py:make_report"
             },
         },
     ),
@@ -225,7 +232,7 @@ _ACTIONS = {
     ),
     "roll_back": (
         _roll_back,
-        "make the model after a request that of today",
+        "make the model after a request that of today, and delete later models and reports",
         {"request": _NAMED | {"help": _NAMED["help"] + "; 0: the original"}},
     ),
     "withdraw": (_withdraw, "delete a request that is pending", {"request": _NAMED}),

@@ -1,15 +1,15 @@
 """Whether what was asked holds today: in the records, and in what the model says."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
 from transformers.utils import logging
 
-from ..publishing import UnlearningRecord, load_records
-from ..validation import stored_row
+from ..publishing import UnlearningRecord, load_records, verify
+from ..validation import label_column, stored_row
 from .duplicates import FoundRow, check_dataset, same_rows
 from .request import Request
 
@@ -30,6 +30,7 @@ class CheckedRequest:
         problems (`list[str]`): What differs from the records; empty if nothing does.
         measured (`dict[str, dict[str, float]]`): Metrics on its forget set "before" and "after" its own run.
         now (`dict[str, float]`, *optional*): The same under the model of today, if it was measured.
+        unchecked (`list[str]`): What could not be checked, and why.
     """
 
     number: int
@@ -37,6 +38,7 @@ class CheckedRequest:
     problems: list[str]
     measured: dict[str, dict[str, float]]
     now: dict[str, float] | None
+    unchecked: list[str] = field(default_factory=list)
 
     @property
     def came_back(self) -> float | None:
@@ -50,31 +52,36 @@ class CheckedRequest:
 
     def __str__(self) -> str:
         parts = [f"request {self.number} ({self.request_id}): " + ("; ".join(self.problems) or "as recorded")]
+        parts += [f"not checked: {', '.join(self.unchecked)}"] if self.unchecked else []
         if self.now is not None and self.measured:
             losses = [self.measured["before"], self.measured["after"], self.now]
             before, after, now = (each["forget_loss"] for each in losses)
-            share = "its run added nothing" if self.came_back is None else f"{self.came_back:.0%} came back"
+            share = "its run added nothing"
+            if self.came_back is not None:
+                share = f"{self.came_back:.0%} came back" if self.came_back > 0 else "none came back"
             parts.append(f"loss on its forget set {before:.3f} before, {after:.3f} after, {now:.3f} now: {share}")
         return "; ".join(parts)
 
 
-def check_record(request: Request, carrier: Request, model: Path) -> Iterator[str]:
-    """What a model's records do not say of a request that was carried out, as far as its salt and rows are kept."""
+def check_record(request: Request, carrier: Request, model: Path, *, measures: bool) -> tuple[list[str], list[str]]:
+    """What a model's records do not say of a request that was carried out, and what cannot be checked as it was deleted."""
     records = [record for record in load_records(model) if request.request_id in record.request_id.split(", ")]
     if not records:
-        yield "no record of the model names it"
-        return
-    salt = carrier.salt()
+        return ["no record of the model names it"], []
+    problems, unchecked = [], []
+    if carrier.model.exists() and carrier.model != model and (differing := verify(carrier.model)):
+        problems.append(f"the model that its run left is not as recorded: {'; '.join(differing)}")
+    salt, rows = carrier.salt(), request.rows("forget")
     if salt is None:
-        return
-    if not records[-1].is_sealed_by(salt):
-        yield "its record does not carry the seal of its salt"
-    rows = request.rows("forget")
+        unchecked.append("its seal, as the salt was deleted")
+    elif not records[-1].is_sealed_by(salt):
+        problems.append("its record does not carry the seal of its salt")
     if rows is None:
-        return
-    missing = sum(not records[-1].includes(stored_row(rows, row), salt) for row in range(len(rows)))
-    if missing:
-        yield f"{missing} of its {len(rows)} rows are in no commitment"
+        unchecked.append("its loss, as its rows were deleted" if measures else "its rows, which were deleted")
+    elif salt is not None:
+        missing = sum(not records[-1].includes(stored_row(rows, row), salt) for row in range(len(rows)))
+        problems += [f"{missing} of its {len(rows)} rows are in no commitment"] if missing else []
+    return problems, unchecked
 
 
 def lost_requests(history: "RequestHistory") -> list[tuple[int, str]]:
@@ -98,7 +105,7 @@ def find_rows(history: "RequestHistory", dataset: Dataset, column: Iterable | No
         )
     for number, name in lost_requests(history):
         logger.warning(f"Request {number} ({name}) is not looked for: its folder is gone from the history.")
-    labelled = "labels" in dataset.column_names
+    labelled = label_column(dataset.column_names) is not None
     if not labelled:
         logger.warning(
             "The new rows have no `labels`: exact rows of requests that had some are found only where their rows are kept."
@@ -147,7 +154,7 @@ def warn_of_earlier(history: "RequestHistory", forget: Dataset) -> None:
         if repeated:
             logger.warning(
                 f"{len({one.row for one in repeated})} of the {len(forget)} rows to forget are also in request "
-                f"{repeated[0].request_id}: they are asked for twice."
+                f"{repeated[0].request_id}: they are asked for twice. Leave them out, or `withdraw` one of the requests."
             )
     last = requests[-1].rows("forget") if requests else None
     if last is not None and set(last.column_names) != columns:

@@ -26,14 +26,12 @@ from transformers import default_data_collator
 from transformers.utils import logging
 
 from .. import publishing
-from ..evaluation import UnlearningReport
-from ..trainer import OrthoGradTrainer
-from . import keeping
+from . import keeping, undoing
 from .checks import CheckedRequest, check_record, find_rows, lost_requests, warn_of_earlier
 from .duplicates import FoundRow
 from .keeping import HISTORY_NAME, ORIGINAL, REQUESTS, alone_in, in_first
-from .request import PLAN_NAME, SKETCHES_NAME, Request, check_kept, remove, write_json
-from .running import MakeTrainer, carry_out, check_one_goal, joined, measure_rows
+from .request import PLAN_NAME, Request, check_kept, remove, write_json
+from .running import MakeReport, MakeTrainer, carry_out, check_one_goal, joined, measure_rows
 from .staying import StaysForgotten
 
 
@@ -205,7 +203,7 @@ class RequestHistory:
         *,
         merge: bool = False,
         hold_earlier: bool = False,
-        make_report: Callable[[OrthoGradTrainer], UnlearningReport] | None = None,
+        make_report: MakeReport | None = None,
     ) -> list[Request]:
         """Carries out what is pending, one request after the other; a run that was killed goes on first, as it was planned.
 
@@ -216,8 +214,8 @@ class RequestHistory:
             merge (`bool`): All in one run.
             hold_earlier (`bool`): Retain rows are joined by what earlier requests forgot, held to the last model's predictions,
                 so that it does not come back. It needs those rows, `retain_loss="kl"`, and no `ref_model`.
-            make_report (`Callable`, *optional*): From the trainer after training to a report, such as
-                [`~hf_orthograd.evaluation.evaluate_unlearning`]. Its public edition is published with the model.
+            make_report (`Callable`, *optional*): `make_report(trainer, goal)` returns the report of the trainer after training, by
+                [`~hf_orthograd.evaluation.evaluate_unlearning`]; `goal` is the request's. Its public edition is published.
 
         Returns:
             `list[Request]`: Those carried out.
@@ -230,7 +228,7 @@ class RequestHistory:
             return self._run(make_trainer, merge, hold_earlier, make_report)
 
     def _run(self, make_trainer: MakeTrainer, merge: bool, hold_earlier: bool, make_report: Callable | None) -> list:
-        in_first(self._tidy)
+        in_first(self.tidy)
         done = []
         while pending := self.pending():
             begun = next((request for request in pending if request.has_begun), None)
@@ -254,7 +252,7 @@ class RequestHistory:
             elif problems := publishing.verify(source):
                 raise ValueError(f"The model to start from, {source!r}, is not as recorded: {'; '.join(problems)}.")
             carry_out(begun, requests, earlier, source, make_trainer, make_report)
-            in_first(self._tidy)
+            in_first(self.tidy)
             done += requests
         return done
 
@@ -275,11 +273,12 @@ class RequestHistory:
             if carrier is None:
                 continue
             now, forget = None, request.rows("forget")
-            found = [*problems, *check_record(request, carrier, Path(self.model))]
+            found = check_record(request, carrier, Path(self.model), measures=make_trainer is not None)
             if make_trainer is not None and forget is not None:
                 trainer = make_trainer(self.model, forget, request.rows("retain"), str(self.folder / keeping.CHECKED))
                 now = measure_rows(trainer, forget)
-            checked.append(CheckedRequest(request.number, request.request_id, found, request.measured, now))
+            about = request.number, request.request_id, [*problems, *found[0]], request.measured, now, found[1]
+            checked.append(CheckedRequest(*about))
         in_first(partial(remove, self.folder / keeping.CHECKED))
         return checked
 
@@ -306,7 +305,12 @@ class RequestHistory:
         Raises:
             ValueError: No request was carried out whose rows are kept.
         """
-        rows = joined([request.rows("forget") for request in self.requests if self.carrier(request) is not None])
+        done = {
+            request.number: request.rows("forget") for request in self.requests if self.carrier(request) is not None
+        }
+        if lost := [number for number, rows in done.items() if rows is None]:
+            logger.warning(f"Requests {lost} are not watched: their rows were deleted.")
+        rows = joined(list(done.values()))
         if rows is None:
             raise ValueError("No request was carried out whose rows are kept. Pass other rows to `StaysForgotten`.")
         return StaysForgotten(rows, data_collator, **settings)
@@ -317,28 +321,11 @@ class RequestHistory:
         Models of later requests are deleted. What they had forgotten is in the model again, until [`run`].
 
         Raises:
-            ValueError: No model was kept after that request, or rows of a later one were deleted: it could not be carried out
-                again.
+            ValueError: No model was kept after that request, or it is not as recorded; or rows of a later one were deleted: it
+                could not be carried out again.
         """
         with alone_in(self.folder):
-            return in_first(partial(self._roll_back, number))
-
-    def _roll_back(self, number: int) -> list[Request]:
-        known = {request.number for request in self.requests if request.model.exists()}
-        if number != 0 and number not in known:
-            raise ValueError(f"`number` is {number}, but models are kept after {sorted(known)}; 0 is the original.")
-        later = [request for request in self.requests if request.number > number and request.plan is not None]
-        undone = [self.request(one) for request in later for one in request.plan["numbers"]]
-        lost = [request.number for request in undone if request.rows("forget") is None or request.salt() is None]
-        if lost:
-            raise ValueError(
-                f"`number` is {number}, but rows or salts of requests {lost} were deleted: they could not be carried out again."
-            )
-        for request in reversed(later):  # the newest first: what is left is a history at any moment
-            remove(request.model)
-            (request.folder / PLAN_NAME).unlink(missing_ok=True)
-        self._tidy()
-        return [request for request in undone if self.carrier(request) is None]
+            return in_first(partial(undoing.roll_back, self, number))
 
     def withdraw(self, number: int) -> None:
         """Deletes a request that is pending.
@@ -347,14 +334,7 @@ class RequestHistory:
             ValueError: There is no such request, or a run has begun or ended with it.
         """
         with alone_in(self.folder):
-            in_first(partial(self._withdraw, number))
-
-    def _withdraw(self, number: int) -> None:
-        request = self.request(number)
-        plans = [other.plan for other in self.requests if other.has_begun]
-        if self.carrier(request) is not None or any(number in plan["numbers"] for plan in plans):
-            raise ValueError(f"`number` is {number}, but its run has begun: `roll_back` to the one before it first.")
-        remove(request.folder)
+            in_first(partial(undoing.withdraw, self, number))
 
     def delete_data(self, number: int, *, salt: bool = False) -> None:
         """Deletes the rows of a request that was carried out.
@@ -369,32 +349,13 @@ class RequestHistory:
                 of another.
         """
         with alone_in(self.folder):
-            in_first(partial(self._delete_data, number, salt))
-
-    def _delete_data(self, number: int, salt: bool) -> None:
-        request = self.request(number)
-        carrier = self.carrier(request)
-        if carrier is None:
-            raise ValueError(f"`number` is {number}, which is no request that was carried out: its data are needed.")
-        if any(other.has_begun and other.plan["hold_earlier"] for other in self.pending()):
-            raise ValueError(f"`number` is {number}, whose rows a run that has begun holds: end it by `run` first.")
-        if salt and carrier != request:
-            raise ValueError(
-                f"`number` is {number}, whose rows are committed to under the salt of request {carrier.number}, that it was merged "
-                "into: delete that one's."
-            )
-        remove(request.private / "forget")
-        remove(request.private / "retain")
-        for other in self.requests if salt else ():
-            if self.carrier(other) == request:
-                remove(other.private / publishing.SALT_NAME)
-                remove(other.private / SKETCHES_NAME)
-        self._tidy()
+            in_first(partial(undoing.delete_data, self, number, salt))
 
     def _make_plan(self, carrier: Request, plan: dict) -> None:
         for request in self.pending():
             (request.folder / PLAN_NAME).unlink(missing_ok=True)
         write_json(carrier.folder / PLAN_NAME, plan)
 
-    def _tidy(self) -> None:
+    def tidy(self) -> None:
+        """Removes what a run that is over, or anything that was killed, left behind."""
         keeping.tidy(self.folder, self.requests, lambda request: self.carrier(request) is not None)

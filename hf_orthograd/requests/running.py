@@ -17,6 +17,7 @@ from .request import MEASURED_NAME, Request, write_json
 
 
 SETTINGS_NAME = "settings.json"  # in a run's folder: those that it began with
+MakeReport = Callable[[OrthoGradTrainer, str | None], UnlearningReport]
 MakeTrainer = Callable[[str, Dataset, Dataset | None, str], OrthoGradTrainer]
 
 
@@ -26,7 +27,7 @@ def carry_out(
     earlier: Sequence[Request],
     source: str,
     make_trainer: MakeTrainer,
-    make_report: Callable[[OrthoGradTrainer], UnlearningReport] | None,
+    make_report: MakeReport | None,
 ) -> None:
     """Trains, goes on from a checkpoint if there is one, and publishes into the carrier's folder in one step.
 
@@ -50,7 +51,7 @@ def carry_out(
     before = {number: measure_rows(trainer, rows) for number, rows in sets.items()}
     trainer.train(resume_from_checkpoint=find_last_checkpoint(str(carrier.run_folder)) if begun else None)
     after = {number: measure_rows(trainer, rows) for number, rows in sets.items()}
-    report = None if make_report is None else make_report(trainer)
+    report = None if make_report is None else make_report(trainer, carrier.goal)
     if report is not None and carrier.goal not in (None, report.goal):
         raise ValueError(
             f"`make_report` returned a report with the goal {report.goal!r}, but that of the request is {carrier.goal!r}: pass `goal` to "

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import date
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from ..objectives import IGNORED_LABEL
 
 
 logger = logging.get_logger(__name__)
+
+_LABELS = ("labels", "label", "label_ids")
 
 
 def is_empty(dataset: TrainDataset | None) -> bool:
@@ -104,9 +106,14 @@ def check_overlap(forget: AnyDataset, retain: TrainDataset, model: nn.Module) ->
         )
 
 
+def label_column(names: Collection[str]) -> str | None:
+    """The column that holds labels, by the names that transformers' collators know; None without one."""
+    return next((name for name in _LABELS if name in names), None)
+
+
 def read_columns(dataset: AnyDataset, model: nn.Module) -> frozenset[str] | None:
     """What the model's forward pass reads besides labels; None, for all, where it reads none, as before a transform."""
-    taken = set(inspect.signature(model.forward).parameters) - {"labels", "attention_mask"}
+    taken = set(inspect.signature(model.forward).parameters) - {*_LABELS, "attention_mask"}
     return frozenset(taken & (_columns(dataset) or set())) or None
 
 
@@ -118,7 +125,8 @@ def row_digests(dataset: AnyDataset, columns: frozenset[str] | None) -> list[byt
     if not isinstance(dataset, Dataset):
         return [row_digest(dataset[row], columns) for row in range(len(dataset))]
     # as they are stored, before any transform decodes them
-    kept = [name for name in dataset.column_names if columns is None or name in {*columns, "labels", "attention_mask"}]
+    read = None if columns is None else {*columns, label_column(dataset.column_names), "attention_mask"}
+    kept = [name for name in dataset.column_names if read is None or name in read]
     stored = dataset.select_columns(kept)
     return [row_digest(stored_row(stored, row), columns) for row in range(len(dataset))]
 
@@ -136,6 +144,9 @@ def row_digest(example: object, columns: frozenset[str] | None) -> bytes:
         return digest.digest()
     mask = example.get("attention_mask")
     mask = None if mask is None else np.asarray(mask).astype(bool)
+    labels = label_column(example)
+    # a row is the same by whichever name its labels go
+    example = {"labels" if name == labels else name: value for name, value in example.items()}
     for name in sorted(example):
         value = example[name]
         if name == "attention_mask" or (columns is not None and name not in {*columns, "labels"}):
