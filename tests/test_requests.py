@@ -196,7 +196,7 @@ def test_a_roll_back_makes_later_requests_pending(history, sets):
     assert history.model == history.original
     history.withdraw(2)
     assert [request.number for request in history.run(make)] == [1, 3]
-    with pytest.raises(ValueError, match="`number` is 3, but its run has begun"):
+    with pytest.raises(ValueError, match="`number` is 3, but it was carried out"):
         history.withdraw(3)
     history.delete_data(3)
     with pytest.raises(ValueError, match=r"rows or salts of requests \[3\] were deleted"):
