@@ -227,21 +227,12 @@ class RequestHistory:
         with alone_in(self.folder):
             return self._run(make_trainer, merge, hold_earlier, make_report)
 
-    def _run(self, make_trainer: MakeTrainer, merge: bool, hold_earlier: bool, make_report: Callable | None) -> list:
+    def _run(self, make_trainer: MakeTrainer, merge: bool, hold_earlier: bool, make_report: MakeReport | None) -> list:
         in_first(self.tidy)
         done = []
-        while pending := self.pending():
-            begun = next((request for request in pending if request.has_begun), None)
-            asked = {"merge": merge, "hold_earlier": hold_earlier}
-            if begun is not None and not asked.items() <= begun.plan.items():
-                logger.warning(
-                    f"The run of requests {begun.plan['numbers']} goes on as it was planned, with merge="
-                    f"{begun.plan['merge']} and hold_earlier={begun.plan['hold_earlier']}. `roll_back` to the request before it begins it anew."
-                )
-            if begun is None:  # a plan that came to nothing, as its arguments were refused, is made anew
-                numbers = [request.number for request in pending] if merge else [pending[0].number]
-                begun = self.request(numbers[-1])
-                in_first(partial(self._make_plan, begun, {"numbers": numbers, **asked}))
+        # one process says what comes next: a request may be added at any moment
+        while (number := in_first(partial(self._begin_next, merge, hold_earlier))) is not None:
+            begun = self.request(number)
             requests = [self.request(number) for number in begun.plan["numbers"]]
             check_one_goal(requests)
             others = [request for request in self.requests if request.number < requests[0].number]
@@ -255,6 +246,23 @@ class RequestHistory:
             in_first(self.tidy)
             done += requests
         return done
+
+    def _begin_next(self, merge: bool, hold_earlier: bool) -> int | None:
+        """The number of the request in whose folder the next run takes place, with its plan made; None if nothing is pending."""
+        pending, asked = self.pending(), {"merge": merge, "hold_earlier": hold_earlier}
+        if not pending:
+            return None
+        begun = next((request for request in pending if request.has_begun), None)
+        if begun is None:  # a plan that came to nothing, as its arguments were refused, is made anew
+            numbers = [request.number for request in pending] if merge else [pending[0].number]
+            self._make_plan(self.request(numbers[-1]), {"numbers": numbers, **asked})
+            return numbers[-1]
+        if not asked.items() <= begun.plan.items():
+            logger.warning(
+                f"The run of requests {begun.plan['numbers']} goes on as it was planned, with merge="
+                f"{begun.plan['merge']} and hold_earlier={begun.plan['hold_earlier']}. `roll_back` to the request before it begins it anew."
+            )
+        return begun.number
 
     def check(self, make_trainer: MakeTrainer | None = None) -> list[CheckedRequest]:
         """All requests that were carried out, against the model of today.
