@@ -24,7 +24,9 @@ def test_speakers_in_turn_are_compared_with_all_at_once(tmp_path):
         return {"quality": {name: [rate, 1.0] for name in named}, "auc": {"test": 0.5}}
 
     runs = {"original turn-1": measured(0.1), "retrained turn-1": measured(0.3)}
-    continued = {f"{name}, {how}": measured(0.3) for name in sequences.NEW_DATA for how in sequences.HOW.values()}
+    continued = {
+        f"{name}, {how}": measured(0.3) for name in SpeakerSequences.new_data for how in sequences.HOW.values()
+    }
     for variant, rates in ((sequences.ONCE, [0.3]), (SpeakerSequences.ours, [0.9, 0.5, 0.5, 0.5, 0.4])):
         after = [measured(rate) for rate in rates]
         run = {"after": after, "continued": continued, "steps": [3] * len(rates), "seconds": 2.0}
@@ -37,7 +39,7 @@ def test_speakers_in_turn_are_compared_with_all_at_once(tmp_path):
     assert "| 0.075 | 0.075 | -0.500 | 15 |" in row
 
 
-@pytest.mark.parametrize("study", [sequences.SequenceStudy, TextSequences])
+@pytest.mark.parametrize("study", [sequences.SequenceStudy, TextSequences, SpeakerSequences])
 def test_table_of_requests_in_turn_is_that_of_its_records(study, tmp_path):
     runs = json.loads((RESULTS / f"study_{study.name}.json").read_text())["runs"]
     sequences.write_report(runs, tmp_path / "table", study)
@@ -66,13 +68,21 @@ PEOPLE = {
 }
 
 
-@pytest.mark.parametrize("kind, name, shown", [("random", "sequences", IMAGES), ("turn", "text_sequences", PEOPLE)])
-def test_requests_in_turn_in_the_docs_are_those_of_the_records(kind, name, shown):
+SPEAKERS = {name: PEOPLE[name] for name in PEOPLE if name.startswith(("OrthoGrad", "NPO")) and "original" in name}
+PAGES = [
+    ("random", "sequences", IMAGES, 3),
+    ("turn", "text_sequences", PEOPLE, 3),
+    ("turn", "speaker_sequences", SPEAKERS, 1),
+]
+
+
+@pytest.mark.parametrize("kind, name, shown, seeds", PAGES)
+def test_requests_in_turn_in_the_docs_are_those_of_the_records(kind, name, shown, seeds):
     runs = json.loads((RESULTS / f"study_{name}.json").read_text())["runs"]
     page = (RESULTS.parent.parent / "docs" / "results.md").read_text().replace("**", "")
 
     def last(variant):
-        return [runs[f"{variant} {kind}-{seed}"]["after"][-1] for seed in range(3)]
+        return [runs[f"{variant} {kind}-{seed}"]["after"][-1] for seed in range(seeds)]
 
     def gaps(variant):
         return np.array([gap(own, runs[f"retrained {kind}-{seed}"]) for seed, own in enumerate(last(variant))])
@@ -84,13 +94,17 @@ def test_requests_in_turn_in_the_docs_are_those_of_the_records(kind, name, shown
         assert f"| {label} | {' | '.join(cells)} |" in page
 
 
-def test_people_who_come_back_in_the_docs_are_those_of_the_records():
-    runs = json.loads((RESULTS / "study_text_sequences.json").read_text())["runs"]
+@pytest.mark.parametrize(
+    "name, ours, task, seeds",
+    [("text_sequences", TextSequences.ours, "new", 3), ("speaker_sequences", SpeakerSequences.ours, "test", 1)],
+)
+def test_those_who_come_back_in_the_docs_are_those_of_the_records(name, ours, task, seeds):
+    runs = json.loads((RESULTS / f"study_{name}.json").read_text())["runs"]
     page = (RESULTS.parent.parent / "docs" / "results.md").read_text()
-    found = [runs[f"{TextSequences.ours} turn-{seed}"] for seed in range(3)]
+    found = [runs[f"{ours} turn-{seed}"] for seed in range(seeds)]
     for label, how in (("watched", "watched"), ("held by `StaysForgotten`", "held at their level")):
         after = [run["continued"][f"new with request 1, {how}"]["quality"] for run in found]
         before = [run["after"][-1]["quality"] for run in found]
         back = [one["request 1"][0] - start["request 1"][0] for one, start in zip(after, before, strict=True)]
-        new = mean_and_interval([one["new"][0] for one in after])
-        assert f"| {label} | {mean_and_interval(back)} | {new} |" in page
+        learned = mean_and_interval([one[task][0] for one in after])
+        assert f"| {label} | {mean_and_interval(back)} | {learned} |" in page
