@@ -128,6 +128,7 @@ def test_a_run_goes_on_with_the_settings_that_it_began_with(history, sets):
     assert steps == [1, 2, 2, 3]  # goes on from the checkpoint of step 1
     resumed = weights(history.model)
     history.roll_back(0)
+    assert not (history.requests[0].private / "measured.json").exists()  # of a model that is gone
     history.run(watched())
     assert all(torch.equal(value, resumed[name]) for name, value in weights(history.model).items())
     history.roll_back(0)

@@ -110,8 +110,12 @@ def test_labels_count_by_any_name(history, sets):
             other = wrong.rename_column("label", name) if name != "label" else wrong
             assert len(history.check_dataset(same)) == 4 and history.check_dataset(other) == []
             assert record.includes(stored_row(same, 0), salt) and not record.includes(stored_row(other, 0), salt)
-    with pytest.raises(ValueError, match="none of the columns|no column pixel_values"):
+    with pytest.raises(ValueError, match="no column pixel_values"):
         history.check_dataset(wrong.select_columns(["label"]))
+    history.add(own["forget 2"].add_column("labels", [0] * 4))  # two names: "labels" counts
+    other = own["forget 2"].rename_column("pixel_values", "input_values").add_column("labels", [0] * 4)
+    with pytest.raises(ValueError, match="none of the columns|no column pixel_values"):
+        history.check_dataset(other)
 
 
 def test_nothing_is_deleted_for_a_model_that_is_gone(history, sets):
@@ -129,7 +133,7 @@ def test_nothing_is_deleted_for_a_model_that_is_gone(history, sets):
         history.roll_back(0)
     assert last.model.exists()
     history.delete_data(2, salt=True)
-    assert "not checked: its seal, as the salt was deleted, its rows, which were deleted" in str(history.check()[1])
+    assert "not checked, as it was deleted: its seal, its commitments" in str(history.check()[1])
 
 
 def test_a_history_begins_with_a_model_of_the_hub(folder, make_samples, tmp_path, caplog):
@@ -204,6 +208,10 @@ BAD = {
             history.run(lambda m, f, r, o: maker(rows, check_overlap=False)(m, f, r, f"{o}x")),
         ),
         "whose `output_dir` is .*runx', not the one that it was given",
+    ),
+    "arguments of a report": (
+        lambda history, rows: (history.add(rows), history.run(maker(rows), make_report=lambda trainer: None)),
+        "`make_report` must take the trainer and the goal, but: too many positional arguments",
     ),
     "goal of a report": (
         lambda history, rows: (

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers.utils import logging
 
 from ..publishing import UnlearningRecord, load_records, verify
-from ..validation import label_column, stored_row
+from ..validation import LABEL_NAMES, label_column, stored_row
 from .duplicates import FoundRow, check_dataset, same_rows
 from .request import Request
 
@@ -30,7 +30,7 @@ class CheckedRequest:
         problems (`list[str]`): What differs from the records; empty if nothing does.
         measured (`dict[str, dict[str, float]]`): Metrics on its forget set "before" and "after" its own run.
         now (`dict[str, float]`, *optional*): The same under the model of today, if it was measured.
-        unchecked (`list[str]`): What could not be checked, and why.
+        unchecked (`list[str]`): What could not be checked, as the model, the salt or the rows were deleted.
     """
 
     number: int
@@ -52,13 +52,13 @@ class CheckedRequest:
 
     def __str__(self) -> str:
         parts = [f"request {self.number} ({self.request_id}): " + ("; ".join(self.problems) or "as recorded")]
-        parts += [f"not checked: {', '.join(self.unchecked)}"] if self.unchecked else []
+        parts += [f"not checked, as it was deleted: {', '.join(self.unchecked)}"] if self.unchecked else []
         if self.now is not None and self.measured:
             losses = [self.measured["before"], self.measured["after"], self.now]
             before, after, now = (each["forget_loss"] for each in losses)
             share = "its run added nothing"
             if self.came_back is not None:
-                share = f"{self.came_back:.0%} came back" if self.came_back > 0 else "none came back"
+                share = "none came back" if self.came_back <= 0 else f"{self.came_back:.0%} came back"
             parts.append(f"loss on its forget set {before:.3f} before, {after:.3f} after, {now:.3f} now: {share}")
         return "; ".join(parts)
 
@@ -72,15 +72,19 @@ def check_record(request: Request, carrier: Request, model: Path, *, measures: b
     if carrier.model.exists() and carrier.model != model and (differing := verify(carrier.model)):
         problems.append(f"the model that its run left is not as recorded: {'; '.join(differing)}")
     salt, rows = carrier.salt(), request.rows("forget")
+    if not carrier.model.exists():
+        unchecked.append("the model that its run left")
     if salt is None:
-        unchecked.append("its seal, as the salt was deleted")
+        unchecked.append("its seal")
     elif not records[-1].is_sealed_by(salt):
         problems.append("its record does not carry the seal of its salt")
-    if rows is None:
-        unchecked.append("its loss, as its rows were deleted" if measures else "its rows, which were deleted")
-    elif salt is not None:
+    if salt is None or rows is None:
+        unchecked.append("its commitments")
+    else:
         missing = sum(not records[-1].includes(stored_row(rows, row), salt) for row in range(len(rows)))
         problems += [f"{missing} of its {len(rows)} rows are in no commitment"] if missing else []
+    if measures and rows is None:
+        unchecked.append("its loss")
     return problems, unchecked
 
 
@@ -142,14 +146,15 @@ def _sealed(carrier: Request | None, records: list[UnlearningRecord]) -> list[Un
 
 def warn_of_earlier(history: "RequestHistory", forget: Dataset) -> None:
     """Warns of rows to forget that an earlier request names, as far as its files tell, and of other columns than the last one's."""
-    records, requests, columns = load_records(history.model), history.requests, set(forget.column_names)
+    records, requests = load_records(history.model), history.requests
+    columns = set(forget.column_names)
     for request in requests:
         rows, carrier = request.rows("forget"), history.carrier(request)
         sealed = _sealed(carrier, records)
         repeated = []
         if carrier == request and sealed and all(columns >= set(record.committed_columns or ()) for record in sealed):
             repeated = check_dataset(forget, sealed, request.salt())
-        elif rows is not None and columns >= set(rows.column_names):
+        elif rows is not None and columns >= set(rows.column_names) - LABEL_NAMES:
             repeated = same_rows(forget, rows, request.request_id)
         if repeated:
             logger.warning(

@@ -21,7 +21,7 @@ from transformers.audio_utils import mel_filter_bank, spectrogram, window_functi
 from ..annotations import AnyDataset
 from ..data.speech import decode_audio
 from ..publishing import UnlearningRecord, commit
-from ..validation import label_column, row_digests
+from ..validation import LABEL_NAMES, label_column, row_digests
 
 
 WORDS = 3  # in a row: few enough that a changed word leaves most of a sentence, enough that other sentences share few
@@ -97,12 +97,13 @@ def same_rows(dataset: Dataset, rows: Dataset, request_id: str) -> list[FoundRow
     """
     dataset, rows = _with_labels(dataset), _with_labels(rows)
     shared = [name for name in rows.column_names if name in dataset.column_names]
-    columns = frozenset(shared) - {"labels", "attention_mask"}
+    columns = frozenset(shared) - {*LABEL_NAMES, "attention_mask"}
     if not columns:
         raise ValueError(
             f"`dataset` has none of the columns {', '.join(rows.column_names)} of request {request_id!r}, only "
             f"{', '.join(dataset.column_names)}: prepare it as the forget set was."
         )
+    shared = [name for name in shared if name in {*columns, "labels", "attention_mask"}]
     dataset, rows = dataset.select_columns(shared), rows.select_columns(shared)
     known = set(row_digests(rows, columns))
     return [FoundRow(row, request_id, 1.0) for row, one in enumerate(row_digests(dataset, columns)) if one in known]

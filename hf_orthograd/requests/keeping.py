@@ -103,10 +103,18 @@ def describe_original(model: str | Path) -> tuple[list[str], dict]:
 
 def warn_of_other_original(described: dict) -> None:
     """Warns where the original's name on the Hub is that of another commit than when the history began."""
-    if "revision" in described and (now := _commit_of(described["original"])) != described["revision"]:
+    if "revision" not in described:
+        return
+    name, then = described["original"], described["revision"]
+    try:
+        now = _commit_of(name)
+    except OSError:  # `make_trainer` may load a commit that is kept here
+        logger.warning(f"Whether the original, {name!r}, is still at commit {then} could not be looked up.")
+        return
+    if now != then:
         logger.warning(
-            f"The original, {described['original']!r}, was at commit {described['revision']} when this history began, and is now at {now}: "
-            "have `make_trainer` load the former by `revision`."
+            f"The original, {name!r}, was at commit {then} when this history began, and is now at {now}: have `make_trainer` load the "
+            "former by `revision`."
         )
 
 

@@ -1,5 +1,6 @@
 """One run of a history: from the model that the request before left to the one that this request leaves."""
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -37,6 +38,11 @@ def carry_out(
         earlier (`Sequence[Request]`): Those whose forgotten rows are held.
         source (`str`): The model to start from.
     """
+    if make_report is not None:
+        try:
+            inspect.signature(make_report).bind(None, None)
+        except TypeError as error:
+            raise ValueError(f"`make_report` must take the trainer and the goal, but: {error}.") from error
     sets = {request.number: request.rows("forget") for request in requests}
     lost = [number for number, rows in sets.items() if rows is None]
     if lost:

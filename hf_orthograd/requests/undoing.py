@@ -31,9 +31,18 @@ def roll_back(history: "RequestHistory", number: int) -> list[Request]:
         )
     for request in reversed(later):  # the newest first: what is left is a history at any moment
         remove(request.model)
+        for one in request.plan["numbers"]:
+            _forget_run(history.request(one))
         (request.folder / PLAN_NAME).unlink(missing_ok=True)
     history.tidy()
     return [request for request in undone if history.carrier(request) is None]
+
+
+def _forget_run(request: Request) -> None:
+    """Deletes reports and metrics of a run whose model is gone; what came with the request stays."""
+    for path in request.private.iterdir():
+        if path.name not in ("forget", "retain", SALT_NAME, SKETCHES_NAME):
+            remove(path)
 
 
 def withdraw(history: "RequestHistory", number: int) -> None:
@@ -44,6 +53,9 @@ def withdraw(history: "RequestHistory", number: int) -> None:
     plans = [other.plan for other in history.requests if other.has_begun]
     if any(number in plan["numbers"] for plan in plans):
         raise ValueError(f"`number` is {number}, but its run has begun: `roll_back` to the one before it first.")
+    for other in history.requests:
+        if other.plan is not None and number in other.plan["numbers"]:  # a plan that came to nothing
+            (other.folder / PLAN_NAME).unlink()
     remove(request.folder)
 
 

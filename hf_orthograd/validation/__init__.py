@@ -1,6 +1,7 @@
 """Everything that can be wrong with a run, said before its first step: the argument, what was given, what to do."""
 
 from .datasets import (
+    LABEL_NAMES,
     check_datasets,
     check_overlap,
     is_empty,
@@ -24,6 +25,7 @@ from .samples import check_per_sample, check_precomputed, check_retain_loss, che
 
 
 __all__ = [
+    "LABEL_NAMES",
     "check_arguments",
     "check_batch_norm",
     "check_datasets",

@@ -21,6 +21,7 @@ from ..objectives import IGNORED_LABEL
 logger = logging.get_logger(__name__)
 
 _LABELS = ("labels", "label", "label_ids")
+LABEL_NAMES = frozenset(_LABELS)
 
 
 def is_empty(dataset: TrainDataset | None) -> bool:
