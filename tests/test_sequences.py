@@ -68,7 +68,15 @@ PEOPLE = {
 }
 
 
-SPEAKERS = {name: PEOPLE[name] for name in PEOPLE if name.startswith(("OrthoGrad", "NPO")) and "original" in name}
+SPEAKERS = {
+    name: PEOPLE[name]
+    for name in (
+        'OrthoGrad + NPO, "kl" to the original',
+        'NPO, "kl" to the original',
+        "GradDiff, labels",
+        "OrthoGrad + NPO, labels",
+    )
+}
 PAGES = [
     ("random", "sequences", IMAGES, 3),
     ("turn", "text_sequences", PEOPLE, 3),
