@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
+from transformers.utils import logging
 
 from .. import publishing
 from ..checkpoints import find_last_checkpoint
@@ -16,6 +17,8 @@ from ..trainer import OrthoGradTrainer
 from ..trials import preserved_random_state, replaced
 from .request import MEASURED_NAME, Request, write_json
 
+
+logger = logging.get_logger(__name__)
 
 SETTINGS_NAME = "settings.json"  # in a run's folder: those that it began with
 MakeReport = Callable[[OrthoGradTrainer, str | None], UnlearningReport]
@@ -172,7 +175,10 @@ def _keep_settings(trainer: OrthoGradTrainer, path: Path, begun: bool) -> None:
     if not begun:
         trainer.group.in_first(partial(_write_settings, path, given))
         return
-    if not path.exists():  # of an earlier release
+    if not path.exists():  # it was begun before they were kept
+        logger.warning(
+            f"{path} is not there: whether the run goes on with the settings that it began with is not checked."
+        )
         return
     kept = json.loads(path.read_text())
     changed = [name for name in sorted(kept.keys() & given) if kept[name] != given[name]]
