@@ -300,6 +300,9 @@ class RequestHistory:
 
         Returns:
             [`FoundRow`] for each row and request, the most similar first. A warning says what could not be looked for.
+
+        Raises:
+            ValueError: `column` has another length, or the rows lack columns by which a request knows its own.
         """
         return find_rows(self, dataset, column)
 

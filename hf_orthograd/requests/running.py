@@ -157,8 +157,24 @@ def check_one_goal(requests: Sequence[Request]) -> None:
 
 
 # arguments that say where files lie, what is shown, and how data is loaded, and not what the weights become
-_ELSEWHERE = ("output_dir", "run_name", "local_rank", "disable_tqdm", "report_to", "project", "dataloader_num_workers")
-_BEGIN_ELSEWHERE = ("log", "save_", "hub_", "push_to_hub", "dataloader_p", "per_device_eval", "eval_accumulation")
+_WITHOUT_EFFECT = (
+    "output_dir",
+    "run_name",
+    "local_rank",
+    "disable_tqdm",
+    "report_to",
+    "project",
+    "dataloader_num_workers",
+)
+_PREFIXES_WITHOUT_EFFECT = (
+    "log",
+    "save_",
+    "hub_",
+    "push_to_hub",
+    "dataloader_p",
+    "per_device_eval",
+    "eval_accumulation",
+)
 
 
 def _keep_settings(trainer: OrthoGradTrainer, path: Path, begun: bool) -> None:
@@ -167,7 +183,7 @@ def _keep_settings(trainer: OrthoGradTrainer, path: Path, begun: bool) -> None:
     given = {
         name: value
         for name, value in trainer.args.to_dict().items()
-        if name not in _ELSEWHERE and not name.startswith(_BEGIN_ELSEWHERE)
+        if name not in _WITHOUT_EFFECT and not name.startswith(_PREFIXES_WITHOUT_EFFECT)
     }
     given |= {"processes": trainer.args.world_size, "trainer": type(trainer).__name__}
     given["retain rows"] = len(retain) if hasattr(retain, "__len__") else None
