@@ -49,7 +49,7 @@ def test_all_planted_rows_are_found_among_ten_thousand(unlearned, make_samples):
     new = Dataset.from_dict({"pixel_values": list(pixels), "labels": labels, "from": ["May"] * 10_000})
     found = check_dataset(new, records, salt)
     assert columns == ["pixel_values"]
-    assert found == [FoundRow(row, records[0].request_id, 1.0) for row in planted]
+    assert found == [FoundRow(row, records[0].request_id, 1.0, True) for row in planted]
     with pytest.raises(ValueError, match="`salt` is not that of these records"):
         check_dataset(new, records, SALT)
     with pytest.raises(ValueError, match="`dataset` has no column pixel_values, by which request"):

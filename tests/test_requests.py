@@ -32,9 +32,9 @@ def test_requests_are_carried_out_one_after_the_other(history, sets):
     assert history.model == history.original
     make = maker(sets["retain"])
     report = lambda trainer, goal: evaluate_unlearning(trainer, datasets={"forget": trainer.forget_dataset}, goal=goal)  # noqa: E731
-    done = history.run(make, make_report=report)
-
-    assert [request.number for request in done] == [1, 2] and history.pending() == []
+    (first,) = history.run(make, make_report=report, at_most=1)
+    assert first.number == 1 and [request.request_id for request in history.pending()] == ["case-2"]
+    assert [request.number for request in history.run(make, make_report=report)] == [2] and history.pending() == []
     assert history.run(make) == []
     first, second = history.requests
     assert history.model == str(second.model)
@@ -122,6 +122,8 @@ def test_a_run_goes_on_with_the_settings_that_it_began_with(history, sets):
         ValueError, match="learning_rate 0.02, not 0.01; retain rows 6, not 8. Return that one, or `roll"
     ):
         history.run(other)
+    with pytest.raises(ValueError, match="another trainer than the run began with: digest of retain rows"):
+        history.run(watched(sets["retain"].select(range(7, -1, -1))))
     # where files lie and what is shown makes no other weights
     history = RequestHistory(history.folder.rename(history.folder.with_name("moved")))
     history.run(watched(logging_steps=1, save_total_limit=2))

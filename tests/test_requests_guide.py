@@ -74,7 +74,7 @@ def test_each_command_does_what_the_guide_says(folder, monkeypatch, capsys):
     assert "text" not in history.requests[0].rows("forget").column_names
 
     found = said(commands[3], code=1)
-    assert "of request case-17" in found and found.endswith("1 of 10 rows were asked to be forgotten.\n")
+    assert "like a row of request case-17.\n" in found and found.endswith("1 of 10 rows were asked to be forgotten.\n")
 
     new_data = load_dataset("parquet", data_files="may.parquet", split="train").remove_columns("text")
     names = {"new_data": new_data}

@@ -221,6 +221,11 @@ BAD = {
         ),
         "`make_report` returned a report with the goal 'retrained', but that of the request is 'erased': pass `goal`",
     ),
+    "sketch": (
+        lambda history, rows: history.add(rows, sketch=["a text"]),
+        "`sketch` has 1 values, but `forget_dataset` has 4 rows",
+    ),
+    "no runs": (lambda history, rows: history.run(maker(rows), at_most=0), "`at_most` must be 1 or more"),
     "pending data": (
         lambda history, rows: (history.add(rows), history.delete_data(1)),
         "`number` is 1, which is no request that was carried out",

@@ -193,11 +193,12 @@ def test_a_run_logs_its_divergence_and_resumes_beside_the_same_start(tmp_path):
     resumed = train(tmp_path, "vit", False, settings(8, **KL, **saving), resume=str(tmp_path / "checkpoint-2"))
     assert all(torch.equal(own, end_of(whole)[name]) for name, own in end_of(resumed).items())
     checkpoint = type(whole.model).from_pretrained(tmp_path / "checkpoint-2")
-    for model, message in ((checkpoint, "`model` is another"), (MODELS["vit"](), "`model` is another")):
-        trainer = OrthoGradTrainer(
-            model, whole.args, train_dataset=whole.train_dataset, forget_dataset=whole.forget_dataset
-        )
-        with pytest.raises(ValueError, match=message):
+    for model, ref_model, named in ((checkpoint, None, "model"), (MODELS["vit"](), MODELS["vit"](), "ref_model")):
+        sets = {"train_dataset": whole.train_dataset, "forget_dataset": whole.forget_dataset}
+        trainer = OrthoGradTrainer(model, whole.args, ref_model=ref_model, **sets)
+        with pytest.raises(
+            ValueError, match=f"those of the `{named}` that the run began with, but this one is another"
+        ):
             trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     other = train(tmp_path / "nll", "vit", False, settings(8, **saving))
     with pytest.raises(ValueError, match="saved with another `retain_loss`"):

@@ -1,10 +1,12 @@
 import copy
+import json
 
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
+from hf_orthograd.evaluation import evaluate_unlearning
 
 
 ALL = ["whisper", "wav2vec2", "vit", "llama"]
@@ -233,6 +235,13 @@ def test_resume_equals_uninterrupted(projection, tmp_path, make_model, make_samp
     assert [log["forget_loss"] for log in history if "loss" in log] == [
         log["forget_loss"] for log in resumed_history if "loss" in log
     ]
+    # its cost is that of both parts
+    state = json.loads((tmp_path / "whole" / "checkpoint-3" / "trainer_state.json").read_text())
+    earlier = state["stateful_callbacks"]["TrainingClock"]["attributes"]["seconds"]
+    runtimes = [one.state.log_history[-1]["train_runtime"] for one in (trainer, resumed_trainer)]
+    for one, seconds in ((trainer, runtimes[0]), (resumed_trainer, runtimes[1] + earlier)):
+        report = evaluate_unlearning(one, datasets={"forget": make_samples("llama", 2)})
+        assert earlier > 0 and report.cost["unlearning"]["seconds"] == pytest.approx(seconds)
 
 
 def test_evaluation_per_set_and_model_is_trainable_afterwards(tmp_path, make_model, make_samples):

@@ -136,14 +136,20 @@ def build_model() -> ViTForImageClassification:
 def train_on(images: Images, seed: int, output: Path, name: str) -> ViTForImageClassification:
     """The model trained on these images, from the disk if it has been trained before."""
 
-    def build():
-        transformers.set_seed(seed)
-        return build_model()
-
     def train(model):
-        _train(model, images, seed, output, num_train_epochs=EPOCHS, learning_rate=1e-3, warmup_steps=0.1)
+        learn(model, images, seed, output)
 
-    return trained_model(output / name, build, train, ViTForImageClassification.from_pretrained)
+    return trained_model(output / name, lambda: untrained(seed), train, ViTForImageClassification.from_pretrained)
+
+
+def untrained(seed: int) -> ViTForImageClassification:
+    transformers.set_seed(seed)
+    return build_model()
+
+
+def learn(model: ViTForImageClassification, images: Images, seed: int, output: Path) -> int:
+    """Trains the model, and returns in how many steps."""
+    return _train(model, images, seed, output, num_train_epochs=EPOCHS, learning_rate=1e-3, warmup_steps=0.1)
 
 
 def fine_tune(model: ViTForImageClassification, images: Dataset, seed: int, output: Path, name: str):
@@ -155,7 +161,7 @@ def fine_tune(model: ViTForImageClassification, images: Dataset, seed: int, outp
     return trained_model(output / name, lambda: model, train, ViTForImageClassification.from_pretrained)
 
 
-def _train(model: ViTForImageClassification, images: Dataset, seed: int, output: Path, **settings) -> None:
+def _train(model: ViTForImageClassification, images: Dataset, seed: int, output: Path, **settings) -> int:
     args = OrthoGradConfig(
         output_dir=str(output / "training"),
         per_device_train_batch_size=128,
@@ -168,4 +174,4 @@ def _train(model: ViTForImageClassification, images: Dataset, seed: int, output:
         seed=seed,
         **settings,
     )
-    OrthoGradTrainer(model, args, train_dataset=images).train()
+    return OrthoGradTrainer(model, args, train_dataset=images).train().global_step

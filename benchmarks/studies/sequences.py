@@ -4,17 +4,19 @@
 
 The image study's models: 5 % of the training images are to be forgotten, a fifth of them in each of five requests, with 5 % of the rest
 at hand. The retrained model never saw any of them. Each run starts from the model that the request before left, which is NPO's
-reference and what the stopping rule's level is measured on; "kl" holds to that model, or to the original. Then the last model is trained for two epochs on new images, alone and with the first request's images among them, watched and held. Resumable.
+reference and what the stopping rule's level is measured on; "kl" holds to that model, or to the original. "Retraining after each" trains anew
+without all requests so far, by another seed than the model that gaps are to. Then the last model is trained for two epochs on new images, alone and with the first request's images among them, watched and held. Resumable.
 """
 
 import argparse
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from harness import RESULTS, Records, machine_note
-from image_data import Images, Request, VariedImages
+from image_data import Images, Request, VariedImages, learn, untrained
 from images import ImageStudy, add_folders
 from matplotlib.figure import Figure
 from methods import unlearn
@@ -28,6 +30,8 @@ from hf_orthograd.requests import StaysForgotten
 
 
 REQUESTS, EPOCHS = 5, 2
+RETRAINING = "retraining after each"
+OTHER_SEED = 100  # more than that of the model that gaps are to: by the same one, the last would be that model
 OURS = "OrthoGrad + NPO, kl, varied"
 
 
@@ -65,6 +69,7 @@ VARIANTS = {
     "ONPO": Variant("onpo", 1e-4),
     "ONPO, kl, varied, to the original, 3e-5": Variant("onpo", 3e-5, **_VARIED, to_original=True),
     "GradDiff": Variant("graddiff", 3e-5),
+    RETRAINING: Variant("retraining", 1e-3),
 }
 ONCE = "all at once"
 HOW = {False: "watched", True: "held at their level"}  # an earlier rule, "held", pushed rows above it
@@ -100,8 +105,31 @@ class SequenceStudy(ImageStudy):
         make = VariedImages if varied else Images
         return make(retain.pixels, retain.labels, np.concatenate([retain.rows, *(part.rows for part in earlier)]))
 
+    def untrained(self, request: Request, seed: int):
+        return untrained(seed)
+
+    def learn(self, model, request: Request, seed: int, number: int) -> int:
+        """Trains the model without the first `number` requests, and returns in how many steps."""
+        sets, later = self.sets(request, CHOSEN_AT), self.parts(request)[number:]
+        rows = np.concatenate([sets["others"].rows, *(part.rows for part in later)])
+        return learn(model, Images(self.train.pixels, self.train.labels, rows), seed, self.work)
+
+    def retrain(self, request: Request) -> dict:
+        """Trains anew after each request."""
+        after, steps, seconds = [], [], 0.0
+        seed = request.seed + OTHER_SEED
+        for number in range(1, REQUESTS + 1):
+            model = self.untrained(request, seed)
+            started = time.perf_counter()
+            steps.append(self.learn(model, request, seed, number))
+            seconds += time.perf_counter() - started
+            after.append(self.measured(model, request))
+        return {"after": after, "continued": {}, "steps": steps, "seconds": seconds}
+
     def run(self, variant: str, request: Request) -> dict:
         own = self.choices[variant]
+        if variant == RETRAINING:
+            return self.retrain(request)
         sets, parts, bench = self.sets(request, CHOSEN_AT), self.parts(request), self.bench(request.kind)
         if own.to_original:
             bench.shared = bench.shared | {"ref_model": self.original(request.seed)}

@@ -16,9 +16,9 @@ from datasets import Dataset, concatenate_datasets
 from harness import RESULTS, Records
 from methods import Bench
 from retention import KL
-from sequences import ONCE, SequenceStudy, Variant
+from sequences import ONCE, RETRAINING, SequenceStudy, Variant
 from speech import SpeechStudy, add_folders
-from speech_data import Request, collator, train_on
+from speech_data import Request, collator, learn, train_on, untrained
 from study import add_variants, main
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -41,7 +41,10 @@ VARIANTS = {
     "OrthoGrad + NPO, kl": Variant("orthograd_npo", RATE, KL),
     "OrthoGrad + NPO, kl, earlier held": Variant("orthograd_npo", RATE, KL, held=True),
     "NPO": Variant("npo", RATE),
+    "ONPO": Variant("onpo", RATE),
+    "ONPO, kl, to the original": Variant("onpo", RATE, KL, to_original=True),
     "GradDiff": Variant("graddiff", RATE),
+    RETRAINING: Variant("retraining", 3e-5),
 }
 
 
@@ -112,6 +115,13 @@ error rate on those changes, watched only and held by `StaysForgotten`, and the 
         others = self.sets(request, "")["others"]
         name = f"retrained-in-turn-{request.seed}"
         return train_on([others], 0, self.speech.pretrained, self.work, name)
+
+    def untrained(self, request: Request, seed: int):
+        return untrained(seed, self.speech.pretrained)
+
+    def learn(self, model, request: Request, seed: int, number: int) -> int:
+        rows = concatenate_datasets([self.sets(request, "")["others"], *self.parts(request)[number:]])
+        return learn(model, rows, seed, self.speech.processor, self.work)
 
     def at_hand(self, retain: Dataset, earlier: list[Dataset], varied: bool) -> Dataset:
         if varied:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from datasets import DatasetDict, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
 from harness import trained_model
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
@@ -87,33 +87,38 @@ def train_on(sets: list, seed: int, pretrained: Path, output: Path, name: str, w
     """Whisper fine-tuned on these utterances, from the disk if that has been done before."""
 
     def build():
-        transformers.set_seed(seed)
-        return load_pretrained(pretrained, window)[0]
+        return untrained(seed, pretrained, window)
 
     def train(model):
-        _, processor = load_pretrained(pretrained, window)
-        args = OrthoGradConfig(
-            output_dir=str(output / "training"),
-            num_train_epochs=EPOCHS,
-            per_device_train_batch_size=8,
-            learning_rate=3e-5,
-            warmup_steps=0.1,
-            logging_steps=20,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=seed,
-        )
-        trainer = OrthoGradTrainer(
-            model,
-            args,
-            train_dataset=concatenate_datasets(sets),
-            data_collator=collator(processor),
-            processing_class=processor,
-        )
-        trainer.train()
+        learn(model, concatenate_datasets(sets), seed, load_pretrained(pretrained, window)[1], output)
 
     def load(folder: Path):
         return AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=torch.float32)
 
     return trained_model(output / name, build, train, load)
+
+
+def untrained(seed: int, pretrained: Path, window: int = SECONDS):
+    """The recogniser as it was published."""
+    transformers.set_seed(seed)
+    return load_pretrained(pretrained, window)[0]
+
+
+def learn(model, utterances: Dataset, seed: int, processor, output: Path) -> int:
+    """Fine-tunes the model, and returns in how many steps."""
+    args = OrthoGradConfig(
+        output_dir=str(output / "training"),
+        num_train_epochs=EPOCHS,
+        per_device_train_batch_size=8,
+        learning_rate=3e-5,
+        warmup_steps=0.1,
+        logging_steps=20,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+    )
+    trainer = OrthoGradTrainer(
+        model, args, train_dataset=utterances, data_collator=collator(processor), processing_class=processor
+    )
+    return trainer.train().global_step

@@ -9,7 +9,6 @@ them. All methods have the same learning rate. Resumable.
 """
 
 import argparse
-import time
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from harness import RESULTS, Records, trained_model
 from image_data import Request
 from methods import Bench
 from retention import KL
-from sequences import ONCE, SequenceStudy, Variant
+from sequences import ONCE, RETRAINING, SequenceStudy, Variant
 from study import add_variants, main
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -40,7 +39,6 @@ STEPS = 60  # of a request; all at once may take as many for each
 AT_HAND = (0, 3)  # of every five questions on the others
 CHANCE = 1 / 16  # an attribute has sixteen values
 OURS = "OrthoGrad + NPO, kl, to the original"
-RETRAINING = "retraining after each"
 ORIGINAL = {"extra": KL, "to_original": True}
 VARIANTS = {
     ONCE: Variant("orthograd_npo", RATE, KL | {"max_steps": REQUESTS * STEPS}),
@@ -139,16 +137,19 @@ them. By how much the share of right answers on those rises, watched only and he
     def learned(self, seed: int, rows: Dataset, name: str):
         return trained_model(
             self.work / name,
-            lambda: self.untrained(seed, seed),
-            lambda model: self.learn(model, seed, seed, rows),
+            lambda: self.untrained(Request("turn", seed), seed),
+            lambda model: self.learn_rows(model, seed, seed, rows),
             AutoModelForCausalLM.from_pretrained,
         )
 
-    def untrained(self, people: int, seed: int):
+    def untrained(self, request: Request, seed: int):
         transformers.set_seed(seed)
-        return make_model(_people(people)[1])
+        return make_model(_people(request.seed)[1])
 
-    def learn(self, model, people: int, seed: int, rows: Dataset) -> int:
+    def learn(self, model, request: Request, seed: int, number: int) -> int:
+        return self.learn_rows(model, request.seed, seed, self.of(request.seed, "train", slice(number, -NEW)))
+
+    def learn_rows(self, model, people: int, seed: int, rows: Dataset) -> int:
         """Trains the model, and returns in how many steps."""
         args = TrainingArguments(
             str(self.work / "training"), num_train_epochs=LEARNED_FOR, per_device_train_batch_size=60, learning_rate=2e-3,
@@ -156,19 +157,6 @@ them. By how much the share of right answers on those rises, watched only and he
         )  # fmt: skip
         collate = DataCollatorForSeq2Seq(_people(people)[1])
         return Trainer(model, args, train_dataset=rows, data_collator=collate).train().global_step
-
-    def run(self, variant: str, request: Request) -> dict:
-        if variant != RETRAINING:
-            return super().run(variant, request)
-        after, steps, seconds = [], [], 0.0
-        other = request.seed + 100  # by the same one, the last would be the model that gaps are to
-        for number in range(1, REQUESTS + 1):
-            model = self.untrained(request.seed, other)
-            started = time.perf_counter()
-            steps.append(self.learn(model, request.seed, other, self.of(request.seed, "train", slice(number, -NEW))))
-            seconds += time.perf_counter() - started
-            after.append(self.measured(model, request))
-        return {"after": after, "continued": {}, "steps": steps, "seconds": seconds}
 
     def train_on(self, model, request: Request, again: bool, hold: bool) -> None:
         sets, parts = self.sets(request, ""), self.parts(request)

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from .correction import UpdateCorrection
 from .monitor import UnlearningMonitor
 from .observer import BeginCallback, Found, Record, StepObserver, find_callback
-from .progress import LossesBesideTheBar, show_one_bar
+from .progress import LossesBesideTheBar, TrainingClock, show_one_bar
 from .reference import ReferenceLosses, StartingFingerprint, objectives_of
 from .stopping import StoppingRule, check_stopping, has_rule, keep_best_model, stop_or_raise
 
@@ -26,6 +26,7 @@ __all__ = [
     "StartingFingerprint",
     "StepObserver",
     "StoppingRule",
+    "TrainingClock",
     "UnlearningMonitor",
     "UpdateCorrection",
     "begin_run",
@@ -59,6 +60,7 @@ def set_callbacks(trainer: "OrthoGradTrainer") -> list[StepObserver]:
         ReferenceLosses,
         StartingFingerprint,
         StoppingRule,
+        TrainingClock,
         UpdateCorrection,
         UnlearningMonitor,
         BeginCallback,
@@ -69,7 +71,9 @@ def set_callbacks(trainer: "OrthoGradTrainer") -> list[StepObserver]:
         observers.append(UpdateCorrection(equality=args.alpha == 0, record=trainer.record))
     if trainer.has_retain:
         observers.append(UnlearningMonitor(args.monitor_steps, record=trainer.record))
-    others: list[TrainerCallback] = [ReferenceLosses()] if args.forget_loss == "npo" else []
+    others: list[TrainerCallback] = [TrainingClock()]
+    if args.forget_loss == "npo":
+        others.append(ReferenceLosses())
     if args.keeps_predictions:
         others.append(StartingFingerprint())
     if has_rule(args):

@@ -1,9 +1,11 @@
-"""What a run shows on the screen."""
+"""What a run shows on the screen, and how long it took."""
 
+import time
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
@@ -39,6 +41,27 @@ class LossesBesideTheBar(ProgressCallback):
         **kwargs: Any,
     ) -> None:
         """Draws nothing."""
+
+
+class TrainingClock(TrainerCallback, ExportableState):
+    """Says in every checkpoint how long the run has taken so far: Trainer counts from where it goes on.
+
+    Attributes:
+        earlier (`float`): Seconds of training up to the checkpoint that the run goes on from; 0 of one that began anew.
+    """
+
+    def __init__(self):
+        self.earlier, self._started = 0.0, 0.0
+
+    def state(self) -> dict:
+        seconds = self.earlier + time.perf_counter() - self._started
+        return {"args": {}, "attributes": {"seconds": seconds}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        self.earlier, self._started = saved["attributes"]["seconds"] if saved else 0.0, time.perf_counter()
 
 
 def show_one_bar(trainer: AnyTrainer) -> AnyTrainer:

@@ -106,8 +106,13 @@ class StartingFingerprint(TrainerCallback, ExportableState):
     def state(self) -> dict:
         return {"args": {}, "attributes": {"numbers": self.numbers}}
 
-    def begin_run(self, state: TrainerState, numbers: list[float]) -> None:
+    def begin_run(self, state: TrainerState, numbers: list[float], argument: str) -> None:
         """Takes those of the model that a run starts with, or compares them with those of the checkpoint it goes on from.
+
+        Args:
+            state (`TrainerState`): Of the run.
+            numbers (`list[float]`): Of the model whose predictions it holds to.
+            argument (`str`): By which that model was given.
 
         Raises:
             ValueError: They are others, or there are none.
@@ -123,6 +128,6 @@ class StartingFingerprint(TrainerCallback, ExportableState):
         before = saved["attributes"]["numbers"]
         if len(before) != len(numbers) or not torch.allclose(torch.tensor(before), torch.tensor(numbers), rtol=1e-3):
             raise ValueError(
-                "retain_loss='kl' holds predictions to those of the model that the run started from, but `model` is another. "
-                "Pass the model that unlearning started from, not the checkpoint's."
+                f"retain_loss='kl' holds predictions to those of the `{argument}` that the run began with, but this one is another. "
+                "Pass the same, as it was when unlearning began, not the checkpoint's."
             )

@@ -91,15 +91,21 @@ def _add(parsed: argparse.Namespace) -> int:
 def _run(parsed: argparse.Namespace) -> int:
     history, make = _open(parsed.history), load_function(parsed.trainer)
     report = None if parsed.report is None else load_function(parsed.report, "--report")
-    done = history.run(make, merge=parsed.merge, hold_earlier=parsed.hold_earlier, make_report=report)
-    for request in done:
-        losses = (request.measured[when]["forget_loss"] for when in ("before", "after"))
-        print(
-            "Done: request {} ({}); loss on its forget set {:.3f} before, {:.3f} after.".format(
-                request.number, request.request_id, *losses
+    settings = {"merge": parsed.merge, "hold_earlier": parsed.hold_earlier, "make_report": report}
+    count = 0
+    while done := history.run(make, at_most=1, **settings):
+        count += 1
+        for request in done:
+            losses = (request.measured[when]["forget_loss"] for when in ("before", "after"))
+            print(
+                "Done: request {} ({}); loss on its forget set {:.3f} before, {:.3f} after.".format(
+                    request.number, request.request_id, *losses
+                ),
+                flush=True,
             )
-        )
-    if not done:
+        if count == parsed.at_most:
+            break
+    if not count:
         print("No request was pending.")
     print(f"The model of today: {history.model}")
     return 0
@@ -140,7 +146,8 @@ def _find(parsed: argparse.Namespace) -> int:
     column = None if parsed.column is None else _column(rows, parsed.column)
     found = _open(parsed.history).check_dataset(rows, column=column)
     for one in found:
-        print(f"Row {one.row}: {one.similarity:.0%} of request {one.request_id}.")
+        likeness = "is in" if one.exact else f"is {one.similarity:.0%} like a row of"
+        print(f"Row {one.row} {likeness} request {one.request_id}.")
     print(f"{len({one.row for one in found})} of {len(rows)} rows were asked to be forgotten.")
     return 1 if found else 0
 
@@ -211,6 +218,7 @@ _ACTIONS = {
             "--trainer": {"required": True, "help": _TRAINER},
             "--merge": _SWITCH | {"help": "all requests in one run"},
             "--hold_earlier": _SWITCH | {"help": "hold what earlier requests forgot"},
+            "--at_most": {"type": int, "metavar": "N", "help": "end after so many runs; all by default"},
             "--report": {
                 "help": "function of the trainer and the goal that makes the report after training, as train.py:make_report"
             },

@@ -6,6 +6,7 @@ from datetime import datetime, timezone
 from torch import nn
 from transformers import Trainer
 
+from ..callbacks import TrainingClock, find_callback
 from ..objectives import PerSampleLoss
 from .attacks import Attack, Relearning
 from .checks import (
@@ -239,8 +240,10 @@ class _Examination:
 
 def _costs(trainer: Trainer, further: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
     runs = [entry for entry in trainer.state.log_history if "train_runtime" in entry]
+    clock = find_callback(trainer.callback_handler, TrainingClock)
+    earlier = 0.0 if clock is None else clock.earlier  # of a run that went on from a checkpoint
     own = {
-        "seconds": runs[-1]["train_runtime"] if runs else None,
+        "seconds": runs[-1]["train_runtime"] + earlier if runs else None,
         "steps": trainer.state.global_step if runs else None,
     }
     costs = {"unlearning": {**own, "peak_memory_gib": None}}

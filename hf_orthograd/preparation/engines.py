@@ -95,7 +95,8 @@ def prepare_retain_term(trainer: "OrthoGradTrainer", start: StartingModel | None
     if start is None:
         start = StartingModel(trainer.accelerator.unwrap_model(trainer.model))
     fingerprint = callbacks.find_callback(trainer.callback_handler, callbacks.StartingFingerprint)
-    fingerprint.begin_run(trainer.state, start.fingerprint(trainer.group))
+    argument = "model" if trainer.ref_model is None else "ref_model"
+    fingerprint.begin_run(trainer.state, start.fingerprint(trainer.group), argument)
     if not trainer.args.precompute_ref_logits:
         return KeepPredictions(start, trainer.per_sample_loss)
     validation.check_precomputed(trainer.args, trainer.per_sample_loss, trainer.train_dataset)

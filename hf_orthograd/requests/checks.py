@@ -129,13 +129,13 @@ def find_rows(history: "RequestHistory", dataset: Dataset, column: Iterable | No
                 f"Request {request.number} is not looked for: its rows were deleted, and no salt opens its record."
             )
         if near:
-            known += [FoundRow(row, request.request_id, score) for row, score in sketches.find(column, salt)]
+            known += [FoundRow(row, request.request_id, score, False) for row, score in sketches.find(column, salt)]
         elif column is not None and (sealed or rows is not None):
             logger.warning(f"Near duplicates of request {request.number} are not looked for: it has no sketches.")
         for one in known:
             before = found.setdefault((one.row, one.request_id), one)
-            found[one.row, one.request_id] = max(before, one, key=lambda each: each.similarity)
-    return sorted(found.values(), key=lambda one: (-one.similarity, one.row))
+            found[one.row, one.request_id] = max(before, one, key=lambda each: (each.exact, each.similarity))
+    return sorted(found.values(), key=lambda one: (not one.exact, -one.similarity, one.row))
 
 
 def _sealed(carrier: Request | None, records: list[UnlearningRecord]) -> list[UnlearningRecord]:

@@ -44,11 +44,13 @@ class FoundRow:
         row (`int`): Its number in the set that was checked.
         request_id (`str`): Of the request.
         similarity (`float`): 1 for an exact row; of a near duplicate as [`Sketches.find`] has it.
+        exact (`bool`): Whether it is the same row, and no near duplicate, whose similarity may be 1, too.
     """
 
     row: int
     request_id: str
     similarity: float
+    exact: bool
 
 
 def check_dataset(
@@ -85,7 +87,9 @@ def check_dataset(
             chosen = None if columns is None else frozenset(columns)
             digests[columns] = [commit(digest, salt) for digest in row_digests(dataset, chosen)]
         known = set(record.commitments)
-        found += [FoundRow(row, record.request_id, 1.0) for row, one in enumerate(digests[columns]) if one in known]
+        found += [
+            FoundRow(row, record.request_id, 1.0, True) for row, one in enumerate(digests[columns]) if one in known
+        ]
     return sorted(found, key=lambda one: one.row)
 
 
@@ -106,7 +110,9 @@ def same_rows(dataset: Dataset, rows: Dataset, request_id: str) -> list[FoundRow
     shared = [name for name in shared if name in {*columns, "labels", "attention_mask"}]
     dataset, rows = dataset.select_columns(shared), rows.select_columns(shared)
     known = set(row_digests(rows, columns))
-    return [FoundRow(row, request_id, 1.0) for row, one in enumerate(row_digests(dataset, columns)) if one in known]
+    return [
+        FoundRow(row, request_id, 1.0, True) for row, one in enumerate(row_digests(dataset, columns)) if one in known
+    ]
 
 
 def _with_labels(dataset: Dataset) -> Dataset:

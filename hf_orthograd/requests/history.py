@@ -13,6 +13,7 @@
 A request is done once `model/` is there, which appears in one step: a kill leaves it undone or done, never half done.
 """
 
+import itertools
 import json
 import shutil
 import uuid
@@ -172,7 +173,7 @@ class RequestHistory:
                 later, also when the rows were deleted.
 
         Raises:
-            ValueError: No rows, another goal, a name that is taken. A warning tells of rows that an earlier request names.
+            ValueError: No rows, another goal, a name that is taken, a `sketch` of other rows. A warning tells of rows that an earlier request names.
         """
         check_kept("forget_dataset", forget_dataset)
         if retain_dataset is not None:
@@ -183,6 +184,11 @@ class RequestHistory:
             raise ValueError(f"`goal` must be 'retrained' or 'erased', or left out, but is {goal!r}.")
         if request_id is not None and "," in request_id:
             raise ValueError(f"`request_id` is {request_id!r}, but a comma stands between those of a merged run.")
+        sketch = None if sketch is None else list(sketch)
+        if sketch is not None and len(sketch) != len(forget_dataset):
+            raise ValueError(
+                f"`sketch` has {len(sketch)} values, but `forget_dataset` has {len(forget_dataset)} rows: pass a column of the same rows."
+            )
 
         def write() -> Request:
             with keeping.adding_to(self.folder):
@@ -204,6 +210,7 @@ class RequestHistory:
         merge: bool = False,
         hold_earlier: bool = False,
         make_report: MakeReport | None = None,
+        at_most: int | None = None,
     ) -> list[Request]:
         """Carries out what is pending, one request after the other; a run that was killed goes on first, as it was planned.
 
@@ -216,36 +223,48 @@ class RequestHistory:
                 so that it does not come back. It needs those rows, `retain_loss="kl"`, and no `ref_model`.
             make_report (`Callable`, *optional*): `make_report(trainer, goal)` returns the report of the trainer after training, by
                 [`~hf_orthograd.evaluation.evaluate_unlearning`]; `goal` is the request's. Its public edition is published.
+            at_most (`int`, *optional*): Ends after so many runs; by default when nothing is pending.
 
         Returns:
             `list[Request]`: Those carried out.
 
         Raises:
             ValueError: The model of today is not as it was recorded, the trainer is not of this request or not that which its run
-                began with, requests to be merged have several goals, or another process carries requests out.
+                began with, requests to be merged have several goals, `at_most` is below 1, or another process carries requests out.
         """
+        if at_most is not None and at_most < 1:
+            raise ValueError(f"`at_most` must be 1 or more, or left out to carry all out, but is {at_most}.")
+        done: list[Request] = []
         with alone_in(self.folder):
-            return self._run(make_trainer, merge, hold_earlier, make_report)
-
-    def _run(self, make_trainer: MakeTrainer, merge: bool, hold_earlier: bool, make_report: MakeReport | None) -> list:
-        in_first(self.tidy)
-        done = []
-        # one process says what comes next: a request may be added at any moment
-        while (number := in_first(partial(self._begin_next, merge, hold_earlier))) is not None:
-            begun = self.request(number)
-            requests = [self.request(number) for number in begun.plan["numbers"]]
-            check_one_goal(requests)
-            others = [request for request in self.requests if request.number < requests[0].number]
-            earlier = others if begun.plan["hold_earlier"] else []
-            source = self.model
-            if source == self.original:
-                in_first(partial(keeping.warn_of_other_original, self._begun_with))
-            elif problems := publishing.verify(source):
-                raise ValueError(f"The model to start from, {source!r}, is not as recorded: {'; '.join(problems)}.")
-            carry_out(begun, requests, earlier, source, make_trainer, make_report)
             in_first(self.tidy)
-            done += requests
+            for _ in itertools.count() if at_most is None else range(at_most):
+                requests = self._run_next(make_trainer, merge, hold_earlier, make_report)
+                if not requests:
+                    break
+                done += requests
         return done
+
+    def _run_next(
+        self, make_trainer: MakeTrainer, merge: bool, hold_earlier: bool, make_report: MakeReport | None
+    ) -> list[Request]:
+        """One run, and what it carried out."""
+        # one process says what comes next: a request may be added at any moment
+        number = in_first(partial(self._begin_next, merge, hold_earlier))
+        if number is None:
+            return []
+        begun = self.request(number)
+        requests = [self.request(number) for number in begun.plan["numbers"]]
+        check_one_goal(requests)
+        others = [request for request in self.requests if request.number < requests[0].number]
+        earlier = others if begun.plan["hold_earlier"] else []
+        source = self.model
+        if source == self.original:
+            in_first(partial(keeping.warn_of_other_original, self._begun_with))
+        elif problems := publishing.verify(source):
+            raise ValueError(f"The model to start from, {source!r}, is not as recorded: {'; '.join(problems)}.")
+        carry_out(begun, requests, earlier, source, make_trainer, make_report)
+        in_first(self.tidy)
+        return requests
 
     def _begin_next(self, merge: bool, hold_earlier: bool) -> int | None:
         """The number of the request in whose folder the next run takes place, with its plan made; None if nothing is pending."""

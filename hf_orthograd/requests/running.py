@@ -1,5 +1,6 @@
 """One run of a history: from the model that the request before left to the one that this request leaves."""
 
+import hashlib
 import inspect
 import json
 import shutil
@@ -7,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset, concatenate_datasets
 from transformers.utils import logging
 
@@ -15,6 +17,7 @@ from ..checkpoints import find_last_checkpoint
 from ..evaluation import UnlearningReport, per_sample_losses
 from ..trainer import OrthoGradTrainer
 from ..trials import preserved_random_state, replaced
+from ..validation import row_digest, stored_row
 from .request import MEASURED_NAME, Request, write_json
 
 
@@ -177,6 +180,9 @@ _PREFIXES_WITHOUT_EFFECT = (
 )
 
 
+_COMPARED = 32  # retain rows, those of a large set of pictures or speech take long to read
+
+
 def _keep_settings(trainer: OrthoGradTrainer, path: Path, begun: bool) -> None:
     """Writes down what a run begins with; one that goes on must go on with the same, as its record tells of one trainer."""
     retain = trainer.train_dataset
@@ -187,6 +193,8 @@ def _keep_settings(trainer: OrthoGradTrainer, path: Path, begun: bool) -> None:
     }
     given |= {"processes": trainer.args.world_size, "trainer": type(trainer).__name__}
     given["retain rows"] = len(retain) if hasattr(retain, "__len__") else None
+    if isinstance(retain, Dataset):
+        given["digest of retain rows"] = _digest(retain)
     given = json.loads(json.dumps(given, default=lambda value: type(value).__name__))
     if not begun:
         trainer.group.in_first(partial(_write_settings, path, given))
@@ -204,6 +212,13 @@ def _keep_settings(trainer: OrthoGradTrainer, path: Path, begun: bool) -> None:
             f"`make_trainer` returned another trainer than the run began with: {told}. Return that one, or `roll_back` to the request "
             "before, which begins the run anew."
         )
+
+
+def _digest(rows: Dataset) -> str:
+    """Tells apart, but for chance, other rows and rows in another order, by some of them: as they are stored, before any variation."""
+    places = np.linspace(0, len(rows) - 1, min(len(rows), _COMPARED)).astype(int)
+    digests = b"".join(row_digest(stored_row(rows, int(place)), None) for place in places)
+    return hashlib.sha256(digests).hexdigest()
 
 
 def _write_settings(path: Path, settings: dict) -> None:
