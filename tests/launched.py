@@ -1,14 +1,10 @@
 """Trains tiny models for three steps under whatever launch runs it, and saves what became of their parameters.
 
-    python -m torch.distributed.run --nproc-per-node 2 tests/launched.py FOLDER JSON
-
-JSON is a list of runs: a name, the kind of model, whether by LoRA, and settings of the configuration; `scaling` has
-fp16 run as on a GPU, with the arguments of torch's gradient scaler.
+A run has a name, the kind of model, whether by LoRA, and settings of the configuration; `scaling` has fp16 run as on a GPU, with the
+arguments of torch's gradient scaler.
 """
 
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from conftest import MODELS, Samples, make_example
 from peft import LoraConfig, get_peft_model
+from processes import run_in_processes
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 
@@ -39,23 +36,8 @@ def settings(per_device, accumulation=1, **others):
 
 
 def launch(folder, processes, runs):
-    """Runs this file in several processes; returns what each run saved."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parent),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(
-        [*command, __file__, str(folder), json.dumps(runs)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    """Trains in several processes; returns what each run saved."""
+    run_in_processes(processes, folder, train_all, folder, runs)
     return {name: torch.load(folder / f"{name}.pt") for name, *_ in runs}
 
 
@@ -160,8 +142,8 @@ def card_errors(trainer: OrthoGradTrainer) -> list[str | None]:
     return gather_object([error])
 
 
-def main() -> None:
-    folder, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
+def train_all(folder: Path, runs: list) -> None:
+    """What each process does."""
     for name, kind, lora, settings in runs:
         if "poisoned" in settings:
             with pytest.raises(FloatingPointError) as raised:
@@ -183,10 +165,10 @@ def main() -> None:
             torch.save(saved, folder / f"{name}.pt")
         else:
             torch.save(trained, folder / f"{name}-{trainer.accelerator.process_index}.pt")
+    leave_together()
+
+
+def leave_together() -> None:
     PartialState().wait_for_everyone()
     sys.stdout.flush()
     os._exit(0)  # taking gloo's threads down in order aborts or hangs now and then
-
-
-if __name__ == "__main__":
-    main()

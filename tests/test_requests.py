@@ -12,6 +12,8 @@ import torch
 from datasets import concatenate_datasets
 from filelock import FileLock
 from histories import maker, same, weights
+from launched_requests import go_through
+from processes import run_in_processes
 from transformers import TrainerCallback, ViTForImageClassification
 
 from hf_orthograd import publishing
@@ -209,11 +211,7 @@ def test_a_roll_back_makes_later_requests_pending(history, sets):
 def test_a_launch_changes_a_history_once(make_model, tmp_path):
     """Every process calls everything; the first one writes, and all are told the same."""
     make_model("vit").save_pretrained(tmp_path / "original")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", str(TESTS / "launched_requests.py"), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_in_processes(2, tmp_path, go_through, tmp_path)
     first, second = (json.loads((tmp_path / f"{process}.json").read_text()) for process in (0, 1))
     refused, same = first.pop("refused"), {name: value for name, value in second.items() if name != "refused"}
     assert first == same

@@ -24,9 +24,7 @@ def test_speakers_in_turn_are_compared_with_all_at_once(tmp_path):
         return {"quality": {name: [rate, 1.0] for name in named}, "auc": {"test": 0.5}}
 
     runs = {"original turn-1": measured(0.1), "retrained turn-1": measured(0.3)}
-    continued = {
-        f"{name}, {how}": measured(0.3) for name in SpeakerSequences.new_data for how in sequences.HOW.values()
-    }
+    continued = {f"{name}, {how}": measured(0.3) for name in SpeakerSequences.new_data for how in sequences.HOW}
     for variant, rates in ((sequences.ONCE, [0.3]), (SpeakerSequences.ours, [0.9, 0.5, 0.5, 0.5, 0.4])):
         after = [measured(rate) for rate in rates]
         run = {"after": after, "continued": continued, "steps": [3] * len(rates), "seconds": 2.0}

@@ -72,7 +72,20 @@ VARIANTS = {
     RETRAINING: Variant("retraining", 1e-3),
 }
 ONCE = "all at once"
-HOW = {False: "watched", True: "held at their level"}  # an earlier rule, "held", pushed rows above it
+
+
+@dataclass(frozen=True)
+class Further:
+    """How the last model is trained on: with what was forgotten held or watched only, and how many times as long as the shortest."""
+
+    hold: bool
+    times: int = 1
+
+
+HOW = {
+    "watched": Further(False),
+    "held at their level": Further(True),
+}  # an earlier rule, "held", pushed rows above it
 NEW_DATA = {"new": False, "new with request 1": True}  # whether the first request's images are among the new ones
 
 
@@ -92,7 +105,11 @@ class SequenceStudy(ImageStudy):
     choices, ours = VARIANTS, OURS
     what, note, continued_note = "requests", _NOTE, _CONTINUED_NOTE
     metric, task = "accuracy", "test"  # what the curves show; the set that stands for the new task
-    trained_on, new_data = tuple(VARIANTS), NEW_DATA  # the variants whose last model is trained on, and on what
+    trained_on, new_data, how = (
+        tuple(VARIANTS),
+        NEW_DATA,
+        HOW,
+    )  # the variants whose last model is trained on, on what, how
     variants = tuple(VARIANTS)
 
     def parts(self, request: Request) -> list[Images]:
@@ -146,24 +163,24 @@ class SequenceStudy(ImageStudy):
             after.append(self.measured(model, request))
         continued = {}
         for name, again in self.new_data.items() if variant in self.trained_on else ():
-            for hold in (False, True):
+            for how, further in self.how.items():
                 weights = {key: value.clone() for key, value in model.state_dict().items()}
-                self.train_on(model, request, again, hold)
-                continued[f"{name}, {HOW[hold]}"] = self.measured(model, request)
+                self.train_on(model, request, again, further)
+                continued[f"{name}, {how}"] = self.measured(model, request)
                 model.load_state_dict(weights)
         return {"after": after, "continued": continued, "steps": steps, "seconds": seconds}
 
-    def train_on(self, model, request: Request, again: bool, hold: bool) -> None:
+    def train_on(self, model, request: Request, again: bool, further: Further) -> None:
         """Two epochs on images that the model never saw."""
         sets, parts = self.sets(request, CHOSEN_AT), self.parts(request)
         new = sets["proxy"]
         rows = [new[row] for row in range(len(new))] + [parts[0][row] for row in range(len(parts[0]) if again else 0)]
         set_seed(request.seed)
         args = TrainingArguments(
-            str(self.work / "continued"), num_train_epochs=EPOCHS, per_device_train_batch_size=64, learning_rate=1e-4,
+            str(self.work / "continued"), num_train_epochs=further.times * EPOCHS, per_device_train_batch_size=64, learning_rate=1e-4,
             save_strategy="no", report_to="none", disable_tqdm=True, seed=request.seed, logging_steps=1000,
         )  # fmt: skip
-        stays = StaysForgotten(sets["forget"], default_data_collator, hold=hold, batch_size=64)
+        stays = StaysForgotten(sets["forget"], default_data_collator, hold=further.hold, batch_size=64)
         Trainer(model, args, train_dataset=rows, callbacks=[stays]).train()
 
     def measured(self, model, request: Request) -> dict:
@@ -219,7 +236,7 @@ def write_report(runs: dict, path: Path, study: type[SequenceStudy] = SequenceSt
     parts += [
         "## Trained on",
         study.continued_note,
-        _continued_table(found, study.task, study.new_data),
+        _continued_table(found, study),
         machine_note(),
     ]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
@@ -267,22 +284,27 @@ def _sequence_table(found: dict, references: dict) -> str:
     return "\n".join(lines)
 
 
-def _continued_table(found: dict, task: str, new_data: dict) -> str:
+def _continued_table(found: dict, study: type[SequenceStudy]) -> str:
+    """Cells are empty where a variant was not trained on in that way."""
+    columns = [(name, of, how) for name in study.new_data for of in ("request 1", study.task) for how in study.how]
     heads = [
-        "method",
-        *(f"{name}: {what}" for name in new_data for what in ("watched", "held", f"{task}, watched", f"{task}, held")),
+        f"{name}: {'' if of == 'request 1' else f'{of}, '}{how.replace(' at their level', '')}"
+        for name, of, how in columns
     ]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = ["| " + " | ".join(["method", *heads]) + " |", "|---" * (1 + len(heads)) + "|"]
     for variant, own in found.items():
-        if any(f"{name}, {HOW[True]}" not in record["continued"] for record in own for name in new_data):
+        if any(
+            f"{name}, {how}" not in record["continued"] for record in own for name in study.new_data for how in HOW
+        ):
             continue
         cells = []
-        for name in new_data:
-            for of in ("request 1", task):
-                for how in HOW.values():
-                    values = [record["continued"][f"{name}, {how}"]["quality"][of][0] for record in own]
-                    starts = [record["after"][-1]["quality"][of][0] if of == "request 1" else 0.0 for record in own]
-                    cells.append(mean_and_interval(np.subtract(values, starts)))
+        for name, of, how in columns:
+            if any(f"{name}, {how}" not in record["continued"] for record in own):
+                cells.append("")
+                continue
+            values = [record["continued"][f"{name}, {how}"]["quality"][of][0] for record in own]
+            starts = [record["after"][-1]["quality"][of][0] if of == "request 1" else 0.0 for record in own]
+            cells.append(mean_and_interval(np.subtract(values, starts)))
         lines.append("| " + " | ".join([variant, *cells]) + " |")
     return "\n".join(lines)
 

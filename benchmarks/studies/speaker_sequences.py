@@ -16,7 +16,7 @@ from datasets import Dataset, concatenate_datasets
 from harness import RESULTS, Records
 from methods import Bench
 from retention import KL
-from sequences import ONCE, RETRAINING, SequenceStudy, Variant
+from sequences import ONCE, RETRAINING, Further, SequenceStudy, Variant
 from speech import SpeechStudy, add_folders
 from speech_data import Request, collator, learn, train_on, untrained
 from study import add_variants, main
@@ -128,15 +128,15 @@ error rate on those changes, watched only and held by `StaysForgotten`, and the 
             raise NotImplementedError("Utterances are not varied here.")
         return concatenate_datasets([retain, *earlier])
 
-    def train_on(self, model, request: Request, again: bool, hold: bool) -> None:
+    def train_on(self, model, request: Request, again: bool, further: Further) -> None:
         sets, parts = self.sets(request, ""), self.parts(request)
         collate = collator(self.speech.processor)
         set_seed(request.seed)
         args = TrainingArguments(
-            str(self.work / "continued"), max_steps=FURTHER_STEPS, per_device_train_batch_size=8, learning_rate=1e-5,
+            str(self.work / "continued"), max_steps=further.times * FURTHER_STEPS, per_device_train_batch_size=8, learning_rate=1e-5,
             save_strategy="no", report_to="none", disable_tqdm=True, seed=request.seed, logging_steps=1000,
         )  # fmt: skip
-        stays = StaysForgotten(sets["forget"], collate, hold=hold, batch_size=8)
+        stays = StaysForgotten(sets["forget"], collate, hold=further.hold, batch_size=8)
         new = concatenate_datasets([sets["new"], parts[0]]) if again else sets["new"]
         Trainer(model, args, train_dataset=new, data_collator=collate, callbacks=[stays]).train()
 

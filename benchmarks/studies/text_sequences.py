@@ -19,7 +19,7 @@ from harness import RESULTS, Records, trained_model
 from image_data import Request
 from methods import Bench
 from retention import KL
-from sequences import ONCE, RETRAINING, SequenceStudy, Variant
+from sequences import HOW, ONCE, RETRAINING, Further, SequenceStudy, Variant
 from study import add_variants, main
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -68,8 +68,10 @@ answers are right than by chance, {CHANCE:.3f}. Retraining is by another seed th
 questions and the AUC of membership inference, against questions on people whom no model read of. "Came back": share on the first person after the last request less that after the first. Means over seeds with 95 % intervals by \
 Student's t; differences are paired."""
     continued_note = f"""{EPOCHS} epochs at a learning rate of {FURTHER_RATE:g} on questions on {NEW} new people and those at hand ("new"), and on these with the first request's among \
-them. By how much the share of right answers on those rises, watched only and held by `StaysForgotten`, and the share on the new people's, in words that were not trained on."""
+them. By how much the share of right answers on those rises, watched only and held by `StaysForgotten`, and the share on the new people's, in words that were not trained on. One method \
+was trained on for twice the epochs, too."""
     task = "new"
+    how = HOW | {"watched, twice as long": Further(False, 2), "held, twice as long": Further(True, 2)}
 
     def __init__(self, work_folder: Path, records: Records):
         self.work = work_folder
@@ -158,15 +160,15 @@ them. By how much the share of right answers on those rises, watched only and he
         collate = DataCollatorForSeq2Seq(_people(people)[1])
         return Trainer(model, args, train_dataset=rows, data_collator=collate).train().global_step
 
-    def train_on(self, model, request: Request, again: bool, hold: bool) -> None:
+    def train_on(self, model, request: Request, again: bool, further: Further) -> None:
         sets, parts = self.sets(request, ""), self.parts(request)
         collate = self.bench(request.kind).shared["data_collator"]
         transformers.set_seed(request.seed)
         args = TrainingArguments(
-            str(self.work / "continued"), num_train_epochs=EPOCHS, per_device_train_batch_size=20, learning_rate=FURTHER_RATE,
+            str(self.work / "continued"), num_train_epochs=further.times * EPOCHS, per_device_train_batch_size=20, learning_rate=FURTHER_RATE,
             save_strategy="no", report_to="none", disable_tqdm=True, seed=request.seed, logging_steps=1000,
         )  # fmt: skip
-        stays = StaysForgotten(sets["forget"], collate, hold=hold, batch_size=20)
+        stays = StaysForgotten(sets["forget"], collate, hold=further.hold, batch_size=20)
         new = [sets["new"], sets["retain"], *parts[: 1 if again else 0]]
         Trainer(model, args, train_dataset=concatenate_datasets(new), data_collator=collate, callbacks=[stays]).train()
 
