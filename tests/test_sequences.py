@@ -100,15 +100,24 @@ def test_requests_in_turn_in_the_docs_are_those_of_the_records(kind, name, shown
         assert f"| {label} | {' | '.join(cells)} |" in page
 
 
+BACK = {"watched": "watched", "held by `StaysForgotten`": "held at their level"}
+LONGER = {name: name for name in ("watched, twice as long", "held, twice as long")}
+
+
 @pytest.mark.parametrize(
-    "name, ours, task, seeds",
-    [("text_sequences", TextSequences.ours, "new", 3), ("speaker_sequences", SpeakerSequences.ours, "test", 1)],
+    "name, ours, task, ways, seeds",
+    [
+        ("sequences", "OrthoGrad + NPO, kl, varied, to the original, 3e-5", "test", BACK, 3),
+        ("text_sequences", TextSequences.ours, "new", BACK | LONGER, 3),
+        ("speaker_sequences", SpeakerSequences.ours, "test", BACK, 1),
+    ],
 )
-def test_those_who_come_back_in_the_docs_are_those_of_the_records(name, ours, task, seeds):
+def test_those_who_come_back_in_the_docs_are_those_of_the_records(name, ours, task, ways, seeds):
     runs = json.loads((RESULTS / f"study_{name}.json").read_text())["runs"]
     page = (RESULTS.parent.parent / "docs" / "results.md").read_text()
-    found = [runs[f"{ours} turn-{seed}"] for seed in range(seeds)]
-    for label, how in (("watched", "watched"), ("held by `StaysForgotten`", "held at their level")):
+    kind = "random" if name == "sequences" else "turn"
+    found = [runs[f"{ours} {kind}-{seed}"] for seed in range(seeds)]
+    for label, how in ways.items():
         after = [run["continued"][f"new with request 1, {how}"]["quality"] for run in found]
         before = [run["after"][-1]["quality"] for run in found]
         back = [one["request 1"][0] - start["request 1"][0] for one, start in zip(after, before, strict=True)]
