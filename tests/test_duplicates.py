@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Audio, Dataset, load_dataset
+from datasets import Audio, Dataset, concatenate_datasets, load_dataset
 from published import rows
 from scipy.signal import resample_poly
 
@@ -136,3 +136,7 @@ def test_a_history_finds_rows_of_all_its_requests(tmp_path, make_model, make_sam
     (found,) = history.check_dataset(new, column=column)  # a pending request counts
     assert (found.row, found.request_id) == (5, "case-1") and 0.3 < found.similarity < 1
     assert history.check_dataset(new) == []
+    # the same row, and another one with the same text: as similar, and not the same
+    both = concatenate_datasets([new.select([0]), rows(make_samples("vit", 4)).select([1])])
+    found = history.check_dataset(both, column=[texts[1], texts[1]])
+    assert found == [FoundRow(1, "case-1", 1.0, True), FoundRow(0, "case-1", 1.0, False)]

@@ -34,7 +34,9 @@ def test_requests_are_carried_out_one_after_the_other(history, sets):
     assert history.model == history.original
     make = maker(sets["retain"])
     report = lambda trainer, goal: evaluate_unlearning(trainer, datasets={"forget": trainer.forget_dataset}, goal=goal)  # noqa: E731
-    (first,) = history.run(make, make_report=report, at_most=1)
+    told = []
+    (first,) = history.run(make, make_report=report, at_most=1, on_done=told.append)
+    assert [[request.number for request in requests] for requests in told] == [[1]]
     assert first.number == 1 and [request.request_id for request in history.pending()] == ["case-2"]
     assert [request.number for request in history.run(make, make_report=report)] == [2] and history.pending() == []
     assert history.run(make) == []
@@ -92,6 +94,12 @@ def test_requests_are_merged_into_one_run(history, sets):
     assert record.request_id == "case-1, case-2, case-3" and len(record.commitments) == 12
     assert record.goal == "retrained"
     assert [one.problems for one in history.check()] == [[], [], []]
+    new = concatenate_datasets([sets["forget 2"], sets["forget 3"]])
+    named = ["case-2"] * 4 + ["case-3"] * 4
+    assert [(one.row, one.request_id) for one in history.check_dataset(new)] == list(enumerate(named))
+    shutil.rmtree(history.requests[2].private / "forget")  # of those rows the record alone tells
+    named = ["case-2"] * 4 + ["case-1, case-2, case-3"] * 4
+    assert [(one.row, one.request_id) for one in history.check_dataset(new)] == list(enumerate(named))
     with pytest.raises(ValueError, match="committed to under the salt of request 3"):
         history.delete_data(1, salt=True)
     history.delete_data(3, salt=True)  # salts of the others' own open nothing but their sketches

@@ -6,6 +6,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
+from hf_orthograd.checkpoints import is_whole
 from hf_orthograd.evaluation import evaluate_unlearning
 
 
@@ -242,6 +243,11 @@ def test_resume_equals_uninterrupted(projection, tmp_path, make_model, make_samp
     for one, seconds in ((trainer, runtimes[0]), (resumed_trainer, runtimes[1] + earlier)):
         report = evaluate_unlearning(one, datasets={"forget": make_samples("llama", 2)})
         assert earlier > 0 and report.cost["unlearning"]["seconds"] == pytest.approx(seconds)
+    # one that does not say it, of an earlier version, is gone on from as well
+    del state["stateful_callbacks"]["TrainingClock"]
+    (tmp_path / "whole" / "checkpoint-3" / "trainer_state.json").write_text(json.dumps(state))
+    run(tmp_path / "older", resume=str(tmp_path / "whole" / "checkpoint-3"))
+    assert is_whole(tmp_path / "older" / "checkpoint-6")
 
 
 def test_evaluation_per_set_and_model_is_trainable_afterwards(tmp_path, make_model, make_samples):

@@ -47,7 +47,7 @@ class Variant:
     """
 
     method: str
-    rate: float
+    rate: float | None  # None: as the original was trained
     extra: dict = field(default_factory=dict)
     varied: bool = False
     held: bool = False
@@ -69,7 +69,7 @@ VARIANTS = {
     "ONPO": Variant("onpo", 1e-4),
     "ONPO, kl, varied, to the original, 3e-5": Variant("onpo", 3e-5, **_VARIED, to_original=True),
     "GradDiff": Variant("graddiff", 3e-5),
-    RETRAINING: Variant("retraining", 1e-3),
+    RETRAINING: Variant("retraining", None),
 }
 ONCE = "all at once"
 
@@ -89,7 +89,7 @@ HOW = {
 NEW_DATA = {"new": False, "new with request 1": True}  # whether the first request's images are among the new ones
 
 
-_NOTE = """"kl" holds retain images to the predictions of the model before, "to the original" to those of the model before any request. Learning rates are those of the study of retain terms for all five requests at once, 1e-4 (GradDiff 3e-5), where no other is named. Accuracies after the last request. The gap is the mean distance to the model retrained without all five over accuracies on forgotten, retained and \
+_NOTE = """"kl" holds retain images to the predictions of the model before, "to the original" to those of the model before any request. Learning rates are those of the study of retain terms for all five requests at once, 1e-4 (GradDiff 3e-5), where no other is named; retraining is as the original's training, by another seed than the model that gaps are to, and its time without evaluations. Accuracies after the last request. The gap is the mean distance to the model retrained without all five over accuracies on forgotten, retained and \
 test images and the AUC of membership inference. "Came back": accuracy on the first request's images after the last request less that after the first. Means \
 over seeds with 95 % intervals by Student's t; differences are paired."""
 
@@ -171,7 +171,7 @@ class SequenceStudy(ImageStudy):
         return {"after": after, "continued": continued, "steps": steps, "seconds": seconds}
 
     def train_on(self, model, request: Request, again: bool, further: Further) -> None:
-        """Two epochs on images that the model never saw."""
+        """On new images, with those of the first request among them if `again`."""
         sets, parts = self.sets(request, CHOSEN_AT), self.parts(request)
         new = sets["proxy"]
         rows = [new[row] for row in range(len(new))] + [parts[0][row] for row in range(len(parts[0]) if again else 0)]

@@ -51,7 +51,7 @@ VARIANTS = {
     "ONPO": Variant("onpo", RATE),
     "ONPO, kl, to the original": Variant("onpo", RATE, **ORIGINAL),
     "GradDiff": Variant("graddiff", RATE),
-    RETRAINING: Variant("retraining", 2e-3),
+    RETRAINING: Variant("retraining", None),
 }
 
 

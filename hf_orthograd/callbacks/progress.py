@@ -47,21 +47,25 @@ class TrainingClock(TrainerCallback, ExportableState):
     """Says in every checkpoint how long the run has taken so far: Trainer counts from where it goes on.
 
     Attributes:
-        earlier (`float`): Seconds of training up to the checkpoint that the run goes on from; 0 of one that began anew.
+        earlier (`float`): Seconds of training up to the checkpoint that the run goes on from; 0 of one that began anew, or whose
+            checkpoint does not say it.
     """
 
     def __init__(self):
-        self.earlier, self._started = 0.0, 0.0
+        self.earlier = 0.0
+        self._started: float | None = None
 
     def state(self) -> dict:
-        seconds = self.earlier + time.perf_counter() - self._started
-        return {"args": {}, "attributes": {"seconds": seconds}}
+        since = 0.0 if self._started is None else time.perf_counter() - self._started
+        return {"args": {}, "attributes": {"seconds": self.earlier + since}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         self.earlier, self._started = saved["attributes"]["seconds"] if saved else 0.0, time.perf_counter()
+        # a checkpoint without it is saved no further otherwise: Trainer looks for those that it knows of
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
 
 def show_one_bar(trainer: AnyTrainer) -> AnyTrainer:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from ..requests import RequestHistory
+    from ..requests import Request, RequestHistory
 
 
 _DESCRIPTION = """A folder holds a model's history: the original, the requests in order, their records and models, and what the owner has to
@@ -91,24 +91,18 @@ def _add(parsed: argparse.Namespace) -> int:
 def _run(parsed: argparse.Namespace) -> int:
     history, make = _open(parsed.history), load_function(parsed.trainer)
     report = None if parsed.report is None else load_function(parsed.report, "--report")
-    settings = {"merge": parsed.merge, "hold_earlier": parsed.hold_earlier, "make_report": report}
-    count = 0
-    while done := history.run(make, at_most=1, **settings):
-        count += 1
-        for request in done:
-            losses = (request.measured[when]["forget_loss"] for when in ("before", "after"))
-            print(
-                "Done: request {} ({}); loss on its forget set {:.3f} before, {:.3f} after.".format(
-                    request.number, request.request_id, *losses
-                ),
-                flush=True,
-            )
-        if count == parsed.at_most:
-            break
-    if not count:
+    settings = {"merge": parsed.merge, "hold_earlier": parsed.hold_earlier, "at_most": parsed.at_most}
+    if not history.run(make, make_report=report, on_done=_print_done, **settings):
         print("No request was pending.")
     print(f"The model of today: {history.model}")
     return 0
+
+
+def _print_done(requests: "list[Request]") -> None:
+    for request in requests:
+        losses = (request.measured[when]["forget_loss"] for when in ("before", "after"))
+        line = "Done: request {} ({}); loss on its forget set {:.3f} before, {:.3f} after."
+        print(line.format(request.number, request.request_id, *losses), flush=True)
 
 
 def _status(parsed: argparse.Namespace) -> int:

@@ -118,13 +118,15 @@ def find_rows(history: "RequestHistory", dataset: Dataset, column: Iterable | No
         rows, sketches, salt = request.rows("forget"), request.sketches(), request.salt()
         carrier = history.carrier(request)
         sealed = _sealed(carrier, records)
+        merged = carrier is not None and len(carrier.plan["numbers"]) > 1
         near = column is not None and sketches is not None and salt is not None
         known = []
-        if carrier == request and sealed and (labelled or rows is None):  # also those that were merged into its run
+        by_record = carrier == request and sealed and (labelled or rows is None)
+        if by_record:  # also those that were merged into its run
             known = check_dataset(dataset, sealed, salt)
-        elif rows is not None:
-            known = same_rows(dataset, rows, request.request_id)
-        elif not sealed and not near:
+        if rows is not None and (merged or not by_record):
+            known += same_rows(dataset, rows, request.request_id)
+        elif rows is None and not sealed and not near:
             logger.warning(
                 f"Request {request.number} is not looked for: its rows were deleted, and no salt opens its record."
             )
@@ -135,7 +137,16 @@ def find_rows(history: "RequestHistory", dataset: Dataset, column: Iterable | No
         for one in known:
             before = found.setdefault((one.row, one.request_id), one)
             found[one.row, one.request_id] = max(before, one, key=lambda each: (each.exact, each.similarity))
-    return sorted(found.values(), key=lambda one: (not one.exact, -one.similarity, one.row))
+    exact = {(one.row, one.request_id) for one in found.values() if one.exact}
+    # the record of a merged run says that a row is in one of its requests, their rows say in which
+    told = [one for one in found.values() if not exact.intersection((one.row, name) for name in _merged_in(one))]
+    return sorted(told, key=lambda one: (not one.exact, -one.similarity, one.row))
+
+
+def _merged_in(found: FoundRow) -> list[str]:
+    """The requests that its name joins; none if it is that of one request."""
+    names = found.request_id.split(", ")
+    return names if len(names) > 1 else []
 
 
 def _sealed(carrier: Request | None, records: list[UnlearningRecord]) -> list[UnlearningRecord]:

@@ -184,11 +184,6 @@ class RequestHistory:
             raise ValueError(f"`goal` must be 'retrained' or 'erased', or left out, but is {goal!r}.")
         if request_id is not None and "," in request_id:
             raise ValueError(f"`request_id` is {request_id!r}, but a comma stands between those of a merged run.")
-        sketch = None if sketch is None else list(sketch)
-        if sketch is not None and len(sketch) != len(forget_dataset):
-            raise ValueError(
-                f"`sketch` has {len(sketch)} values, but `forget_dataset` has {len(forget_dataset)} rows: pass a column of the same rows."
-            )
 
         def write() -> Request:
             with keeping.adding_to(self.folder):
@@ -211,6 +206,7 @@ class RequestHistory:
         hold_earlier: bool = False,
         make_report: MakeReport | None = None,
         at_most: int | None = None,
+        on_done: Callable[[list[Request]], object] | None = None,
     ) -> list[Request]:
         """Carries out what is pending, one request after the other; a run that was killed goes on first, as it was planned.
 
@@ -224,6 +220,7 @@ class RequestHistory:
             make_report (`Callable`, *optional*): `make_report(trainer, goal)` returns the report of the trainer after training, by
                 [`~hf_orthograd.evaluation.evaluate_unlearning`]; `goal` is the request's. Its public edition is published.
             at_most (`int`, *optional*): Ends after so many runs; by default when nothing is pending.
+            on_done (`Callable`, *optional*): Called after each run with the requests that it carried out.
 
         Returns:
             `list[Request]`: Those carried out.
@@ -242,6 +239,8 @@ class RequestHistory:
                 if not requests:
                     break
                 done += requests
+                if on_done is not None:
+                    on_done(requests)
         return done
 
     def _run_next(

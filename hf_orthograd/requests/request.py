@@ -126,7 +126,12 @@ def _write_private(folder: Path, forget: Dataset, retain: Dataset | None, sketch
         retain.save_to_disk(folder / "retain")
     salt = owner_salt(folder)
     if sketched is not None:
-        Sketches.of(sketched, salt).save(folder / SKETCHES_NAME)
+        sketches = Sketches.of(sketched, salt)
+        if len(sketches) != len(forget):
+            raise ValueError(
+                f"`sketch` has {len(sketches)} values, but `forget_dataset` has {len(forget)} rows: pass a column of the same rows."
+            )
+        sketches.save(folder / SKETCHES_NAME)
 
 
 def write_json(path: Path, content: Mapping) -> None:

@@ -77,7 +77,7 @@ class UnlearningReport:
         summary (`dict[str, float | None]`): "tug_of_war", "average_gap", "unlearning_impact_score".
         checks (`list[Check]`): Each number against the reference.
         cost (`dict[str, dict[str, float | None]]`): For "unlearning", and whatever was passed beside it, "seconds",
-            "steps", "peak_memory_gib".
+            "steps", "peak_memory_gib". Seconds of a run that went on from a checkpoint are those up to it, too.
         history (`list[dict]`): The trainer's log of the run.
         losses (`dict[str, dict[str, list[float]]]`): Per-sample losses, for each model and set.
         audience (`str`): "owner", whose report is complete, or "everyone", as `public()` makes it.
