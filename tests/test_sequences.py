@@ -51,6 +51,7 @@ IMAGES = {
     "ONPO, labels": "ONPO",
     "NPO, labels": "NPO",
     "GradDiff, labels": "GradDiff",
+    "retraining after each, another seed": "retraining after each",
 }
 PEOPLE = {
     'ONPO, "kl" to the original': "ONPO, kl, to the original",
