@@ -13,9 +13,10 @@ def maker(retain_rows, **config):
     """A trainer's maker that brings its own retain rows where the request has none."""
 
     def make(model, forget, retain, output_dir):
-        settings = {"max_steps": 3, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1} | config
+        settings = {"max_steps": 3, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1}
+        settings |= {"per_device_train_batch_size": 4} | config
         args = OrthoGradConfig(
-            output_dir, per_device_train_batch_size=4, per_device_forget_batch_size=4, per_device_eval_batch_size=3,
+            output_dir, per_device_forget_batch_size=4, per_device_eval_batch_size=3,
             report_to="none", use_cpu=True, disable_tqdm=True, **settings,
         )  # fmt: skip
         return OrthoGradTrainer(

@@ -93,8 +93,10 @@ def test_each_command_does_what_the_guide_says(folder, monkeypatch, capsys):
     capsys.readouterr()
     assert run(["requests", "run", "history", "--trainer", "train.py:make_trainer", "--report", "train.py:made"]) == 1
     assert run(["requests", "withdraw", "history", "case-99"]) == 1
+    assert run(["requests", "add", "history", "--forget", "may.parquet", "--drop_sketched"]) == 1
     assert run(["requests", "run", "history", "--trainer", "train.py:make_trainer", "--at_most", "0"]) == 1
     said = capsys.readouterr().err
     assert "`--report` is 'train.py:made', but train.py has no function 'made'" in said
+    assert "`--drop_sketched` is given without `--sketch`" in said
     assert "`at_most` must be 1 or more, or left out to carry all out, but is 0." in said
     assert "`request` is 'case-99', which names no request. The history has 1 (case-17), 2 (case-23): pass" in said

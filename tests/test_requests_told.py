@@ -41,6 +41,17 @@ def test_rows_that_are_asked_for_twice_are_told(history, sets, caplog):
     assert "'extra'], those of request 3 have" in caplog.text
 
 
+def test_what_a_run_brings_back_is_told(history, sets, caplog):
+    history.add(sets["forget 1"], request_id="case-1")
+    history.run(maker(sets["retain"]))
+    assert "brought back" not in caplog.text and "rows to retain" not in caplog.text
+    history.add(sets["forget 2"], request_id="case-2")
+    taught = concatenate_datasets([sets["retain"], sets["forget 1"]])
+    history.run(maker(taught, max_steps=20, alpha=0.9, per_device_train_batch_size=12))
+    assert "4 of the 12 rows to retain were forgotten by request case-1: the run may teach them again" in caplog.text
+    assert "The run brought back what request 1 (case-1) asked to forget: the loss on its rows was" in caplog.text
+
+
 def test_what_was_changed_is_found(history, sets):
     for number in (1, 2):
         history.add(sets[f"forget {number}"], request_id=f"case-{number}")
@@ -226,6 +237,14 @@ BAD = {
         "`sketch` has 1 values, but `forget_dataset` has 4 rows",
     ),
     "no runs": (lambda history, rows: history.run(maker(rows), at_most=0), "`at_most` must be 1 or more"),
+    "sketch by name": (
+        lambda history, rows: history.add(rows, sketch="text"),
+        "`sketch` is 'text', but takes the values of a column: pass `dataset",
+    ),
+    "column by name": (
+        lambda history, rows: history.check_dataset(rows, column="text"),
+        "`column` is 'text', but takes the values of a column",
+    ),
     "pending data": (
         lambda history, rows: (history.add(rows), history.delete_data(1)),
         "`number` is 1, which is no request that was carried out",

@@ -79,9 +79,13 @@ def _add(parsed: argparse.Namespace) -> int:
     forget, retain = (
         None if path is None else load_rows(path, leave_no_copy=True) for path in (parsed.forget, parsed.retain)
     )
+    if parsed.drop_sketched and parsed.sketch is None:
+        raise ValueError("`--drop_sketched` is given without `--sketch`: name the column to sketch and drop.")
     sketch = None if parsed.sketch is None else _column(forget, parsed.sketch)
-    if parsed.sketch is not None and parsed.drop_sketched:
+    if parsed.drop_sketched:
         forget = forget.remove_columns(parsed.sketch)
+        if retain is not None and parsed.sketch in retain.column_names:
+            retain = retain.remove_columns(parsed.sketch)
     settings = {"goal": parsed.goal, "request_id": parsed.request_id, "sketch": sketch}
     request = _open(parsed.history).add(forget, retain_dataset=retain, **settings)
     print(f"Added: request {request.number} ({request.request_id}), {request.sizes['forget']} rows.")
@@ -136,7 +140,7 @@ def _check(parsed: argparse.Namespace) -> int:
 def _find(parsed: argparse.Namespace) -> int:
     from .rows import load_rows
 
-    rows = load_rows(parsed.rows)
+    rows = load_rows(parsed.rows, leave_no_copy=True)
     column = None if parsed.column is None else _column(rows, parsed.column)
     found = _open(parsed.history).check_dataset(rows, column=column)
     for one in found:

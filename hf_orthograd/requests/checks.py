@@ -1,6 +1,6 @@
 """Whether what was asked holds today: in the records, and in what the model says."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 
 logger = logging.get_logger(__name__)
+
+RETURNED = 0.1  # the share of the loss that a run added from which on its loss is told
 
 
 @dataclass
@@ -102,6 +104,7 @@ def find_rows(history: "RequestHistory", dataset: Dataset, column: Iterable | No
     """What [`RequestHistory.check_dataset`] returns; a warning for each request, or kind of row, that is not looked for."""
     found: dict[tuple[int, str], FoundRow] = {}
     records = load_records(history.model)
+    check_values("column", column)
     column = None if column is None else list(column)
     if column is not None and len(column) != len(dataset):
         raise ValueError(
@@ -155,26 +158,66 @@ def _sealed(carrier: Request | None, records: list[UnlearningRecord]) -> list[Un
     return [] if salt is None else [record for record in records if record.is_sealed_by(salt)]
 
 
-def warn_of_earlier(history: "RequestHistory", forget: Dataset) -> None:
-    """Warns of rows to forget that an earlier request names, as far as its files tell, and of other columns than the last one's."""
-    records, requests = load_records(history.model), history.requests
-    columns = set(forget.column_names)
-    for request in requests:
+def check_values(name: str, column: Iterable | None) -> None:
+    """Checks that a column was not given by its name.
+
+    Raises:
+        ValueError: It was.
+    """
+    if isinstance(column, str):
+        raise ValueError(f"`{name}` is {column!r}, but takes the values of a column: pass `dataset[{column!r}]`.")
+
+
+def rows_of_earlier(history: "RequestHistory", dataset: Dataset) -> Iterator[tuple[Request, str, int]]:
+    """Each request of whose rows some are in the data set, as far as its files tell, the names in its record, and how many rows they are."""
+    records = load_records(history.model)
+    columns = set(dataset.column_names)
+    for request in history.requests:
         rows, carrier = request.rows("forget"), history.carrier(request)
         sealed = _sealed(carrier, records)
         repeated = []
         if carrier == request and sealed and all(columns >= set(record.committed_columns or ()) for record in sealed):
-            repeated = check_dataset(forget, sealed, request.salt())
+            repeated = check_dataset(dataset, sealed, request.salt())
         elif rows is not None and columns >= set(rows.column_names) - LABEL_NAMES:
-            repeated = same_rows(forget, rows, request.request_id)
+            repeated = same_rows(dataset, rows, request.request_id)
         if repeated:
-            logger.warning(
-                f"{len({one.row for one in repeated})} of the {len(forget)} rows to forget are also in request "
-                f"{repeated[0].request_id}: they are asked for twice. Leave them out, or `withdraw` one of the requests."
-            )
+            yield request, repeated[0].request_id, len({one.row for one in repeated})
+
+
+def warn_of_earlier(history: "RequestHistory", forget: Dataset) -> None:
+    """Warns of rows to forget that an earlier request names, and of other columns than the last one's."""
+    for _, name, count in rows_of_earlier(history, forget):
+        logger.warning(
+            f"{count} of the {len(forget)} rows to forget are also in request {name}: they are asked for twice. Leave "
+            "them out, which `check_dataset` finds, or `withdraw` the one of the requests that is pending."
+        )
+    requests = history.requests
     last = requests[-1].rows("forget") if requests else None
-    if last is not None and set(last.column_names) != columns:
+    if last is not None and set(last.column_names) != set(forget.column_names):
         logger.warning(
             f"The rows to forget have the columns {forget.column_names}, those of request {requests[-1].number} have "
             f"{last.column_names}: `make_trainer` has to take both."
+        )
+
+
+def warn_of_taught(history: "RequestHistory", retain: object, done: Sequence[Request]) -> None:
+    """Warns of rows to retain that a request asked to forget whose run is over: they would be taught again."""
+    if not isinstance(retain, Dataset):
+        return
+    for request, name, count in rows_of_earlier(history, retain):
+        if request.number in {one.number for one in done}:
+            logger.warning(
+                f"{count} of the {len(retain)} rows to retain were forgotten by request {name}: the run may teach "
+                "them again. Leave them out; `check_dataset` finds them."
+            )
+
+
+def warn_of_return(checked: CheckedRequest) -> None:
+    """Warns of a request whose rows have lost more than a tenth of what its run added to their loss, after a later run."""
+    if checked.came_back is not None and checked.came_back > RETURNED:
+        before, after = (checked.measured[when]["forget_loss"] for when in ("before", "after"))
+        logger.warning(
+            f"The run brought back what request {checked.number} ({checked.request_id}) asked to forget: the loss on its rows was {before:.3f} "
+            f"before its own run, {after:.3f} after it, and is {checked.now['forget_loss']:.3f} now. `roll_back` undoes the run, and "
+            "`hold_earlier` holds those rows in it."
         )

@@ -210,6 +210,8 @@ class RequestHistory:
     ) -> list[Request]:
         """Carries out what is pending, one request after the other; a run that was killed goes on first, as it was planned.
 
+        Warnings tell of rows to retain that an earlier request forgot, and of earlier requests whose rows a run brought back.
+
         Args:
             make_trainer (`Callable`): `make_trainer(model, forget, retain, output_dir)` returns an [`OrthoGradTrainer`] of the
                 model in that folder with those sets and `OrthoGradConfig(output_dir, ...)`. The same call must give the same
@@ -261,7 +263,7 @@ class RequestHistory:
             in_first(partial(keeping.warn_of_other_original, self._begun_with))
         elif problems := publishing.verify(source):
             raise ValueError(f"The model to start from, {source!r}, is not as recorded: {'; '.join(problems)}.")
-        carry_out(begun, requests, earlier, source, make_trainer, make_report)
+        carry_out(self, begun, requests, earlier, source, make_trainer, make_report)
         in_first(self.tidy)
         return requests
 

@@ -126,6 +126,10 @@ def _write_private(folder: Path, forget: Dataset, retain: Dataset | None, sketch
         retain.save_to_disk(folder / "retain")
     salt = owner_salt(folder)
     if sketched is not None:
+        if isinstance(sketched, str):
+            raise ValueError(
+                f"`sketch` is {sketched!r}, but takes the values of a column: pass `dataset[{sketched!r}]`."
+            )
         sketches = Sketches.of(sketched, salt)
         if len(sketches) != len(forget):
             raise ValueError(

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
@@ -18,7 +19,12 @@ from ..evaluation import UnlearningReport, per_sample_losses
 from ..trainer import OrthoGradTrainer
 from ..trials import preserved_random_state, replaced
 from ..validation import row_digest, stored_row
+from .checks import CheckedRequest, warn_of_return, warn_of_taught
 from .request import MEASURED_NAME, Request, write_json
+
+
+if TYPE_CHECKING:
+    from .history import RequestHistory
 
 
 logger = logging.get_logger(__name__)
@@ -29,6 +35,7 @@ MakeTrainer = Callable[[str, Dataset, Dataset | None, str], OrthoGradTrainer]
 
 
 def carry_out(
+    history: "RequestHistory",
     carrier: Request,
     requests: Sequence[Request],
     earlier: Sequence[Request],
@@ -39,6 +46,7 @@ def carry_out(
     """Trains, goes on from a checkpoint if there is one, and publishes into the carrier's folder in one step.
 
     Args:
+        history ([`RequestHistory`]): Of the requests.
         carrier ([`Request`]): In whose folder the run takes place.
         requests (`Sequence[Request]`): Those that the run carries out.
         earlier (`Sequence[Request]`): Those whose forgotten rows are held.
@@ -56,6 +64,8 @@ def carry_out(
     forget, retain = joined(list(sets.values())), joined([request.rows("retain") for request in requests])
     trainer = make_trainer(source, forget, retain, str(carrier.run_folder))
     _check_trainer(trainer, forget, carrier)
+    done = [request for request in history.requests if history.carrier(request) is not None]
+    trainer.group.in_first(partial(warn_of_taught, history, trainer.train_dataset, done))
     if earlier:
         _hold(trainer, earlier)
     begun = any(carrier.run_folder.glob("checkpoint-*"))
@@ -63,6 +73,7 @@ def carry_out(
     before = {number: measure_rows(trainer, rows) for number, rows in sets.items()}
     trainer.train(resume_from_checkpoint=find_last_checkpoint(str(carrier.run_folder)) if begun else None)
     after = {number: measure_rows(trainer, rows) for number, rows in sets.items()}
+    _look_back(trainer, done)
     report = None if make_report is None else make_report(trainer, carrier.goal)
     if report is not None and carrier.goal not in (None, report.goal):
         raise ValueError(
@@ -82,6 +93,16 @@ def carry_out(
     name = ", ".join(request.request_id for request in requests)
     public = publishing.prepare_folder(trainer, report=report, request_id=name, goal=carrier.goal)
     trainer.group.in_first(lambda: public.rename(carrier.model))
+
+
+def _look_back(trainer: OrthoGradTrainer, done: Sequence[Request]) -> None:
+    """Measures what earlier requests forgot, where their rows are kept, and warns where the run brought it back."""
+    for request in done:
+        rows = request.rows("forget")
+        if rows is not None:
+            now = measure_rows(trainer, rows)
+            if trainer.is_world_process_zero():
+                warn_of_return(CheckedRequest(request.number, request.request_id, [], request.measured, now))
 
 
 def _hold(trainer: OrthoGradTrainer, earlier: Sequence[Request]) -> None:
