@@ -71,7 +71,6 @@ SPEAKERS = {
     name: PEOPLE[name]
     for name in (
         'OrthoGrad + NPO, "kl" to the original',
-        'NPO, "kl" to the original',
         "GradDiff, labels",
         "OrthoGrad + NPO, labels",
     )
@@ -79,7 +78,7 @@ SPEAKERS = {
 PAGES = [
     ("random", "sequences", IMAGES, 3),
     ("turn", "text_sequences", PEOPLE, 3),
-    ("turn", "speaker_sequences", SPEAKERS, 1),
+    ("turn", "speaker_sequences", SPEAKERS, 3),
 ]
 
 
@@ -110,7 +109,7 @@ LONGER = {name: name for name in ("watched, twice as long", "held, twice as long
     [
         ("sequences", "OrthoGrad + NPO, kl, varied, to the original, 3e-5", "test", BACK, 3),
         ("text_sequences", TextSequences.ours, "new", BACK | LONGER, 3),
-        ("speaker_sequences", SpeakerSequences.ours, "test", BACK, 1),
+        ("speaker_sequences", SpeakerSequences.ours, "test", BACK, 3),
     ],
 )
 def test_those_who_come_back_in_the_docs_are_those_of_the_records(name, ours, task, ways, seeds):
