@@ -40,13 +40,14 @@ def run_in_processes(count: int, folder: Path, call: Callable, *arguments, timeo
     processes = []
     for rank in range(count):
         own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        arguments_of = own, folder / f"output-{rank}.txt", call.__module__, call.__name__, arguments
-        processes.append(_FORKS.Process(target=_enter, args=arguments_of))
+        given = own, folder / f"output-{rank}.txt", call.__module__, call.__name__, arguments
+        processes.append(_FORKS.Process(target=_enter, args=given))
         processes[-1].start()
     end = time.monotonic() + timeout
     try:
         while running := [one for one in processes if one.exitcode is None]:
-            assert wait([one.sentinel for one in running], timeout=max(0.0, end - time.monotonic())), "no end"
+            ended = wait([one.sentinel for one in running], timeout=max(0.0, end - time.monotonic()))
+            assert ended, f"not done after {timeout} s"
             _check(processes, folder)
         _check(processes, folder)
     finally:

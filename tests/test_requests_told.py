@@ -50,6 +50,10 @@ def test_what_a_run_brings_back_is_told(history, sets, caplog):
     history.run(maker(taught, max_steps=20, alpha=0.9, per_device_train_batch_size=12))
     assert "4 of the 12 rows to retain were forgotten by request case-1: the run may teach them again" in caplog.text
     assert "The run brought back what request 1 (case-1) asked to forget: the loss on its rows was" in caplog.text
+    # rows that the trainer may not take are left to `check`: the run must not end after all its steps
+    history.add(sets["forget 3"].add_column("extra", [0] * 4))
+    history.run(maker(sets["retain"].add_column("extra", [0] * 8), max_steps=1))
+    assert caplog.text.count("asked to forget is not measured: its rows have the columns") == 2
 
 
 def test_what_was_changed_is_found(history, sets):

@@ -123,3 +123,20 @@ def test_those_who_come_back_in_the_docs_are_those_of_the_records(name, ours, ta
         back = [one["request 1"][0] - start["request 1"][0] for one, start in zip(after, before, strict=True)]
         learned = mean_and_interval([one[task][0] for one in after])
         assert f"| {label} | {mean_and_interval(back)} | {learned} |" in page
+
+
+def test_what_the_docs_say_of_held_recognisers_is_in_the_records():
+    runs = json.loads((RESULTS / "study_speaker_sequences.json").read_text())["runs"]
+    page = (RESULTS.parent.parent / "docs" / "results.md").read_text()
+    ours, once = (
+        [runs[f"{name} turn-{seed}"] for seed in range(3)] for name in (SpeakerSequences.ours, sequences.ONCE)
+    )
+    test = [[run["after"][-1]["quality"]["test"][0] for run in own] for own in (ours, once)]
+    mean, interval = mean_and_interval(100 * np.subtract(*test)).split(" ± ")
+    assert f"Test WER is {float(mean):.1f} points above that of all at once, ± {float(interval):.1f}." in page
+    ways = [[run["continued"][f"new with request 1, {how}"]["quality"] for run in ours] for how in sequences.HOW]
+    watched, held = ([one["test"][0] for one in way] for way in ways)
+    worst = int(np.argmax(held))
+    assert f"its test WER is {held[worst]:.0%}, watched {watched[worst]:.0%}".replace("%", " %") in page
+    rise = ways[1][worst]["forget"][1] / ours[worst]["after"][-1]["quality"]["forget"][1]
+    assert f"to {rise:.1f} times the loss at the start" in page

@@ -82,10 +82,8 @@ class Further:
     times: int = 1
 
 
-HOW = {
-    "watched": Further(False),
-    "held at their level": Further(True),
-}  # an earlier rule, "held", pushed rows above it
+# an earlier rule, "held", pushed rows above it
+HOW = {"watched": Further(False), "held at their level": Further(True)}
 NEW_DATA = {"new": False, "new with request 1": True}  # whether the first request's images are among the new ones
 
 
@@ -105,11 +103,8 @@ class SequenceStudy(ImageStudy):
     choices, ours = VARIANTS, OURS
     what, note, continued_note = "requests", _NOTE, _CONTINUED_NOTE
     metric, task = "accuracy", "test"  # what the curves show; the set that stands for the new task
-    trained_on, new_data, how = (
-        tuple(VARIANTS),
-        NEW_DATA,
-        HOW,
-    )  # the variants whose last model is trained on, on what, how
+    # the variants whose last model is trained on, on what, and how
+    trained_on, new_data, how = tuple(VARIANTS), NEW_DATA, HOW
     variants = tuple(VARIANTS)
 
     def parts(self, request: Request) -> list[Images]:

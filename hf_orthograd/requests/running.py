@@ -73,7 +73,7 @@ def carry_out(
     before = {number: measure_rows(trainer, rows) for number, rows in sets.items()}
     trainer.train(resume_from_checkpoint=find_last_checkpoint(str(carrier.run_folder)) if begun else None)
     after = {number: measure_rows(trainer, rows) for number, rows in sets.items()}
-    _look_back(trainer, done)
+    _look_back(trainer, done, forget.column_names)
     report = None if make_report is None else make_report(trainer, carrier.goal)
     if report is not None and carrier.goal not in (None, report.goal):
         raise ValueError(
@@ -95,14 +95,21 @@ def carry_out(
     trainer.group.in_first(lambda: public.rename(carrier.model))
 
 
-def _look_back(trainer: OrthoGradTrainer, done: Sequence[Request]) -> None:
+def _look_back(trainer: OrthoGradTrainer, done: Sequence[Request], columns: Sequence[str]) -> None:
     """Measures what earlier requests forgot, where their rows are kept, and warns where the run brought it back."""
     for request in done:
         rows = request.rows("forget")
-        if rows is not None:
-            now = measure_rows(trainer, rows)
-            if trainer.is_world_process_zero():
-                warn_of_return(CheckedRequest(request.number, request.request_id, [], request.measured, now))
+        if rows is None:
+            continue
+        if set(rows.column_names) != set(columns):  # this trainer may not take them, and the run is over
+            logger.warning(
+                f"Whether the run brought back what request {request.number} asked to forget is not measured: its rows have the columns "
+                f"{rows.column_names}, those of the run {list(columns)}. `check` makes a trainer for each."
+            )
+            continue
+        now = measure_rows(trainer, rows)
+        if trainer.is_world_process_zero():
+            warn_of_return(CheckedRequest(request.number, request.request_id, [], request.measured, now))
 
 
 def _hold(trainer: OrthoGradTrainer, earlier: Sequence[Request]) -> None:
@@ -200,8 +207,7 @@ _PREFIXES_WITHOUT_EFFECT = (
     "eval_accumulation",
 )
 
-
-_COMPARED = 32  # retain rows, those of a large set of pictures or speech take long to read
+_COMPARED = 32  # retain rows: those of a large set of pictures or speech take long to read
 
 
 def _keep_settings(trainer: OrthoGradTrainer, path: Path, begun: bool) -> None:
