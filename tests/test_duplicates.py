@@ -93,10 +93,12 @@ def test_what_cannot_be_sketched_is_named():
         ["\u4eca\u65e5\u306f\u826f\u3044\u5929\u6c14"], SALT
     )
     assert Sketches.of(["Jos\u00e9 came home"], SALT).find(["Jose\u0301 came home"], SALT) == [(0, 1.0)]
-    with pytest.raises(ValueError, match="make a sketch of each column"):
+    with pytest.raises(ValueError, match="Row 1 is audio, and those before it are text: make a sketch of each column"):
         Sketches.of(["a", sound], SALT)
-    with pytest.raises(ValueError, match="`rows` are not what was sketched"):
+    with pytest.raises(ValueError, match="`rows` are audio, but the sketches are of text"):
         Sketches.of(["a"], SALT).find([sound], SALT)
+    with pytest.raises(ValueError, match="`rows` are tokens, but the sketches are of text"):
+        Sketches.of(["a"], SALT).find([[1, 2]], SALT)
 
 
 def copies(array, rate, generator):

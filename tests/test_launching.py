@@ -96,7 +96,7 @@ def test_yaml_becomes_arguments(tmp_path):
 def test_other_yaml_is_refused(tmp_path, capsys, text, said):
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    assert run(["unlearn", "text", "--config", str(path)]) == 1
+    assert run(["unlearn", "text", "--config", str(path)]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
 

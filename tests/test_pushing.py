@@ -183,11 +183,11 @@ def test_commands_say_what_they_did(hub, folder, capsys, make_samples, tmp_path)
     asked = ["verify", str(folder), "--salt", str(folder.parent / "_unlearning_salt.key")]
     assert run([*asked, "--rows", str(tmp_path / "forget.parquet"), "--row", "3"]) == 0
     assert "the row was in a request" in capsys.readouterr().out
-    assert run([*asked, "--rows", str(tmp_path / "forget.parquet"), "--row", "9"]) == 1
+    assert run([*asked, "--rows", str(tmp_path / "forget.parquet"), "--row", "9"]) == 2
     assert "has rows 0 to 3" in capsys.readouterr().err
     assert run(["card", str(folder), "--model_name", "Renamed", "--license", "mit"]) == 0
     assert ModelCard.load(folder / "README.md").data.license == "mit"
-    assert run(["retract", "owner/nothing"]) == 1 and "RepositoryNotFoundError" in capsys.readouterr().err
+    assert run(["retract", "owner/nothing"]) == 2 and "RepositoryNotFoundError" in capsys.readouterr().err
     repository = old_repository(hub, "owner/old", tag=True)
     assert run(["retract", "owner/old"]) == 1 and "Still there: model.safetensors" in capsys.readouterr().out
     assert run(["retract", "owner/old", "--delete_refs"]) == 0 and not repository.tags

@@ -205,7 +205,12 @@ def test_a_roll_back_makes_later_requests_pending(history, sets):
     assert history.pending() == [] and history.run(make) == []
     with pytest.raises(ValueError, match="models are kept after \\[1, 3\\]"):
         history.roll_back(2)
+    history.add(sets["forget 1"].take(2), request_id="case-4")
+    with pytest.raises(ValueError, match=r"^Not carried out: 4 \(case-4\)\. `make_trainer` returned"):
+        history.run(lambda *given: make(*given[:3], given[3] + "x"))
+    # the fourth came to nothing: it is not pending again
     assert [request.number for request in history.roll_back(0)] == [1, 2, 3]
+    history.withdraw(4)
     assert history.model == history.original
     history.withdraw(2)
     assert [request.number for request in history.run(make)] == [1, 3]

@@ -91,10 +91,10 @@ def test_each_command_does_what_the_guide_says(folder, monkeypatch, capsys):
     assert run(shlex.split(then.removeprefix("python -m hf_orthograd ") + " --report train.py:make_report")) == 0
     assert (history.requests[-1].private / "unlearning_report.json").exists()
     capsys.readouterr()
-    assert run(["requests", "run", "history", "--trainer", "train.py:make_trainer", "--report", "train.py:made"]) == 1
-    assert run(["requests", "withdraw", "history", "case-99"]) == 1
-    assert run(["requests", "add", "history", "--forget", "may.parquet", "--drop_sketched"]) == 1
-    assert run(["requests", "run", "history", "--trainer", "train.py:make_trainer", "--at_most", "0"]) == 1
+    assert run(["requests", "run", "history", "--trainer", "train.py:make_trainer", "--report", "train.py:made"]) == 2
+    assert run(["requests", "withdraw", "history", "case-99"]) == 2
+    assert run(["requests", "add", "history", "--forget", "may.parquet", "--drop_sketched"]) == 2
+    assert run(["requests", "run", "history", "--trainer", "train.py:make_trainer", "--at_most", "0"]) == 2
     said = capsys.readouterr().err
     assert "`--report` is 'train.py:made', but train.py has no function 'made'" in said
     assert "`--drop_sketched` is given without `--sketch`" in said

@@ -91,6 +91,11 @@ def test_what_is_not_looked_for_is_said(history, sets, caplog):
     assert again.check() == []  # records from before it are none of its requests
     assert history.check_dataset(sets["forget 3"], column=["a", "b", "c", "d"]) == []
     assert caplog.text.count("it has no sketches") == 2
+    history.add(sets["forget 3"], sketch=[[1, 2, 3]] * 4)
+    assert len(history.check_dataset(sets["retain"].take(1), column=[[1, 2, 3]])) == 1
+    assert history.check_dataset(sets["retain"].take(1), column=["a"]) == []
+    assert "of request 3 are not looked for: its sketches are of tokens, and `column` is text." in caplog.text
+    history.withdraw(3)
     for number in (1, 2):  # by rows that are kept
         assert len(history.check_dataset(sets[f"forget {number}"].remove_columns("labels"))) == 4
     assert "have no `labels`" in caplog.text
@@ -223,7 +228,7 @@ BAD = {
             history.add(rows),
             history.run(lambda m, f, r, o: maker(rows, check_overlap=False)(m, f, r, f"{o}x")),
         ),
-        "whose `output_dir` is .*runx', not the one that it was given",
+        r"Not carried out: 1 \(.*\)\. `make_trainer`.* whose `output_dir` is .*runx', not the one that it was given",
     ),
     "arguments of a report": (
         lambda history, rows: (history.add(rows), history.run(maker(rows), make_report=lambda trainer: None)),

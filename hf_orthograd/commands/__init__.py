@@ -34,8 +34,8 @@ Requests keep coming: a folder holds a model's history of them, one command take
     hf-orthograd requests add history --forget rows.parquet
     hf-orthograd requests run history --trainer train.py:make_trainer
 
-Exit codes: 0, done and in order; 1, something differs, was refused or is still there; 2, wrong arguments. Of `unlearn`,
-`estimate` and `evaluate` it is that of the example."""
+Exit codes: 0, done and in order; 1, something differs, is still there or was found; 2, wrong arguments, refused or failed. Of
+`unlearn`, `estimate` and `evaluate` it is that of the example."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -69,4 +69,4 @@ def run(arguments: Sequence[str]) -> int:
         if not isinstance(error, (ValueError, *FAULTS)):
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return 2

@@ -30,7 +30,8 @@ def _verify(parsed: argparse.Namespace) -> int:
     for problem in problems:
         print(f"Differs: {problem}.")
     if not problems:
-        print("As recorded: files, report and chain" + (", and the row was in a request." if row is not None else "."))
+        told = ["files, report and chain"] + ["the seal of this salt"] * (salt is not None)
+        print(f"As recorded: {', '.join(told)}{', and the row was in a request' * (row is not None)}.")
     return 1 if problems else 0
 
 

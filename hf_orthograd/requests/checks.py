@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from ..publishing import UnlearningRecord, load_records, verify
 from ..validation import LABEL_NAMES, label_column, stored_row
-from .duplicates import FoundRow, check_dataset, same_rows
+from .duplicates import FoundRow, check_dataset, kind_of, same_rows
 from .request import Request
 
 
@@ -110,6 +110,7 @@ def find_rows(history: "RequestHistory", dataset: Dataset, column: Iterable | No
         raise ValueError(
             f"`column` has {len(column)} values, but `dataset` has {len(dataset)} rows: pass a column of it."
         )
+    kind = kind_of(column[0], 0) if column else None
     for number, name in lost_requests(history):
         logger.warning(f"Request {number} ({name}) is not looked for: its folder is gone from the history.")
     labelled = label_column(dataset.column_names) is not None
@@ -122,7 +123,9 @@ def find_rows(history: "RequestHistory", dataset: Dataset, column: Iterable | No
         carrier = history.carrier(request)
         sealed = _sealed(carrier, records)
         merged = carrier is not None and len(carrier.plan["numbers"]) > 1
-        near = column is not None and sketches is not None and salt is not None
+        near = kind is not None and sketches is not None and salt is not None
+        other = near and sketches.kind != kind
+        near = near and not other
         known = []
         by_record = carrier == request and sealed and (labelled or rows is None)
         if by_record:  # also those that were merged into its run
@@ -133,7 +136,12 @@ def find_rows(history: "RequestHistory", dataset: Dataset, column: Iterable | No
             logger.warning(
                 f"Request {request.number} is not looked for: its rows were deleted, and no salt opens its record."
             )
-        if near:
+        if other:
+            logger.warning(
+                f"Near duplicates of request {request.number} are not looked for: its sketches are of {sketches.kind}, and `column` is {kind}. "
+                "Pass the column that was sketched."
+            )
+        elif near:
             known += [FoundRow(row, request.request_id, score, False) for row, score in sketches.find(column, salt)]
         elif column is not None and (sealed or rows is not None):
             logger.warning(f"Near duplicates of request {request.number} are not looked for: it has no sketches.")

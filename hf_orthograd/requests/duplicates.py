@@ -124,12 +124,13 @@ class Sketches:
     """What tells near duplicates of some rows, without the rows.
 
     Args:
-        texts (`list[np.ndarray]`): Of each text row the hashes of its word sequences, sorted, uint64; empty without text.
-        audio (`list[np.ndarray]`): Of each audio row its coarse spectrogram, shape (steps, bands).
+        kind (`str`): Of all rows: "text", "tokens" or "audio"; an attribute, too.
+        rows (`list[np.ndarray]`): Of each row of text or tokens the hashes of its word sequences, sorted, uint64; of audio its coarse
+            spectrogram, shape (steps, bands).
     """
 
-    def __init__(self, texts: list[np.ndarray], audio: list[np.ndarray]):
-        self._texts, self._audio = texts, audio
+    def __init__(self, kind: str, rows: list[np.ndarray]):
+        self.kind, self._rows = kind, rows
 
     @classmethod
     def of(cls, rows: Iterable, salt: bytes) -> "Sketches":
@@ -141,24 +142,22 @@ class Sketches:
             salt (`bytes`): The owner's.
 
         Raises:
-            ValueError: A row is none of these.
+            ValueError: A row is none of these, or another kind than those before it.
         """
-        texts, audio = [], []
+        sketches: list[np.ndarray] = []
+        kind = "text"
         for number, row in enumerate(rows):
-            if isinstance(row, Mapping):
-                audio.append(_coarse_spectrogram(decode_audio(row, _RATE)))
-            elif isinstance(row, str) or _are_tokens(row):
-                texts.append(_hashes(row, salt))
-            else:
-                raise ValueError(
-                    f"Row {number} is a {type(row).__name__}, neither text, tokens nor audio of an `Audio` column."
-                )
-        if texts and audio:
-            raise ValueError("Some rows are text and some are audio: make a sketch of each column.")
-        return cls(texts, audio)
+            own = kind_of(row, number)
+            if sketches and own != kind:
+                raise ValueError(f"Row {number} is {own}, and those before it are {kind}: make a sketch of each column.")
+            kind = own
+            sketches.append(
+                _coarse_spectrogram(decode_audio(row, _RATE)) if kind == "audio" else _hashes(row, salt)
+            )
+        return cls(kind, sketches)
 
     def __len__(self) -> int:
-        return len(self._texts) or len(self._audio)
+        return len(self._rows)
 
     def find(self, rows: Iterable, salt: bytes, similarity: float | None = None) -> list[tuple[int, float]]:
         """Numbers of rows that are nearly one of the sketched, with the highest similarity.
@@ -173,38 +172,40 @@ class Sketches:
             similarity (`float`, *optional*): From which on a row counts: 0.3 of text, 0.7 of audio by default.
 
         Raises:
-            ValueError: Rows that are text beside sketches of audio, or the other way round.
+            ValueError: Rows of another kind than those that were sketched: nothing would be found.
         """
         new = Sketches.of(rows, salt)
         if len(new) == 0 or len(self) == 0:
             return []
-        if bool(self._texts) != bool(new._texts):
-            raise ValueError("Text is compared with text and audio with audio, but `rows` are not what was sketched.")
-        scores = self._text_scores(new) if self._texts else self._audio_scores(new)
-        least = similarity if similarity is not None else TEXT_SIMILARITY if self._texts else AUDIO_SIMILARITY
+        if self.kind != new.kind:
+            raise ValueError(
+                f"`rows` are {new.kind}, but the sketches are of {self.kind}: pass the column that was sketched."
+            )
+        scores = self._audio_scores(new) if self.kind == "audio" else self._text_scores(new)
+        least = (
+            similarity if similarity is not None else AUDIO_SIMILARITY if self.kind == "audio" else TEXT_SIMILARITY
+        )
         return [(int(row), float(scores[row])) for row in np.flatnonzero(scores >= least)]
 
     def _text_scores(self, new: "Sketches") -> np.ndarray:
         holders = defaultdict(list)
-        for number, hashes in enumerate(self._texts):
+        for number, hashes in enumerate(self._rows):
             for one in hashes.tolist():
                 holders[one].append(number)
         scores = np.zeros(len(new))
-        for row, hashes in enumerate(new._texts):
+        for row, hashes in enumerate(new._rows):
             shared = Counter(number for one in hashes.tolist() for number in holders.get(one, ()))
-            scores[row] = max((count / len(self._texts[number]) for number, count in shared.items()), default=0.0)
+            scores[row] = max((count / len(self._rows[number]) for number, count in shared.items()), default=0.0)
         return scores
 
     def _audio_scores(self, new: "Sketches") -> np.ndarray:
-        return np.array([_best_correlations(self._audio, one) for one in new._audio])
+        return np.array([_best_correlations(self._rows, one) for one in new._rows])
 
     def save(self, path: str | Path) -> None:
         """Writes an `.npz` file, for the owner."""
-        content = {}
-        for name, parts in (("texts", self._texts), ("audio", self._audio)):
-            content[f"{name}_lengths"] = np.array([len(one) for one in parts], dtype=np.int64)
-            content[name] = np.concatenate(parts) if parts else np.zeros(0)
-        np.savez_compressed(path, **content)
+        lengths = np.array([len(one) for one in self._rows], dtype=np.int64)
+        joined = np.concatenate(self._rows) if self._rows else np.zeros(0)
+        np.savez_compressed(path, kind=np.array(self.kind), lengths=lengths, rows=joined)
 
     @classmethod
     def load(cls, path: str | Path) -> "Sketches":
@@ -215,13 +216,26 @@ class Sketches:
         """
         try:
             with np.load(path) as content:
-                return cls(*(_split(content[name], content[f"{name}_lengths"]) for name in ("texts", "audio")))
+                lengths = content["lengths"]
+                rows = np.split(content["rows"], np.cumsum(lengths)[:-1]) if len(lengths) else []
+                return cls(str(content["kind"]), rows)
         except (KeyError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"{str(path)!r} holds no sketches: {error}") from error
 
 
-def _split(joined: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    return np.split(joined, np.cumsum(lengths)[:-1]) if len(lengths) else []
+def kind_of(row, number: int) -> str:
+    """ "text", "tokens" or "audio".
+
+    Raises:
+        ValueError: The row, of this number, is none of these.
+    """
+    if isinstance(row, Mapping):
+        return "audio"
+    if isinstance(row, str):
+        return "text"
+    if np.ndim(row) == 1 and (len(row) == 0 or np.issubdtype(np.asarray(row).dtype, np.integer)):
+        return "tokens"
+    raise ValueError(f"Row {number} is a {type(row).__name__}, neither text, tokens nor audio of an `Audio` column.")
 
 
 def _hashes(row: str | Sequence, salt: bytes) -> np.ndarray:
@@ -233,10 +247,6 @@ def _hashes(row: str | Sequence, salt: bytes) -> np.ndarray:
     sequences = {" ".join(words[start : start + WORDS]) for start in range(count)}
     keyed = (hashlib.blake2b(one.encode(), digest_size=8, key=salt[:64]).digest() for one in sequences)
     return np.sort(np.frombuffer(b"".join(keyed), dtype=np.uint64))
-
-
-def _are_tokens(row) -> bool:
-    return np.ndim(row) == 1 and (len(row) == 0 or np.issubdtype(np.asarray(row).dtype, np.integer))
 
 
 def _words(text: str) -> list[str]:

@@ -32,7 +32,7 @@ from .checks import CheckedRequest, check_record, find_rows, lost_requests, warn
 from .duplicates import FoundRow
 from .keeping import HISTORY_NAME, ORIGINAL, REQUESTS, alone_in, in_first
 from .request import PLAN_NAME, Request, check_kept, remove, write_json
-from .running import MakeReport, MakeTrainer, carry_out, check_one_goal, joined, measure_rows
+from .running import MakeReport, MakeTrainer, carry_out, check_one_goal, joined, measure_rows, naming
 from .staying import StaysForgotten
 
 
@@ -263,7 +263,8 @@ class RequestHistory:
             in_first(partial(keeping.warn_of_other_original, self._begun_with))
         elif problems := publishing.verify(source):
             raise ValueError(f"The model to start from, {source!r}, is not as recorded: {'; '.join(problems)}.")
-        carry_out(self, begun, requests, earlier, source, make_trainer, make_report)
+        with naming(requests):
+            carry_out(self, begun, requests, earlier, source, make_trainer, make_report)
         in_first(self.tidy)
         return requests
 

@@ -4,7 +4,8 @@ import hashlib
 import inspect
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,6 +94,16 @@ def carry_out(
     name = ", ".join(request.request_id for request in requests)
     public = publishing.prepare_folder(trainer, report=report, request_id=name, goal=carrier.goal)
     trainer.group.in_first(lambda: public.rename(carrier.model))
+
+
+@contextmanager
+def naming(requests: Sequence[Request]) -> Iterator[None]:
+    """Says in a ValueError which requests were not carried out: the caller may have many."""
+    try:
+        yield
+    except ValueError as error:
+        told = ", ".join(f"{request.number} ({request.request_id})" for request in requests)
+        raise ValueError(f"Not carried out: {told}. {error}") from error
 
 
 def _look_back(trainer: OrthoGradTrainer, done: Sequence[Request], columns: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ def roll_back(history: "RequestHistory", number: int) -> list[Request]:
         raise ValueError(f"`number` is {number}, but its model is not as recorded: {'; '.join(problems)}.")
     later = [request for request in requests if request.number > number and request.plan is not None]
     undone = [history.request(one) for request in later for one in request.plan["numbers"]]
+    ran = {one for run in later if run.has_begun or history.carrier(run) is not None for one in run.plan["numbers"]}
     lost = [request.number for request in undone if request.rows("forget") is None or request.salt() is None]
     if lost:
         raise ValueError(
@@ -35,7 +36,7 @@ def roll_back(history: "RequestHistory", number: int) -> list[Request]:
             _forget_run(history.request(one))
         (request.folder / PLAN_NAME).unlink(missing_ok=True)
     history.tidy()
-    return [request for request in undone if history.carrier(request) is None]
+    return [request for request in undone if request.number in ran and history.carrier(request) is None]
 
 
 def _forget_run(request: Request) -> None:
