@@ -115,7 +115,11 @@ def _status(parsed: argparse.Namespace) -> int:
     for request in history.requests:
         carrier = history.carrier(request)
         state = (
-            "pending" if carrier is None else "done" if carrier == request else f"done with request {carrier.number}, under its salt"
+            "pending"
+            if carrier is None
+            else "done"
+            if carrier == request
+            else f"done with request {carrier.number}, under its salt"
         )
         state = "begun" if carrier is None and request.has_begun else state
         parts = {"model": request.model if request.model.exists() else None, "rows": request.rows("forget")}

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from ..publishing import UnlearningRecord, load_records, verify
 from ..validation import LABEL_NAMES, label_column, stored_row
-from .duplicates import FoundRow, check_dataset, kind_of, same_rows
+from .duplicates import FoundRow, RowDigests, committed_rows, kind_of, same_rows
 from .request import Request
 
 
@@ -103,7 +103,7 @@ def lost_requests(history: "RequestHistory") -> list[tuple[int, str]]:
 def find_rows(history: "RequestHistory", dataset: Dataset, column: Iterable | None) -> list[FoundRow]:
     """What [`RequestHistory.check_dataset`] returns; a warning for each request, or kind of row, that is not looked for."""
     found: dict[tuple[int, str], FoundRow] = {}
-    records = load_records(history.model)
+    records, digests = load_records(history.model), RowDigests()
     check_values("column", column)
     column = None if column is None else list(column)
     if column is not None and len(column) != len(dataset):
@@ -129,7 +129,7 @@ def find_rows(history: "RequestHistory", dataset: Dataset, column: Iterable | No
         known = []
         by_record = carrier == request and sealed and (labelled or rows is None)
         if by_record:  # also those that were merged into its run
-            known = check_dataset(dataset, sealed, salt)
+            known = committed_rows(dataset, sealed, salt, digests)
         if rows is not None and (merged or not by_record):
             known += same_rows(dataset, rows, request.request_id)
         elif rows is None and not sealed and not near:
@@ -179,13 +179,13 @@ def check_values(name: str, column: Iterable | None) -> None:
 def rows_of_earlier(history: "RequestHistory", dataset: Dataset) -> Iterator[tuple[Request, str, int]]:
     """Each request of whose rows some are in the data set, as far as its files tell, the names in its record, and how many rows they are."""
     records = load_records(history.model)
-    columns = set(dataset.column_names)
+    columns, digests = set(dataset.column_names), RowDigests()
     for request in history.requests:
         rows, carrier = request.rows("forget"), history.carrier(request)
         sealed = _sealed(carrier, records)
         repeated = []
         if carrier == request and sealed and all(columns >= set(record.committed_columns or ()) for record in sealed):
-            repeated = check_dataset(dataset, sealed, request.salt())
+            repeated = committed_rows(dataset, sealed, request.salt(), digests)
         elif rows is not None and columns >= set(rows.column_names) - LABEL_NAMES:
             repeated = same_rows(dataset, rows, request.request_id)
         if repeated:

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -73,8 +74,18 @@ def check_dataset(
     sealed = [record for record in records if record.is_sealed_by(salt)]
     if not sealed:
         raise ValueError("`salt` is not that of these records: none carries its seal. Pass the salt of the request.")
+    return committed_rows(dataset, sealed, salt, {})
+
+
+# of one data set the digests of its rows, by the columns that they are of: hashing a large one takes long
+RowDigests = dict[tuple[str, ...] | None, list[bytes]]
+
+
+def committed_rows(
+    dataset: AnyDataset, sealed: Sequence[UnlearningRecord], salt: bytes, digests: RowDigests
+) -> list[FoundRow]:
+    """As [`check_dataset`], of records with the seal of this salt; `digests` are filled, to be used again with the same data set."""
     found = []
-    digests: dict[tuple[str, ...] | None, list[str]] = {}
     for record in sealed:
         columns = None if record.committed_columns is None else tuple(record.committed_columns)
         missing = set(columns or ()) - set(dataset.column_names)
@@ -85,10 +96,12 @@ def check_dataset(
             )
         if columns not in digests:
             chosen = None if columns is None else frozenset(columns)
-            digests[columns] = [commit(digest, salt) for digest in row_digests(dataset, chosen)]
+            digests[columns] = row_digests(dataset, chosen)
         known = set(record.commitments)
         found += [
-            FoundRow(row, record.request_id, 1.0, True) for row, one in enumerate(digests[columns]) if one in known
+            FoundRow(row, record.request_id, 1.0, True)
+            for row, one in enumerate(digests[columns])
+            if commit(one, salt) in known
         ]
     return sorted(found, key=lambda one: one.row)
 
@@ -149,11 +162,11 @@ class Sketches:
         for number, row in enumerate(rows):
             own = kind_of(row, number)
             if sketches and own != kind:
-                raise ValueError(f"Row {number} is {own}, and those before it are {kind}: make a sketch of each column.")
+                raise ValueError(
+                    f"Row {number} is {own}, and those before it are {kind}: make a sketch of each column."
+                )
             kind = own
-            sketches.append(
-                _coarse_spectrogram(decode_audio(row, _RATE)) if kind == "audio" else _hashes(row, salt)
-            )
+            sketches.append(_coarse_spectrogram(decode_audio(row, _RATE)) if kind == "audio" else _hashes(row, salt))
         return cls(kind, sketches)
 
     def __len__(self) -> int:
@@ -182,9 +195,8 @@ class Sketches:
                 f"`rows` are {new.kind}, but the sketches are of {self.kind}: pass the column that was sketched."
             )
         scores = self._audio_scores(new) if self.kind == "audio" else self._text_scores(new)
-        least = (
-            similarity if similarity is not None else AUDIO_SIMILARITY if self.kind == "audio" else TEXT_SIMILARITY
-        )
+        usual = AUDIO_SIMILARITY if self.kind == "audio" else TEXT_SIMILARITY
+        least = usual if similarity is None else similarity
         return [(int(row), float(scores[row])) for row in np.flatnonzero(scores >= least)]
 
     def _text_scores(self, new: "Sketches") -> np.ndarray:
@@ -223,7 +235,7 @@ class Sketches:
             raise ValueError(f"{str(path)!r} holds no sketches: {error}") from error
 
 
-def kind_of(row, number: int) -> str:
+def kind_of(row: Any, number: int) -> str:
     """ "text", "tokens" or "audio".
 
     Raises:
