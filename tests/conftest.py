@@ -9,9 +9,11 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from equations import RATE
 from published import report_of, rows, unlearned_trainer
 from torch.utils.data import Dataset
 
+from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
 from hf_orthograd.requests import RequestHistory
 
 
@@ -185,3 +187,19 @@ def sets(make_samples):
 def history(tmp_path, make_model):
     make_model("vit").save_pretrained(tmp_path / "original")
     return RequestHistory.create(tmp_path / "history", tmp_path / "original")
+
+
+@pytest.fixture
+def vit_trainer(make_model, make_samples, tmp_path):
+    """SGD without clipping, all four samples of each set in every batch: a step is `-RATE` times a gradient."""
+
+    def make(trainer_class=OrthoGradTrainer, *, max_steps=1, options=None, **config):
+        args = OrthoGradConfig(
+            str(tmp_path), max_steps=max_steps, learning_rate=RATE, lr_scheduler_type="constant",
+            max_grad_norm=0, per_device_train_batch_size=4, per_device_forget_batch_size=4, save_strategy="no",
+            logging_steps=1, report_to="none", disable_tqdm=True, **({"projection": "none", "optim": "sgd"} | config),
+        )  # fmt: skip
+        sets = {"train_dataset": make_samples("vit", 4, seed=1), "forget_dataset": make_samples("vit", 4, seed=2)}
+        return trainer_class(make_model("vit"), args, **sets, **(options or {}))
+
+    return make
