@@ -182,7 +182,7 @@ def test_commands_say_what_they_did(hub, folder, capsys, make_samples, tmp_path)
     rows(make_samples("vit", 4, seed=1)).to_parquet(tmp_path / "forget.parquet")
     asked = ["verify", str(folder), "--salt", str(folder.parent / "_unlearning_salt.key")]
     assert run([*asked, "--rows", str(tmp_path / "forget.parquet"), "--row", "3"]) == 0
-    assert "the row was in a request" in capsys.readouterr().out
+    assert "chain, the seal of this salt, and the row was in a request." in capsys.readouterr().out
     assert run([*asked, "--rows", str(tmp_path / "forget.parquet"), "--row", "9"]) == 2
     assert "has rows 0 to 3" in capsys.readouterr().err
     assert run(["card", str(folder), "--model_name", "Renamed", "--license", "mit"]) == 0

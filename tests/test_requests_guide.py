@@ -56,7 +56,7 @@ def test_each_command_does_what_the_guide_says(folder, monkeypatch, capsys):
     def said(block, code=0):
         """What the block's commands print, each a call of the command line."""
         for line in block.splitlines():
-            command, _, _ = line.removeprefix("python -m hf_orthograd ").partition(" || ")
+            command, _, _ = line.removeprefix("python -m hf_orthograd ").partition(" && ")
             assert run(shlex.split(command)) == code
         return capsys.readouterr().out
 
@@ -99,4 +99,10 @@ def test_each_command_does_what_the_guide_says(folder, monkeypatch, capsys):
     assert "`--report` is 'train.py:made', but train.py has no function 'made'" in said
     assert "`--drop_sketched` is given without `--sketch`" in said
     assert "`at_most` must be 1 or more, or left out to carry all out, but is 0." in said
+    Path("broken.json").write_text("[1, {")
+    assert run(["requests", "find", "history", "--rows", "broken.json"]) == 2
+    Path("wrong.py").write_text("def make_trainer(model): ...")
+    assert run(["requests", "check", "history", "--trainer", "wrong.py:make_trainer"]) == 2
+    unforeseen = capsys.readouterr().err
+    assert "'broken.json' gives no rows" in unforeseen and "TypeError: make_trainer() takes 1" in unforeseen
     assert "`request` is 'case-99', which names no request. The history has 1 (case-17), 2 (case-23): pass" in said

@@ -11,10 +11,12 @@ from huggingface_hub import HfApi
 from published import rows
 
 from hf_orthograd import publishing
+from hf_orthograd.commands import run
 from hf_orthograd.data import VaryImages
-from hf_orthograd.requests import RequestHistory
+from hf_orthograd.gradients import UnsupportedModelError
+from hf_orthograd.requests import RequestHistory, duplicates
 from hf_orthograd.requests.duplicates import same_rows
-from hf_orthograd.validation import stored_row
+from hf_orthograd.validation import row_digests, stored_row
 
 
 def test_requests_with_several_goals_are_not_merged(history, sets):
@@ -83,10 +85,43 @@ def test_what_was_changed_is_found(history, sets):
     assert str(history.check()[0]).startswith("request 1 (case-1): its folder is gone")
 
 
-def test_what_is_not_looked_for_is_said(history, sets, caplog):
+@pytest.mark.parametrize("error", [UnsupportedModelError("no."), FloatingPointError("At step 3.")])
+def test_an_error_names_the_request_and_stays_of_its_kind(history, sets, error):
+    history.add(sets["forget 1"], request_id="case-1")
+
+    def make(*given):
+        raise error
+
+    with pytest.raises(type(error), match=rf"^Not carried out: 1 \(case-1\)\. {error}"):
+        history.run(make)
+
+
+def test_new_rows_are_hashed_once_for_all_requests(history, sets, monkeypatch):
+    hashed = []
+
+    def counted(dataset, columns):
+        hashed.append(len(dataset))
+        return row_digests(dataset, columns)
+
+    monkeypatch.setattr(duplicates, "row_digests", counted)
+    for number in (1, 2, 3):
+        history.add(sets[f"forget {number}"])
+        history.run(maker(sets["retain"], max_steps=1), at_most=1 if number < 3 else None)
+    hashed.clear()
+    assert history.check_dataset(sets["retain"]) == []
+    assert hashed.count(len(sets["retain"])) == 1  # by the records
+    history.roll_back(1)
+    hashed.clear()
+    assert history.check_dataset(sets["retain"]) == []
+    assert hashed.count(len(sets["retain"])) == 2  # and for the rows of those that are pending
+
+
+def test_what_is_not_looked_for_is_said(history, sets, caplog, capsys):
     for number in (1, 2):
         history.add(sets[f"forget {number}"], request_id=f"case-{number}")
     history.run(maker(sets["retain"]), merge=True)
+    assert run(["requests", "status", str(history.folder)]) == 0
+    assert "1 case-1: done with request 2, under its salt; 4 rows; kept: rows, salt\n" in capsys.readouterr().out
     again = RequestHistory.create(history.folder.with_name("again"), history.model)
     assert again.check() == []  # records from before it are none of its requests
     assert history.check_dataset(sets["forget 3"], column=["a", "b", "c", "d"]) == []
@@ -94,7 +129,7 @@ def test_what_is_not_looked_for_is_said(history, sets, caplog):
     history.add(sets["forget 3"], sketch=[[1, 2, 3]] * 4)
     assert len(history.check_dataset(sets["retain"].take(1), column=[[1, 2, 3]])) == 1
     assert history.check_dataset(sets["retain"].take(1), column=["a"]) == []
-    assert "of request 3 are not looked for: its sketches are of tokens, and `column` is text." in caplog.text
+    assert "of request 3 are not looked for: its sketches are of tokens, and `column` is text: pass" in caplog.text
     history.withdraw(3)
     for number in (1, 2):  # by rows that are kept
         assert len(history.check_dataset(sets[f"forget {number}"].remove_columns("labels"))) == 4
@@ -134,9 +169,9 @@ def test_labels_count_by_any_name(history, sets):
     with pytest.raises(ValueError, match="no column pixel_values"):
         history.check_dataset(wrong.select_columns(["label"]))
     two = own["forget 2"].add_column("labels", [0] * 4)  # with two names "labels" counts
-    assert len(same_rows(two, two.remove_columns("label"), "case-2")) == 4
+    assert len(same_rows(two, two.remove_columns("label"), "case-2", {})) == 4
     with pytest.raises(ValueError, match="`dataset` has none of the columns"):
-        same_rows(two.rename_column("pixel_values", "input_values"), two, "case-2")
+        same_rows(two.rename_column("pixel_values", "input_values"), two, "case-2", {})
 
 
 def test_nothing_is_deleted_for_a_model_that_is_gone(history, sets):

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import sys
+import traceback
 from collections.abc import Sequence
 
 from . import launching, publishing, requests
@@ -54,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command and returns its exit code; what went wrong is said on stderr in one line."""
+    """Runs one command and returns its exit code; what went wrong is said on stderr, in one line unless it is unforeseen."""
     parser = make_parser()
     if importlib.util.find_spec("argcomplete"):  # of the extra `completion`; does nothing unless the shell asks
         import argcomplete
@@ -66,7 +67,8 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         from ..publishing.patience import FAULTS
 
-        if not isinstance(error, (ValueError, *FAULTS)):
-            raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if isinstance(error, (ValueError, FloatingPointError, *FAULTS)):
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        else:  # Python would exit with 1, which says that something differs
+            traceback.print_exc()
         return 2

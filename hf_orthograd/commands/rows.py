@@ -4,6 +4,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from datasets import Dataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 
 
 def load_rows(path: str, *, leave_no_copy: bool = False) -> Dataset:
@@ -19,7 +20,7 @@ def load_rows(path: str, *, leave_no_copy: bool = False) -> Dataset:
         raise ValueError(f"There is nothing at {path!r}. Pass a parquet or JSON file, or a folder of `save_to_disk`.")
     try:
         return _load(path, leave_no_copy)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, DatasetsError) as error:
         raise ValueError(
             f"{path!r} gives no rows ({error}). Pass a parquet or JSON file with rows, or a folder of `save_to_disk`."
         ) from error

@@ -119,39 +119,41 @@ def find_rows(history: "RequestHistory", dataset: Dataset, column: Iterable | No
             "The new rows have no `labels`: exact rows of requests that had some are found only where their rows are kept."
         )
     for request in history.requests:
-        rows, sketches, salt = request.rows("forget"), request.sketches(), request.salt()
-        carrier = history.carrier(request)
+        rows, carrier = request.rows("forget"), history.carrier(request)
         sealed = _sealed(carrier, records)
         merged = carrier is not None and len(carrier.plan["numbers"]) > 1
-        near = kind is not None and sketches is not None and salt is not None
-        other = near and sketches.kind != kind
-        near = near and not other
+        near, why = ([], None) if kind is None else _near_rows(request, column, kind)
         known = []
         by_record = carrier == request and sealed and (labelled or rows is None)
         if by_record:  # also those that were merged into its run
-            known = committed_rows(dataset, sealed, salt, digests)
+            known = committed_rows(dataset, sealed, request.salt(), digests)
         if rows is not None and (merged or not by_record):
-            known += same_rows(dataset, rows, request.request_id)
-        elif rows is None and not sealed and not near:
+            known += same_rows(dataset, rows, request.request_id, digests)
+        elif rows is None and not sealed and (kind is None or why is not None):
             logger.warning(
                 f"Request {request.number} is not looked for: its rows were deleted, and no salt opens its record."
             )
-        if other:
-            logger.warning(
-                f"Near duplicates of request {request.number} are not looked for: its sketches are of {sketches.kind}, and `column` is {kind}. "
-                "Pass the column that was sketched."
-            )
-        elif near:
-            known += [FoundRow(row, request.request_id, score, False) for row, score in sketches.find(column, salt)]
-        elif column is not None and (sealed or rows is not None):
-            logger.warning(f"Near duplicates of request {request.number} are not looked for: it has no sketches.")
-        for one in known:
+        if why is not None and (sealed or rows is not None):
+            logger.warning(f"Near duplicates of request {request.number} are not looked for: {why}.")
+        for one in [*known, *near]:
             before = found.setdefault((one.row, one.request_id), one)
             found[one.row, one.request_id] = max(before, one, key=lambda each: (each.exact, each.similarity))
     exact = {(one.row, one.request_id) for one in found.values() if one.exact}
     # the record of a merged run says that a row is in one of its requests, their rows say in which
     told = [one for one in found.values() if not exact.intersection((one.row, name) for name in _merged_in(one))]
     return sorted(told, key=lambda one: (not one.exact, -one.similarity, one.row))
+
+
+def _near_rows(request: Request, column: list, kind: str) -> tuple[list[FoundRow], str | None]:
+    """Near duplicates of a request's rows, and, where they cannot be looked for, why."""
+    sketches, salt = request.sketches(), request.salt()
+    if sketches is None:
+        return [], "it has no sketches"
+    if salt is None:
+        return [], "the salt of its sketches was deleted"
+    if sketches.kind != kind:
+        return [], f"its sketches are of {sketches.kind}, and `column` is {kind}: pass the column that was sketched"
+    return [FoundRow(row, request.request_id, score, False) for row, score in sketches.find(column, salt)], None
 
 
 def _merged_in(found: FoundRow) -> list[str]:
@@ -187,7 +189,7 @@ def rows_of_earlier(history: "RequestHistory", dataset: Dataset) -> Iterator[tup
         if carrier == request and sealed and all(columns >= set(record.committed_columns or ()) for record in sealed):
             repeated = committed_rows(dataset, sealed, request.salt(), digests)
         elif rows is not None and columns >= set(rows.column_names) - LABEL_NAMES:
-            repeated = same_rows(dataset, rows, request.request_id)
+            repeated = same_rows(dataset, rows, request.request_id, digests)
         if repeated:
             yield request, repeated[0].request_id, len({one.row for one in repeated})
 

@@ -77,8 +77,8 @@ def check_dataset(
     return committed_rows(dataset, sealed, salt, {})
 
 
-# of one data set the digests of its rows, by the columns that they are of: hashing a large one takes long
-RowDigests = dict[tuple[str, ...] | None, list[bytes]]
+# of one data set the digests of its rows, by what of them was hashed: a large one takes long
+RowDigests = dict[tuple[str, ...] | frozenset[str] | None, list[bytes]]
 
 
 def committed_rows(
@@ -106,8 +106,10 @@ def committed_rows(
     return sorted(found, key=lambda one: one.row)
 
 
-def same_rows(dataset: Dataset, rows: Dataset, request_id: str) -> list[FoundRow]:
+def same_rows(dataset: Dataset, rows: Dataset, request_id: str, digests: RowDigests) -> list[FoundRow]:
     """Rows of a data set that are equal to some of `rows` in the columns that both have, labels by any name among them.
+
+    `digests` are filled, as [`committed_rows`] does.
 
     Raises:
         ValueError: They share no column but labels.
@@ -121,11 +123,11 @@ def same_rows(dataset: Dataset, rows: Dataset, request_id: str) -> list[FoundRow
             f"{', '.join(dataset.column_names)}: prepare it as the forget set was."
         )
     shared = [name for name in shared if name in {*columns, "labels", "attention_mask"}]
-    dataset, rows = dataset.select_columns(shared), rows.select_columns(shared)
-    known = set(row_digests(rows, columns))
-    return [
-        FoundRow(row, request_id, 1.0, True) for row, one in enumerate(row_digests(dataset, columns)) if one in known
-    ]
+    known = set(row_digests(rows.select_columns(shared), columns))
+    hashed = frozenset(shared)
+    if hashed not in digests:
+        digests[hashed] = row_digests(dataset.select_columns(shared), columns)
+    return [FoundRow(row, request_id, 1.0, True) for row, one in enumerate(digests[hashed]) if one in known]
 
 
 def _with_labels(dataset: Dataset) -> Dataset:
@@ -150,7 +152,7 @@ class Sketches:
         """Of a column.
 
         Args:
-            rows (`Iterable`): Strings, or lists of tokens, for text; for audio dicts of an `Audio(decode=False)` column,
+            rows (`Iterable`): Strings for text, lists of whole numbers for tokens; for audio dicts of an `Audio(decode=False)` column,
                 or with "array" and "sampling_rate".
             salt (`bytes`): The owner's.
 
@@ -175,14 +177,14 @@ class Sketches:
     def find(self, rows: Iterable, salt: bytes, similarity: float | None = None) -> list[tuple[int, float]]:
         """Numbers of rows that are nearly one of the sketched, with the highest similarity.
 
-        Of text, Broder's containment (1997): the share of the sketched row's sequences of three words that stand in the new row, so that a longer text which
+        Of text and tokens, Broder's containment (1997): the share of the sketched row's sequences of three words that stand in the new row, so that a longer text which
         contains it counts. Of audio: the correlation of both spectrograms in steps of 0.1 s, each band's mean removed, at the shift
         where it is highest, over 3 s at least. Other words for the same, or the same words read again, are no near duplicates.
 
         Args:
             rows (`Iterable`): As [`of`] takes them.
             salt (`bytes`): That of the sketches.
-            similarity (`float`, *optional*): From which on a row counts: 0.3 of text, 0.7 of audio by default.
+            similarity (`float`, *optional*): From which on a row counts: 0.3 of text and tokens, 0.7 of audio by default.
 
         Raises:
             ValueError: Rows of another kind than those that were sketched: nothing would be found.

@@ -98,12 +98,13 @@ def carry_out(
 
 @contextmanager
 def naming(requests: Sequence[Request]) -> Iterator[None]:
-    """Says in a ValueError which requests were not carried out: the caller may have many."""
+    """Says in an error of the library's which requests were not carried out: a history may have many."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         told = ", ".join(f"{request.number} ({request.request_id})" for request in requests)
-        raise ValueError(f"Not carried out: {told}. {error}") from error
+        error.args = (f"Not carried out: {told}. {error}",)
+        raise
 
 
 def _look_back(trainer: OrthoGradTrainer, done: Sequence[Request], columns: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from ..publishing import SALT_NAME, verify
 from .keeping import ORIGINAL
-from .request import PLAN_NAME, SKETCHES_NAME, Request, remove
+from .request import MEASURED_NAME, PLAN_NAME, SKETCHES_NAME, Request, remove
 
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def roll_back(history: "RequestHistory", number: int) -> list[Request]:
         raise ValueError(f"`number` is {number}, but its model is not as recorded: {'; '.join(problems)}.")
     later = [request for request in requests if request.number > number and request.plan is not None]
     undone = [history.request(one) for request in later for one in request.plan["numbers"]]
-    ran = {one for run in later if run.has_begun or history.carrier(run) is not None for one in run.plan["numbers"]}
+    ran = {one for run in later if _has_run(history, run) for one in run.plan["numbers"]}
     lost = [request.number for request in undone if request.rows("forget") is None or request.salt() is None]
     if lost:
         raise ValueError(
@@ -39,9 +39,14 @@ def roll_back(history: "RequestHistory", number: int) -> list[Request]:
     return [request for request in undone if request.number in ran and history.carrier(request) is None]
 
 
+def _has_run(history: "RequestHistory", run: Request) -> bool:
+    """Whether more than a plan came of it; what it measured is the last to go, so that a roll back may be killed and go on."""
+    return run.has_begun or history.carrier(run) is not None or bool(run.measured)
+
+
 def _forget_run(request: Request) -> None:
     """Deletes reports and metrics of a run whose model is gone; what came with the request stays."""
-    for path in request.private.iterdir():
+    for path in sorted(request.private.iterdir(), key=lambda path: path.name == MEASURED_NAME):
         if path.name not in ("forget", "retain", SALT_NAME, SKETCHES_NAME):
             remove(path)
 
