@@ -51,7 +51,7 @@ def test_the_gradient_is_projected_and_lifted(level, train_on, make_model, make_
     model = make_model("vit").eval()
     losses, levels = PerSampleLoss(model)(model, collated(forgotten)), torch.tensor(level).expand(4)
     falls = torch.autograd.grad(losses[levels > 1].sum(), list(model.parameters()), retain_graph=True)
-    lifts = torch.autograd.grad((levels - losses).relu().mean(), list(model.parameters()))
+    lifts = torch.autograd.grad(((levels - losses).relu() ** 2 / (2 * levels)).mean(), list(model.parameters()))
     flat = [
         torch.cat([part.flatten() for part in parts]).double() for parts in (before.found, falls, lifts, after.found)
     ]

@@ -5,7 +5,8 @@
 The image study's models: 5 % of the training images are to be forgotten, a fifth of them in each of five requests, with 5 % of the rest
 at hand. The retrained model never saw any of them. Each run starts from the model that the request before left, which is NPO's
 reference and what the stopping rule's level is measured on; "kl" holds to that model, or to the original. "Retraining after each" trains anew
-without all requests so far, by another seed than the model that gaps are to. Then the last model is trained for two epochs on new images, alone and with the first request's images among them, watched and held. Resumable.
+without all requests so far, by another seed than the model that gaps are to. Then some variants' last models are trained for two epochs on new
+images, alone and with the first request's images among them, watched and held. Resumable.
 """
 
 import argparse
@@ -72,6 +73,13 @@ VARIANTS = {
     RETRAINING: Variant("retraining", None),
 }
 ONCE = "all at once"
+TRAINED_ON = (
+    ONCE,
+    f"{OURS}, to the original, 3e-5",
+    "OrthoGrad + NPO",
+    "ONPO",
+    "ONPO, kl, varied, to the original, 3e-5",
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,6 @@ class Further:
     times: int = 1
 
 
-# an earlier rule, "held", pushed rows above it
 HOW = {"watched": Further(False), "held at their level": Further(True)}
 NEW_DATA = {"new": False, "new with request 1": True}  # whether the first request's images are among the new ones
 
@@ -92,8 +99,7 @@ test images and the AUC of membership inference. "Came back": accuracy on the fi
 over seeds with 95 % intervals by Student's t; differences are paired."""
 
 _CONTINUED_NOTE = f"""{EPOCHS} epochs on 500 new images ("new"), and on these with the first request's images among them. By how much accuracy on those rises, watched \
-only and held by `StaysForgotten`, and accuracy on test images, which stands for the new task. Of the variants that were run since it holds rows \
-at their level."""
+only and held by `StaysForgotten`, and accuracy on test images, which stands for the new task."""
 
 
 class SequenceStudy(ImageStudy):
@@ -104,7 +110,7 @@ class SequenceStudy(ImageStudy):
     what, note, continued_note = "requests", _NOTE, _CONTINUED_NOTE
     metric, task = "accuracy", "test"  # what the curves show; the set that stands for the new task
     # the variants whose last model is trained on, on what, and how
-    trained_on, new_data, how = tuple(VARIANTS), NEW_DATA, HOW
+    trained_on, new_data, how = TRAINED_ON, NEW_DATA, HOW
     variants = tuple(VARIANTS)
 
     def parts(self, request: Request) -> list[Images]:
@@ -126,8 +132,8 @@ class SequenceStudy(ImageStudy):
         rows = np.concatenate([sets["others"].rows, *(part.rows for part in later)])
         return learn(model, Images(self.train.pixels, self.train.labels, rows), seed, self.work)
 
-    def retrain(self, request: Request) -> dict:
-        """Trains anew after each request."""
+    def retrain(self, request: Request) -> tuple[dict, object]:
+        """Trains anew after each request; returns what [`carry_out`] does."""
         after, steps, seconds = [], [], 0.0
         seed = request.seed + OTHER_SEED
         for number in range(1, REQUESTS + 1):
@@ -136,9 +142,10 @@ class SequenceStudy(ImageStudy):
             steps.append(self.learn(model, request, seed, number))
             seconds += time.perf_counter() - started
             after.append(self.measured(model, request))
-        return {"after": after, "continued": {}, "steps": steps, "seconds": seconds}
+        return {"after": after, "steps": steps, "seconds": seconds}, model
 
-    def run(self, variant: str, request: Request) -> dict:
+    def carry_out(self, variant: str, request: Request) -> tuple[dict, object]:
+        """Goes through the requests; returns the record and the last model."""
         own = self.choices[variant]
         if variant == RETRAINING:
             return self.retrain(request)
@@ -156,14 +163,36 @@ class SequenceStudy(ImageStudy):
             steps.append(record["steps"])
             seconds += record["seconds"]
             after.append(self.measured(model, request))
-        continued = {}
-        for name, again in self.new_data.items() if variant in self.trained_on else ():
-            for how, further in self.how.items():
-                weights = {key: value.clone() for key, value in model.state_dict().items()}
-                self.train_on(model, request, again, further)
-                continued[f"{name}, {how}"] = self.measured(model, request)
-                model.load_state_dict(weights)
-        return {"after": after, "continued": continued, "steps": steps, "seconds": seconds}
+        return {"after": after, "steps": steps, "seconds": seconds}, model
+
+    def run(self, variant: str, request: Request) -> dict:
+        record, model = self.carry_out(variant, request)
+        if variant in self.trained_on:
+            self.keep(model, variant, request)
+        return record
+
+    def keep(self, model, variant: str, request: Request) -> None:
+        partial = self.last(variant, request).with_suffix(".partial")
+        torch.save(model.state_dict(), partial)
+        partial.replace(self.last(variant, request))
+
+    def last(self, variant: str, request: Request) -> Path:
+        """Where the weights after the last request are kept, to train on from."""
+        return self.work / f"last-{variant.replace(' ', '-')}-{request}.pt"
+
+    def trained_further(self, variant: str, request: Request, again: bool, further: Further) -> dict:
+        if not self.last(variant, request).exists():
+            recorded = self.records.runs[f"{variant} {request}"]["after"][-1]
+            record, model = self.carry_out(variant, request)
+            if record["after"][-1] != recorded:
+                raise ValueError(
+                    f"{variant!r}, seed {request.seed}, ended with {record['after'][-1]}, and not as recorded, {recorded}: delete its records."
+                )
+            self.keep(model, variant, request)
+        model = self.original(request.seed)
+        model.load_state_dict(torch.load(self.last(variant, request)))
+        self.train_on(model, request, again, further)
+        return self.measured(model, request)
 
     def train_on(self, model, request: Request, again: bool, further: Further) -> None:
         """On new images, with those of the first request among them if `again`."""
@@ -203,6 +232,10 @@ class SequenceStudy(ImageStudy):
             for variant in self.variants:
                 name = f"{variant} {request}"
                 self.records.get(name, lambda run=(variant, request): self.run(*run))
+                for new, again in self.new_data.items() if variant in self.trained_on else ():
+                    for how, further in self.how.items():
+                        run = (variant, request, again, further)
+                        self.records.get(f"{name}: {new}, {how}", lambda run=run: self.trained_further(*run))
 
     def stage_report(self) -> None:
         write_report(self.records.runs, RESULTS / f"study_{self.name}", type(self))
@@ -225,13 +258,22 @@ def write_report(runs: dict, path: Path, study: type[SequenceStudy] = SequenceSt
         return
     found = {name: [runs.get(f"{name} {kind}-{seed}") for seed in seeds] for name in study.choices}
     found = {name: own for name, own in found.items() if None not in own}
+    # by variant, and by new data and how: a record of each seed
+    further = {
+        name: {
+            way: [runs.get(f"{name} {kind}-{seed}: {way}") for seed in seeds]
+            for way in (f"{new}, {how}" for new in study.new_data for how in study.how)
+        }
+        for name in study.trained_on
+        if name in found
+    }
     references = {what: [runs[f"{what} {kind}-{seed}"] for seed in seeds] for what in ("original", "retrained")}
     title = f"# Five {study.what} in turn, {f'{len(seeds)} seeds' if len(seeds) > 1 else 'one seed'}"
     parts = [title, study.note, _sequence_table(found, references)]
     parts += [
         "## Trained on",
         study.continued_note,
-        _continued_table(found, study),
+        _continued_table(found, further, study),
         machine_note(),
     ]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
@@ -279,27 +321,22 @@ def _sequence_table(found: dict, references: dict) -> str:
     return "\n".join(lines)
 
 
-def _continued_table(found: dict, study: type[SequenceStudy]) -> str:
-    """Cells are empty where a variant was not trained on in that way."""
+def _continued_table(found: dict, further: dict, study: type[SequenceStudy]) -> str:
+    """Of the variants that were trained on in each way, for each seed."""
     columns = [(name, of, how) for name in study.new_data for of in ("request 1", study.task) for how in study.how]
     heads = [
         f"{name}: {'' if of == 'request 1' else f'{of}, '}{how.replace(' at their level', '')}"
         for name, of, how in columns
     ]
     lines = ["| " + " | ".join(["method", *heads]) + " |", "|---" * (1 + len(heads)) + "|"]
-    for variant, own in found.items():
-        if any(
-            f"{name}, {how}" not in record["continued"] for record in own for name in study.new_data for how in HOW
-        ):
+    for variant, ways in further.items():
+        if any(None in records for records in ways.values()):
             continue
+        starts = [record["after"][-1]["quality"]["request 1"][0] for record in found[variant]]
         cells = []
         for name, of, how in columns:
-            if any(f"{name}, {how}" not in record["continued"] for record in own):
-                cells.append("")
-                continue
-            values = [record["continued"][f"{name}, {how}"]["quality"][of][0] for record in own]
-            starts = [record["after"][-1]["quality"][of][0] if of == "request 1" else 0.0 for record in own]
-            cells.append(mean_and_interval(np.subtract(values, starts)))
+            values = [record["quality"][of][0] for record in ways[f"{name}, {how}"]]
+            cells.append(mean_and_interval(np.subtract(values, starts if of == "request 1" else 0.0)))
         lines.append("| " + " | ".join([variant, *cells]) + " |")
     return "\n".join(lines)
 

@@ -68,8 +68,8 @@ answers are right than by chance, {CHANCE:.3f}. Retraining is by another seed th
 questions and the AUC of membership inference, against questions on people whom no model read of. "Came back": share on the first person after the last request less that after the first. Means over seeds with 95 % intervals by \
 Student's t; differences are paired."""
     continued_note = f"""{EPOCHS} epochs at a learning rate of {FURTHER_RATE:g} on questions on {NEW} new people and those at hand ("new"), and on these with the first request's among \
-them. By how much the share of right answers on those rises, watched only and held by `StaysForgotten`, and the share on the new people's, in words that were not trained on. One method \
-was trained on for twice the epochs, too."""
+them. By how much the share of right answers on those rises, watched only and held by `StaysForgotten`, and the share on the new people's, in words that were \
+not trained on; also after twice the epochs."""
     task = "new"
     how = HOW | {"watched, twice as long": Further(False, 2), "held, twice as long": Further(True, 2)}
 

@@ -42,8 +42,8 @@ class StaysForgotten(TrainerCallback):
     Held, each optimizer step's gradient g loses what would lower the mean loss of those of some forgotten rows that are at
     their level or below: `g - max(0, <g, f>) / <f, f> f`, with f the gradient of that loss. This is the projection of A-GEM
     (arXiv 1812.00420, equation 11), turned round. Rows above their level may fall to it. Rows below it are pushed
-    back, by the gradient of `mean(max(0, level - loss))`, which clipping does not reach. Momentum and Adam's scaling bend
-    what the projection leaves: at a high learning rate the rows' loss jumps around its level. This takes one more forward
+    back, by the gradient of `mean(max(0, level - loss)^2 / (2 level))`, which clipping does not reach. Momentum and Adam's
+    scaling bend what the projection leaves: at a high learning rate the rows' loss jumps around its level. This takes one more forward
     and backward pass of `batch_size` rows a step and process. Levels stand in the trainer's state, and so in checkpoints:
     these stay with the owner.
 
@@ -148,7 +148,9 @@ class StaysForgotten(TrainerCallback):
             model.eval()
             losses = self._losses(model, rows)
             missing = self._levels[rows] - losses
-            lifted = missing.relu().mean()
+            # in proportion to what is missing: a push that stays whole until the level is reached carries rows far past it
+            levels = self._levels[rows].clamp(min=torch.finfo(torch.float32).tiny)  # a loss may be 0
+            lifted = (missing.relu().square() / (2 * levels)).mean()
             # both from one graph, which the second frees
             low = (losses * (missing.detach() >= 0)).mean()
             falls = torch.autograd.grad(low, trained, retain_graph=True, allow_unused=True)
