@@ -82,6 +82,10 @@ class ScriptArguments(ComparisonArguments):
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Measure at most so many utterances of each set; all by default."}
     )
+    freeze_decoder: bool = field(
+        default=False,
+        metadata={"help": "Whisper: unlearn by the encoder alone. Others lose less where a recogniser is to fail on a speaker."},
+    )
     use_lora: bool = field(default=False, metadata={"help": "Unlearn by a LoRA adapter on the attention projections."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of the adapter."})
     compare_projections: list[str] = field(
@@ -268,8 +272,12 @@ class Recogniser:
 
 
 def make_student(model, arguments: ScriptArguments):
-    """A copy to unlearn, its attention projections wrapped in a LoRA adapter if that was asked for."""
-    student, rank, targets = copy.deepcopy(model), arguments.lora_rank, r".*\.(q_proj|k_proj|v_proj|out_proj)"
+    """A copy to unlearn, its decoder frozen and its attention projections wrapped in a LoRA adapter if that was asked for."""
+    student, rank = copy.deepcopy(model), arguments.lora_rank
+    targets = r".*\.(q_proj|k_proj|v_proj|out_proj)"
+    if arguments.freeze_decoder:
+        student.get_decoder().requires_grad_(False)  # and with it the tied output layer
+        targets = r".*\.encoder\." + targets
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
     return get_peft_model(student, config) if arguments.use_lora else student
 
@@ -319,6 +327,8 @@ def main() -> None:
     transformers.set_seed(args.seed)
     say("Data and model ...")
     model, processor, corpus = load(arguments)
+    if arguments.freeze_decoder and not model.config.is_encoder_decoder:
+        raise ValueError(f"`--freeze_decoder` is set, but {type(model).__name__} has no decoder. Leave it out.")
     columns = {"audio_column": arguments.audio_column, "text_column": arguments.text_column}
     sets = {
         name: prepare_speech_dataset(rows, processor, **columns) for name, rows in split(corpus, arguments).items()

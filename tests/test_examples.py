@@ -136,6 +136,17 @@ def test_dry_run_prints_the_estimate_and_makes_nothing(run_here, tmp_path, capsy
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_a_frozen_decoder_leaves_the_encoder_to_be_trained(make_model, use_lora):
+    arguments = unlearn_asr.ScriptArguments(freeze_decoder=True, use_lora=use_lora, lora_rank=2)
+    model = make_model("whisper")
+    trained = {n for n, p in unlearn_asr.make_student(model, arguments).named_parameters() if p.requires_grad}
+    assert trained and all(".encoder." in name for name in trained)
+    everything = {name for name, p in model.get_encoder().named_parameters() if p.requires_grad}
+    assert use_lora or {name.partition(".encoder.")[2] for name in trained} == everything
+    assert all(p.requires_grad for p in model.get_decoder().parameters())  # the original's
+
+
 @pytest.fixture
 def ctc_folder(tmp_path):
     """A small Wav2Vec2 with its processor, and a corpus folder as one would download it."""
@@ -164,6 +175,8 @@ def test_ctc_model_from_a_folder_with_lora(run_here, ctc_folder, monkeypatch):
     output = ctc_folder / "out"
     with pytest.raises(ValueError, match=r"\['zoe'\] do not occur in column 'speaker', which has 'alice', 'bruno'"):
         run_here(*inputs, "--forget_values", "zoe")
+    with pytest.raises(ValueError, match="`--freeze_decoder` is set, but Wav2Vec2ForCTC has no decoder. Leave it out."):
+        run_here(*inputs, "--forget_values", "alice", "--freeze_decoder")
     varied, vary = [], unlearn_asr.VarySpeech.vary
     monkeypatch.setattr(unlearn_asr.VarySpeech, "vary", lambda self, heard: varied.append(heard) or vary(self, heard))
     run_here(

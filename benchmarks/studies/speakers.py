@@ -9,7 +9,7 @@ utterances' loss has reached a level. Several processes may work on the same res
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -71,16 +71,35 @@ RATE = 3e-5
 # at a third of the rate the steps between two evaluations, and the most steps, are three times as many
 SLOW = {"max_steps": 120, "eval_steps": 6}
 
-# name: (method, learning rate, what changes, whether the retain utterances are varied)
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to make the recogniser fail.
+
+    Attributes:
+        method, rate, extra: As [`unlearn`] takes them.
+        varied (`bool`): Whether the retain utterances are varied.
+        encoder_alone (`bool`): Whether the decoder stays as it is.
+    """
+
+    method: str
+    rate: float = RATE
+    extra: dict = field(default_factory=dict)
+    varied: bool = False
+    encoder_alone: bool = False
+
+
 VARIANTS = {
-    "NPO": ("npo", RATE, {}, False),
-    "OrthoGrad + NPO": ("orthograd_npo", RATE, {}, False),
-    "NPO, kl": ("npo", RATE, KL, False),
-    "OrthoGrad + NPO, kl": ("orthograd_npo", RATE, KL, False),
-    "NPO, kl, varied": ("npo", RATE, KL, True),
-    "OrthoGrad + NPO, kl, varied": ("orthograd_npo", RATE, KL, True),
-    "NPO, kl, rate 1e-5": ("npo", 1e-5, KL | SLOW, False),
-    "OrthoGrad + NPO, kl, rate 1e-5": ("orthograd_npo", 1e-5, KL | SLOW, False),
+    "NPO": Variant("npo"),
+    "OrthoGrad + NPO": Variant("orthograd_npo"),
+    "NPO, kl": Variant("npo", extra=KL),
+    "OrthoGrad + NPO, kl": Variant("orthograd_npo", extra=KL),
+    "NPO, kl, varied": Variant("npo", extra=KL, varied=True),
+    "OrthoGrad + NPO, kl, varied": Variant("orthograd_npo", extra=KL, varied=True),
+    "NPO, kl, rate 1e-5": Variant("npo", 1e-5, KL | SLOW),
+    "OrthoGrad + NPO, kl, rate 1e-5": Variant("orthograd_npo", 1e-5, KL | SLOW),
+    "NPO, kl, encoder alone": Variant("npo", extra=KL, encoder_alone=True),
+    "OrthoGrad + NPO, kl, encoder alone": Variant("orthograd_npo", extra=KL, encoder_alone=True),
 }
 DEFAULT = "OrthoGrad + NPO, kl"
 SHARES = {"0.05": {}, "1": WIDE}
@@ -123,12 +142,15 @@ class Speakers(Erasure):
         return train_on([self.corpus["train"]], 0, self.pretrained, self.work, f"original-{seconds}s", seconds)
 
     def run(self, variant: str, request: Request, share: str) -> dict:
-        method, rate, changes, varied = VARIANTS[variant]
+        own = VARIANTS[variant]
         sets = self.sets(request, share)
-        if varied:
+        if own.varied:
             sets["retain"] = sets["retain"].with_transform(VarySpeech(self.processor.feature_extractor))
-        bench, extra = self.bench(request.kind), changes | SHARES[share]
-        trainer, record = unlearn(bench, method, rate, self.original(request.seed), sets, request.seed, extra)
+        model, bench = self.original(request.seed), self.bench(request.kind)
+        if own.encoder_alone:
+            model.get_decoder().requires_grad_(False)  # and with it the tied output layer
+        extra = own.extra | SHARES[share]
+        trainer, record = unlearn(bench, own.method, own.rate, model, sets, request.seed, extra)
         record["path"] = [
             {name: round(entry[f"eval_{name}"], 4) for name in ("forget_wer", "forget_loss", "test_wer", "test_loss")}
             for entry in _evaluations(trainer.state.log_history)
