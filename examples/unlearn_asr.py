@@ -84,7 +84,9 @@ class ScriptArguments(ComparisonArguments):
     )
     freeze_decoder: bool = field(
         default=False,
-        metadata={"help": "Whisper: unlearn by the encoder alone. Others lose less where a recogniser is to fail on a speaker."},
+        metadata={
+            "help": "Whisper: unlearn by the encoder alone. Others lose less where a recogniser is to fail on a speaker."
+        },
     )
     use_lora: bool = field(default=False, metadata={"help": "Unlearn by a LoRA adapter on the attention projections."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of the adapter."})

@@ -175,7 +175,9 @@ def test_ctc_model_from_a_folder_with_lora(run_here, ctc_folder, monkeypatch):
     output = ctc_folder / "out"
     with pytest.raises(ValueError, match=r"\['zoe'\] do not occur in column 'speaker', which has 'alice', 'bruno'"):
         run_here(*inputs, "--forget_values", "zoe")
-    with pytest.raises(ValueError, match="`--freeze_decoder` is set, but Wav2Vec2ForCTC has no decoder. Leave it out."):
+    with pytest.raises(
+        ValueError, match="`--freeze_decoder` is set, but Wav2Vec2ForCTC has no decoder. Leave it out."
+    ):
         run_here(*inputs, "--forget_values", "alice", "--freeze_decoder")
     varied, vary = [], unlearn_asr.VarySpeech.vary
     monkeypatch.setattr(unlearn_asr.VarySpeech, "vary", lambda self, heard: varied.append(heard) or vary(self, heard))
