@@ -96,7 +96,7 @@ def test_commands_have_the_arguments_that_pages_give(page, monkeypatch):
     lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
     starts = ("hf-orthograd ", "python -m hf_orthograd ")
     own = [
-        shlex.split(line.partition(" || ")[0].removeprefix(start))
+        shlex.split(line.partition(" && ")[0].removeprefix(start))
         for line in lines
         for start in starts
         if line.startswith(start)
