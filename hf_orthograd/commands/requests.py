@@ -114,14 +114,10 @@ def _status(parsed: argparse.Namespace) -> int:
     print(f"original: {history.original}")
     for request in history.requests:
         carrier = history.carrier(request)
-        state = (
-            "pending"
-            if carrier is None
-            else "done"
-            if carrier == request
-            else f"done with request {carrier.number}, under its salt"
-        )
-        state = "begun" if carrier is None and request.has_begun else state
+        if carrier is None:
+            state = "begun" if request.has_begun else "pending"
+        else:
+            state = "done" if carrier == request else f"done with request {carrier.number}, under its salt"
         parts = {"model": request.model if request.model.exists() else None, "rows": request.rows("forget")}
         parts |= {"salt": request.salt(), "sketches": request.sketches()}
         kept = ", ".join(name for name, part in parts.items() if part is not None) or "nothing"
