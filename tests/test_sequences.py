@@ -78,6 +78,8 @@ SPEAKERS = {
     for name in (
         'OrthoGrad + NPO, "kl" to the original',
         "GradDiff, labels",
+        "NPO, labels",
+        "ONPO, labels",
         "OrthoGrad + NPO, labels",
     )
 }
