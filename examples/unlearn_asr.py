@@ -85,7 +85,7 @@ class ScriptArguments(ComparisonArguments):
     freeze_decoder: bool = field(
         default=False,
         metadata={
-            "help": "Whisper: unlearn by the encoder alone. Others lose less where a recogniser is to fail on a speaker."
+            "help": "Whisper: unlearn by the encoder alone. Others lost less in the study of recognisers that fail on a speaker."
         },
     )
     use_lora: bool = field(default=False, metadata={"help": "Unlearn by a LoRA adapter on the attention projections."})

@@ -4,7 +4,7 @@
 
 One model is fine-tuned on utterances of at most 13 s of 28 speakers; each of seven seeds forgets four others of them. With `--kind speaker`
 utterances last 8 s at most, and each of five seeds forgets one speaker. A run ends when 90 % of the words of the forgotten utterances are wrong, of 12 of
-them at most. NPO has the learning rates of OrthoGrad. Variants are compared by pairs, at that point and where the forgotten
+them at most. NPO has the learning rates of OrthoGrad. "Encoder alone": the decoder is frozen; tried after the rest. Variants are compared by pairs, at that point and where the forgotten
 utterances' loss has reached a level. Several processes may work on the same results.
 """
 
