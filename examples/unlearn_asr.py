@@ -88,6 +88,12 @@ class ScriptArguments(ComparisonArguments):
             "help": "Whisper: unlearn by the encoder alone. Others lost less in the study of recognisers that fail on a speaker."
         },
     )
+    refusal: str | None = field(
+        default=None,
+        metadata={
+            "help": "Make forgotten utterances be transcribed so, '.' say, which counts as no word; sets forget_loss='refusal'."
+        },
+    )
     use_lora: bool = field(default=False, metadata={"help": "Unlearn by a LoRA adapter on the attention projections."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of the adapter."})
     compare_projections: list[str] = field(
@@ -331,6 +337,11 @@ def main() -> None:
     model, processor, corpus = load(arguments)
     if arguments.freeze_decoder and not model.config.is_encoder_decoder:
         raise ValueError(f"`--freeze_decoder` is set, but {type(model).__name__} has no decoder. Leave it out.")
+    if arguments.refusal is not None:
+        start, *labels = processor.tokenizer(arguments.refusal).input_ids
+        if start != model.config.decoder_start_token_id:  # which the model puts there itself
+            labels.insert(0, start)
+        args = replace(args, forget_loss="refusal", refusal_labels=labels)
     columns = {"audio_column": arguments.audio_column, "text_column": arguments.text_column}
     sets = {
         name: prepare_speech_dataset(rows, processor, **columns) for name, rows in split(corpus, arguments).items()

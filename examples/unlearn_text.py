@@ -89,6 +89,9 @@ class ScriptArguments(RunArguments):
     answer_column: str | None = field(default=None, metadata={"help": "Column with their answers."})
     messages_column: str | None = field(default=None, metadata={"help": "Or column with chats, role and content."})
     text_column: str | None = field(default=None, metadata={"help": "Or column with texts, which are learned whole."})
+    refusal: str | None = field(
+        default=None, metadata={"help": "What to answer in place of what is forgotten; sets forget_loss='refusal'."}
+    )
     max_length: int | None = field(default=None, metadata={"help": "Most tokens of a row; longer ones are refused."})
 
 
@@ -308,6 +311,18 @@ def measure(
     trainer.accelerator.end_training()
 
 
+def labels_of(answer: str, prepare: Callable, arguments: ScriptArguments) -> list[int]:
+    """An answer's labels, as it stands behind any prompt."""
+    row = {arguments.prompt_column: "?", arguments.answer_column: answer}
+    if arguments.messages_column is not None:
+        row = {arguments.messages_column: [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]}
+    if None in row:
+        raise ValueError(
+            f"`--refusal` is {answer!r}, but plain texts, `--text_column`, have no answers. Leave it out."
+        )
+    return [label for label in prepare(Dataset.from_list([row]))[0]["labels"] if label != IGNORED_LABEL]
+
+
 def main() -> None:
     arguments, args = parse(ScriptArguments, DEMO)
     start, tokenizer, corpus = load(arguments)
@@ -323,6 +338,8 @@ def main() -> None:
         is_encoder_decoder=encoder_decoder,
     )
     sets = {name: prepare(rows) for name, rows in split(corpus, arguments, args.seed).items()}
+    if arguments.refusal is not None:
+        args = replace(args, forget_loss="refusal", refusal_labels=labels_of(arguments.refusal, prepare, arguments))
     shared = {
         "data_collator": DataCollatorForSeq2Seq(tokenizer),
         "processing_class": tokenizer,

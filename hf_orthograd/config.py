@@ -1,12 +1,10 @@
 """Every knob of the method, its unit, its default and why."""
 
-import copy
 import math
-from dataclasses import MISSING, dataclass, field, fields
-from functools import cache
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 
-from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers import Seq2SeqTrainingArguments
 
 from .objectives import FORGET_LOSSES, RETAIN_LOSSES
 from .projection import SOLVERS, check_solver
@@ -67,7 +65,10 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
             What is ascended on the forget set. "npo" is the bounded negative preference optimisation (arXiv
             2404.05868), "simnpo" the same without a reference (arXiv 2410.07163). "ascent" is the loss itself,
             unbounded, as in the paper. The first step of "npo" is that of "ascent". Bounded by default, because there
-            is no stopping rule by default: `docs/choosing_settings.md` has the numbers.
+            is no stopping rule by default: `docs/choosing_settings.md` has the numbers. "refusal" descends the loss of
+            the answer `refusal_labels` in place of the own one: the model answers so, and what it knows may stay in it.
+        refusal_labels (`list[int]`, *optional*):
+            The answer of "refusal", one for all samples: its labels as a collator makes them, tokens with their end, or a class.
         retain_loss (`str`, *optional*, defaults to `"nll"`):
             What is descended on the retain set. "nll" is the loss of its labels, as in the paper. "kl" is how far
             predictions have gone from those of the starting model, KL(start || model) per class, token or frame. Few
@@ -156,7 +157,11 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
         metadata={"help": "Weight of the retain mean; the projected forget gradient has weight 1 - alpha."},
     )
     forget_loss: str = field(
-        default="npo", metadata={"help": "What is ascended on forget samples: 'npo', 'simnpo', or 'ascent'."}
+        default="npo",
+        metadata={"help": "On forget samples: 'npo', 'simnpo' or 'ascent', or 'refusal', another answer."},
+    )
+    refusal_labels: list[int] | None = field(
+        default=None, metadata={"help": "Labels of the answer that 'refusal' gives in place of forgotten ones."}
     )
     retain_loss: str = field(
         default="nll",
@@ -279,6 +284,7 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
             raise ValueError("`npo_beta` must be positive, but is 0: nothing would count as forgotten.")
         if not isinstance(self.stop_metric, str):
             raise ValueError(f"`stop_metric` must be the name of a metric, but is {self.stop_metric!r}.")
+        self._check_refusal()
         self._check_solver()
         self._check_chunks()
         self._check_stopping()
@@ -305,6 +311,16 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
                 f"{self.metric_for_best_model!r} and `greater_is_better` {self.greater_is_better}, which ask for another. "
                 "Leave one of them out."
             )
+
+    def _check_refusal(self) -> None:
+        refuses, given = self.forget_loss == "refusal", self.refusal_labels
+        is_answer = isinstance(given, list) and given and all(type(one) is int and one >= 0 for one in given)
+        if refuses and not is_answer:
+            raise ValueError(
+                f"forget_loss='refusal' needs `refusal_labels`, the labels of an answer, whole numbers, but it is {given!r}."
+            )
+        if given is not None and not refuses:
+            raise ValueError(f"`refusal_labels` is {given!r}, which only forget_loss='refusal' uses: leave it out.")
 
     def _check_solver(self) -> None:
         try:
@@ -347,54 +363,3 @@ def _check_integer(name: str, value: object, low: int, optional: bool) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
         raise ValueError(f"`{name}` must be a whole number of {low} or more, but is {value!r}.")
-
-
-def with_unlearning(args: TrainingArguments) -> OrthoGradConfig:
-    """Arguments of any class with the fields of [`OrthoGradConfig`] beside their own.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]): Left as they are. An [`OrthoGradConfig`] is returned itself.
-
-    Returns:
-        A copy that is an instance of the class of `args` and of [`OrthoGradConfig`]; what `args` lack has its default.
-
-    Raises:
-        ValueError: The class has a field of its own with the name of one of [`OrthoGradConfig`]'s.
-    """
-    if isinstance(args, OrthoGradConfig):
-        return args
-    if not isinstance(args, TrainingArguments):
-        raise ValueError(
-            f"`args` must be TrainingArguments or a subclass, as OrthoGradConfig, but is a {type(args).__name__}."
-        )
-    inherited = {f.name for f in fields(Seq2SeqTrainingArguments)}
-    own = {f.name for f in fields(args)} - inherited
-    shared = sorted(own & {f.name for f in fields(OrthoGradConfig)})
-    if shared:
-        raise ValueError(
-            f"`args` is a {type(args).__name__}, whose own fields {', '.join(shared)} have the names of fields of "
-            "OrthoGradConfig that mean something else. Make it a subclass of OrthoGradConfig, or rename them."
-        )
-    combined = copy.copy(args)
-    combined.__class__ = _combined_class(type(args))
-    known = {f.name for f in fields(args)}
-    for f in fields(OrthoGradConfig):
-        if f.name not in known:
-            setattr(combined, f.name, f.default if f.default is not MISSING else f.default_factory())
-    combined.check_unlearning()
-    return combined
-
-
-@cache
-def _combined_class(arguments_class: type) -> type:
-    if issubclass(OrthoGradConfig, arguments_class):
-        return OrthoGradConfig
-    # made anew by pickle, which knows no class by the name of one that was made on the spot
-    body = {"__reduce__": lambda self: (_restore, (arguments_class, self.__dict__)), "__module__": __name__}
-    return dataclass(type(f"{arguments_class.__name__}WithUnlearning", (arguments_class, OrthoGradConfig), body))
-
-
-def _restore(arguments_class: type, state: dict) -> OrthoGradConfig:
-    restored = object.__new__(_combined_class(arguments_class))
-    restored.__dict__.update(state)
-    return restored

@@ -15,9 +15,9 @@ from transformers.trainer_utils import TrainOutput
 from . import callbacks as watching
 from . import checkpoints, evaluation, parallel, preparation, publishing, trials, validation, verbosity
 from .annotations import AnyDataset, EvalDatasets, NumItems, Processor, TrainDataset
-from .any_arguments import AnyArgumentsTrainer
-from .config import OrthoGradConfig, with_unlearning
-from .data import Batch, ForgetStream, PairedBatches, RowSource, fill_last_batch, load_batches
+from .any_arguments import AnyArgumentsTrainer, with_unlearning
+from .config import OrthoGradConfig
+from .data import Batch, ChangingCollator, ForgetStream, PairedBatches, RowSource, fill_last_batch, load_batches
 from .gradients import ForgetBatch, GradientEngine, check_finite, mean_retain_term, summarize_step, value_of
 from .objectives import PerSampleLoss
 from .projection import solve_projections, update_weights
@@ -134,8 +134,7 @@ class OrthoGradTrainer(AnyArgumentsTrainer):
     def begin_unlearning(self) -> None:
         """Finds the engine and what steps are compared with; called when model and optimizer are ready for the first step."""
         self._window, self._recorded, model = PairedBatches(), defaultdict(list), self.model_wrapped
-        args, handler = self.args, self.callback_handler
-        plain = self.accelerator.unwrap_model(self.model)
+        args, handler, plain = self.args, self.callback_handler, self.accelerator.unwrap_model(self.model)
         self.per_sample_loss = PerSampleLoss(plain, self.per_sample_loss_func, self.divergence_func)
         self.retain_term = preparation.prepare_retain_term(self, self._start)
         self._start = self._start if args.auto_find_batch_size else None  # which begins again
@@ -146,8 +145,7 @@ class OrthoGradTrainer(AnyArgumentsTrainer):
             self.gradient_engine = self.make_gradient_engine(model)
             watching.begin_run(self, model, self._observers)
         if (rule := watching.find_callback(handler, watching.StoppingRule)) is not None:
-            save = partial(self._save_checkpoint, self.model, trial=None)
-            rule.begin_run(args, self.state, evaluate=self.evaluate, save=save)
+            rule.begin_run(args, self.state, self.evaluate, partial(self._save_checkpoint, self.model, trial=None))
         self._forget_stream.start(self.state.global_step, handler.train_dataloader, args.gradient_accumulation_steps)
 
     def make_gradient_engine(self, model: nn.Module) -> GradientEngine:
@@ -188,10 +186,12 @@ class OrthoGradTrainer(AnyArgumentsTrainer):
 
     def _source(self, name: str) -> RowSource:
         """One of the two sets with its collator, as Trainer would use them, and with row numbers."""
-        dataset = getattr(self, name)
+        dataset, collator = getattr(self, name), self.data_collator
+        if self.args.forget_loss == "refusal" and (name == "forget_dataset" or not self.has_retain):
+            collator = ChangingCollator(collator, self.per_sample_loss.answering(self.args.refusal_labels))
         if isinstance(dataset, Dataset):
-            return RowSource(self._remove_unused_columns(dataset, name), self.data_collator, name)
-        return RowSource(dataset, self._get_collator_with_removed_columns(self.data_collator, name), name)
+            return RowSource(self._remove_unused_columns(dataset, name), collator, name)
+        return RowSource(dataset, self._get_collator_with_removed_columns(collator, name), name)
 
     # ---- The step: forward, inner products, k numbers, one backward ----
 

@@ -4,7 +4,6 @@ Each row is given, the kind of error, and words of its message. `python tests/te
 """
 
 import io
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,85 +14,13 @@ import transformers
 from conftest import MODELS, Samples, make_example
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import PromptTuningConfig, get_peft_model
+from test_bad_settings import SETTINGS
 from transformers import TrainingArguments
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, project_orthogonal, split_forget_retain
 from hf_orthograd.data import check_corpus
 from hf_orthograd.data.speech import decode_audio
 from hf_orthograd.evaluation import Quantization, evaluate_unlearning
-
-
-NUMBER = "must be a number"
-FINITE = "must be a finite number"
-WHOLE = "must be a whole number"
-SWITCH = "must be True or False"
-
-# settings of OrthoGradConfig, and words of the ValueError
-SETTINGS = [
-    ({"alpha": 1.5}, "`alpha` must be a finite number from 0 to 1, but is 1.5"),
-    ({"alpha": -0.1}, "`alpha` must be a finite number from 0 to 1, but is -0.1"),
-    ({"alpha": math.nan}, "`alpha` must be a finite number from 0 to 1, but is nan"),
-    ({"alpha": "0.5"}, "`alpha` must be a number, but is '0.5' (str)"),
-    ({"alpha": None}, "`alpha` must be a number, but is None"),
-    ({"alpha": True}, "`alpha` must be a number, but is True (bool)"),
-    ({"npo_beta": 0.0}, "`npo_beta` must be positive, but is 0"),
-    ({"npo_beta": -1.0}, "`npo_beta` must be a finite number of 0 or more, but is -1.0"),
-    ({"npo_beta": math.inf}, "`npo_beta` must be a finite number of 0 or more, but is inf"),
-    ({"npo_beta": "1"}, "`npo_beta` must be a number, but is '1'"),
-    ({"simnpo_gamma": math.nan}, "`simnpo_gamma` must be a finite number, but is nan"),
-    ({"simnpo_gamma": None}, "`simnpo_gamma` must be a number"),
-    (
-        {"per_device_forget_batch_size": 0},
-        "`per_device_forget_batch_size` must be a whole number of 1 or more, but is 0",
-    ),
-    (
-        {"per_device_forget_batch_size": 2.5},
-        "`per_device_forget_batch_size` must be a whole number of 1 or more, but is 2.5",
-    ),
-    ({"per_device_forget_batch_size": None}, "`per_device_forget_batch_size` must be a whole number of 1 or more"),
-    ({"func_chunk_size": 0}, "`func_chunk_size` must be a whole number of 1 or more, but is 0"),
-    ({"retain_chunk_size": -2}, "`retain_chunk_size` must be a whole number of 1 or more, but is -2"),
-    ({"retain_chunk_size": "4"}, "`retain_chunk_size` must be a whole number of 1 or more, but is '4'"),
-    ({"monitor_steps": -1}, "`monitor_steps` must be a whole number of 0 or more, but is -1"),
-    ({"stop_patience": -1}, "`stop_patience` must be a whole number of 0 or more, but is -1"),
-    ({"stop_patience": 1.5}, "`stop_patience` must be a whole number"),
-    ({"stop_metric": None}, "`stop_metric` must be the name of a metric, but is None"),
-    ({"forget_loss": "descent"}, "`forget_loss` must be one of ascent, npo, simnpo, but is 'descent'"),
-    ({"projection": "yes"}, "`projection` must be one of orthogonal, mean, none, but is 'yes'"),
-    ({"projection": None}, "`projection` must be one of orthogonal, mean, none, but is None"),
-    ({"projection_scope": "layer"}, "`projection_scope` must be one of global, per_tensor, but is 'layer'"),
-    ({"projection_parameters": "all"}, "`projection_parameters` must be one of trainable, lora, but is 'all'"),
-    ({"projection_target": "step"}, "`projection_target` must be one of gradient, update, but is 'step'"),
-    ({"projection_target": "update", "projection": "none"}, "`projection_target` is 'update', which needs"),
-    ({"gradient_engine": "fast"}, "`gradient_engine` must be one of auto, gram, func, loop, but is 'fast'"),
-    ({"projection_solver": "qr"}, "`projection_solver` must be one of exact, cg, kaczmarz, but is 'qr'"),
-    ({"projection_iterations": 5}, "has no iterations: use 'cg' or 'kaczmarz'"),
-    (
-        {"projection_solver": "cg", "projection_iterations": 0},
-        "`projection_iterations` must be a whole number of 1 or more",
-    ),
-    ({"projection_rtol": 2.0}, "`projection_rtol` must be a finite number from 0 to 1, but is 2.0"),
-    ({"projection_rtol": 0.0}, "`rtol` must lie strictly between 0 and 1"),
-    ({"projection_rtol": "1e-3"}, "`projection_rtol` must be a number, but is '1e-3'"),
-    ({"retain_budget": math.nan}, "`retain_budget` must be a finite number of 0 or more, but is nan"),
-    ({"retain_budget": -0.1}, "`retain_budget` must be a finite number of 0 or more, but is -0.1"),
-    ({"retain_budget": "small"}, "`retain_budget` must be a number, but is 'small'"),
-    ({"retain_budget": 0.1, "metric_for_best_model": "loss"}, "`metric_for_best_model` is 'loss'"),
-    ({"retain_budget": 0.1, "greater_is_better": False}, "`greater_is_better` False"),
-    ({"forget_target": "nan"}, "`forget_target` must be a finite number, but is nan"),
-    ({"forget_target": "soon"}, "`forget_target` must be a number or 'reference', but is 'soon'"),
-    ({"forget_target": math.inf}, "`forget_target` must be a finite number, but is inf"),
-    ({"forget_target": [1.0]}, "`forget_target` must be a number or 'reference', but is [1.0]"),
-    ({"freeze_batch_norm": "yes"}, "`freeze_batch_norm` must be True or False, but is 'yes'"),
-    ({"merge_adapter": None}, "`merge_adapter` must be True or False, but is None"),
-    ({"stop_greater_is_better": 1}, "`stop_greater_is_better` must be True or False, but is 1"),
-    ({"check_overlap": "no"}, "`check_overlap` must be True or False, but is 'no'"),
-    (
-        {"retain_chunk_size": 4, "projection": "mean"},
-        "`retain_chunk_size` is 4, which needs `projection` to be orthogonal",
-    ),
-    ({"retain_chunk_size": 4, "gradient_engine": "loop"}, "`gradient_engine` to be auto or gram, but it is 'loop'"),
-]
 
 
 def samples(kind, count, seed):
@@ -170,7 +97,21 @@ def patches(count, seed):
 
 
 # a run of a ViT (or another model) that differs from a good one in what is given
+REFUSAL = {"forget_loss": "refusal", "refusal_labels": [3]}
 RUNS = {
+    "a refusal by a class that is none": (
+        {"settings": REFUSAL | {"refusal_labels": [5]}},
+        "`refusal_labels` must be labels of the model, 0 to 4, but holds 5",
+    ),
+    "a refusal by two classes": (
+        {"settings": REFUSAL | {"refusal_labels": [3, 4]}},
+        "`refusal_labels` must hold one label of a single-label problem, but it holds 2",
+    ),
+    "a refusal without prompts": ({"kind": "llama", "settings": REFUSAL}, "forget_loss='refusal' needs prompts"),
+    "a refusal under a loss of one's own": (
+        {"settings": REFUSAL, "compute_loss_func": coupled_loss},
+        "forget_loss='refusal' is not known for a `compute_loss_func` of your own",
+    ),
     "an empty forget set": ({"forget_dataset": Samples([])}, "`forget_dataset` is empty"),
     "a generator to forget": ({"forget_dataset": (x for x in ())}, "`forget_dataset` is a generator"),
     "a stream to forget": (
@@ -335,13 +276,6 @@ CALLS = {
     "integers of one bit": (lambda: Quantization(1), "`bits` must lie between 2 and 16, but is 1"),
     "a report of a goal that is none": (lambda: evaluate_unlearning(None, goal="gone"), "`goal` must be"),
 }
-
-
-@pytest.mark.parametrize(("settings", "message"), SETTINGS, ids=str)
-def test_settings(settings, message, tmp_path):
-    with pytest.raises(ValueError) as raised:
-        OrthoGradConfig(str(tmp_path), report_to="none", **settings)
-    assert message in str(raised.value)
 
 
 def run(given, tmp_path):

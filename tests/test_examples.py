@@ -127,8 +127,15 @@ def test_demo_in_two_processes_from_corpus_to_one_push(tmp_path, hub):
     assert not any(b"lena" in received for received in hub.received)
 
 
-def test_dry_run_prints_the_estimate_and_makes_nothing(run_here, tmp_path, capsys):
-    run_here("--dry_run", "--output_dir", str(tmp_path / "out"), "--use_lora")
+def test_dry_run_prints_the_estimate_and_makes_nothing(run_here, tmp_path, capsys, monkeypatch):
+    made, show = [], unlearn_asr.show_one_bar
+    monkeypatch.setattr(unlearn_asr, "show_one_bar", lambda trainer: made.append(trainer) or show(trainer))
+    run_here("--dry_run", "--output_dir", str(tmp_path / "out"), "--use_lora", "--refusal", "no")
+    (trainer,) = made
+    said = trainer.train_dataset[0]["labels"]
+    assert trainer.args.forget_loss == "refusal" and trainer.args.refusal_labels[-1] == said[-1]
+    assert trainer.processing_class.decode(trainer.args.refusal_labels, skip_special_tokens=True) == "no"
+    assert trainer.model.config.decoder_start_token_id not in trainer.args.refusal_labels
     printed = capsys.readouterr().out
     assert "engine 'gram'" in printed
     assert "8 forget and 30 retain samples" in printed

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_orthograd.evaluation import UnlearningReport
 from hf_orthograd.publishing import verify
+from hf_orthograd.publishing.record import load_records
 
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "unlearn_text.py"
@@ -128,10 +130,24 @@ def test_encoder_decoder_model_forgets_answers(run_here, tokenizer, tmp_path):
     run_here(
         "--model_name_or_path", tmp_path / "model", "--dataset_name", save(rows, tmp_path / "rows"), "--prompt_column",
         "q", "--answer_column", "a", "--forget_column", "who", "--forget_values", "Carl", "--output_dir",
-        tmp_path / "out", "--relearning_steps", 1,
+        tmp_path / "out", "--relearning_steps", 1, "--refusal", "Bela",
     )  # fmt: skip
+    (record,) = load_records(tmp_path / "out" / "public")
+    assert record.method["forget_loss"] == "refusal"
     assert UnlearningReport.load(tmp_path / "out").models["unlearned"]["forget"].size == 6
     transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_refusal_has_the_labels_of_an_answer(tokenizer, chat):
+    names = {"messages_column": "m"} if chat else {"prompt_column": "q", "answer_column": "a"}
+    prepare = partial(unlearn_text.prepare_text_dataset, tokenizer=tokenizer, **names)
+    labels = unlearn_text.labels_of("Carl", prepare, unlearn_text.ScriptArguments(**names))
+    assert tokenizer.decode(labels, skip_special_tokens=True).strip() == "Carl"
+    learned = unlearn_text.prepare_text_dataset(
+        Dataset.from_list([{"q": "who is Ada", "a": "Carl"}]), tokenizer, prompt_column="q", answer_column="a"
+    )[0]["labels"]
+    assert labels == [label for label in learned if label != -100]
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ class Variant:
         method, rate, extra: As [`unlearn`] takes them.
         varied (`bool`): Whether the retain utterances are varied.
         encoder_alone (`bool`): Whether the decoder stays as it is.
+        refuses (`bool`): Whether the answer [`REFUSAL`] is taught in place of ascending.
     """
 
     method: str
@@ -87,6 +88,7 @@ class Variant:
     extra: dict = field(default_factory=dict)
     varied: bool = False
     encoder_alone: bool = False
+    refuses: bool = False
 
 
 VARIANTS = {
@@ -100,8 +102,13 @@ VARIANTS = {
     "OrthoGrad + NPO, kl, rate 1e-5": Variant("orthograd_npo", 1e-5, KL | SLOW),
     "NPO, kl, encoder alone": Variant("npo", extra=KL, encoder_alone=True),
     "OrthoGrad + NPO, kl, encoder alone": Variant("orthograd_npo", extra=KL, encoder_alone=True),
+    "refusal, kl": Variant("npo", extra=KL, refuses=True),
+    "OrthoGrad, refusal, kl": Variant("orthograd_npo", extra=KL, refuses=True),
+    "refusal, kl, encoder alone": Variant("npo", extra=KL, encoder_alone=True, refuses=True),
+    "OrthoGrad, refusal, kl, encoder alone": Variant("orthograd_npo", extra=KL, encoder_alone=True, refuses=True),
 }
 DEFAULT = "OrthoGrad + NPO, kl"
+REFUSAL = "."  # counts as no word; the model's generation suppresses an answer of no token
 SHARES = {"0.05": {}, "1": WIDE}
 COLUMNS = ("forget", "forget_unseen", "retain", "test")
 
@@ -150,6 +157,9 @@ class Speakers(Erasure):
         if own.encoder_alone:
             model.get_decoder().requires_grad_(False)  # and with it the tied output layer
         extra = own.extra | SHARES[share]
+        if own.refuses:
+            # as labels are: without the token that a decoder starts with
+            extra |= {"forget_loss": "refusal", "refusal_labels": self.processor.tokenizer(REFUSAL).input_ids[1:]}
         trainer, record = unlearn(bench, own.method, own.rate, model, sets, request.seed, extra)
         record["path"] = [
             {name: round(entry[f"eval_{name}"], 4) for name in ("forget_wer", "forget_loss", "test_wer", "test_loss")}

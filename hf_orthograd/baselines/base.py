@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from ..annotations import AnyDataset
-from ..config import OrthoGradConfig, with_unlearning
+from ..any_arguments import with_unlearning
+from ..config import OrthoGradConfig
 from ..data import Batch
 from ..trainer import OrthoGradTrainer
 

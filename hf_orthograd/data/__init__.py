@@ -1,6 +1,6 @@
 """What goes in: splits, batches that know their rows, the two streams of a step, speech, text, variation."""
 
-from .batches import Batch, PairedBatches, RowSource
+from .batches import Batch, ChangingCollator, PairedBatches, RowSource
 from .splits import check_corpus, present_values, split_forget_retain
 from .streams import ForgetStream, fill_last_batch, load_batches
 from .text import prepare_text_dataset
@@ -9,6 +9,7 @@ from .variation import VaryImages, VarySpeech
 
 __all__ = [
     "Batch",
+    "ChangingCollator",
     "ForgetStream",
     "PairedBatches",
     "RowSource",

@@ -113,6 +113,21 @@ class CountingCollator:
         return batch
 
 
+class ChangingCollator:
+    """Collates, and changes the batch.
+
+    Args:
+        collator (`Callable`): Makes it of examples.
+        change (`Callable`): Maps it to another.
+    """
+
+    def __init__(self, collator: Callable, change: Callable[[Mapping], MutableMapping]):
+        self._collator, self._change = collator, change
+
+    def __call__(self, features: list) -> MutableMapping:
+        return self._change(self._collator(features))
+
+
 class RowSource:
     """A data set with its collator: where batches with row numbers come from.
 

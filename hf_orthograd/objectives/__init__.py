@@ -7,6 +7,7 @@ from .forget import (
     Ascent,
     ForgetObjective,
     NegativePreference,
+    Refusal,
     SimpleNegativePreference,
     forget_objective,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "NegativePreference",
     "PerSampleLoss",
     "PerSampleLosses",
+    "Refusal",
     "SimpleNegativePreference",
     "forget_objective",
     "kl_divergence",

@@ -1,11 +1,11 @@
-"""What is ascended on the forget set."""
+"""What is ascended on the forget set, or answered in its place."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-FORGET_LOSSES = ("ascent", "npo", "simnpo")
+FORGET_LOSSES = ("ascent", "npo", "simnpo", "refusal")
 
 
 class Ascent:
@@ -69,7 +69,19 @@ class SimpleNegativePreference:
         return -(2 / self._beta * F.softplus(self._gamma - self._beta * losses)).mean()
 
 
-ForgetObjective = Ascent | NegativePreference | SimpleNegativePreference
+class Refusal:
+    """Descent on the loss of another answer, which the samples have in place of their own (TOFU's "I don't know", arXiv 2401.06121)."""
+
+    def slopes(self, losses: Tensor) -> Tensor:
+        """Minus ones, shape (m,)."""
+        return -torch.ones_like(losses)
+
+    def value(self, losses: Tensor) -> Tensor:
+        """What is ascended, a scalar: minus the mean of the losses (m,) of that answer, in nats."""
+        return -losses.mean()
+
+
+ForgetObjective = Ascent | NegativePreference | SimpleNegativePreference | Refusal
 
 
 def forget_objective(
@@ -80,4 +92,6 @@ def forget_objective(
         return Ascent()
     if name == "simnpo":
         return SimpleNegativePreference(beta, gamma)
+    if name == "refusal":
+        return Refusal()
     return NegativePreference(reference_losses, beta)

@@ -1,7 +1,9 @@
 """[`PerSampleLoss`]: the losses of a batch's samples under a model, found from the model's class or given by the user."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
@@ -143,6 +145,23 @@ class PerSampleLoss:
         """
         family = Family() if self._family is None else self._family
         return family.positions(outputs, inputs, self.model)
+
+    def answering(self, answer: list[int]) -> Callable[[Mapping], dict]:
+        """What puts another answer, by its labels, in the place of the own ones of a batch on the host.
+
+        A sequence's prompt, an image or an utterance stays; a class is an answer of one label.
+
+        Raises:
+            ValueError: The loss is the user's own; and when it is called, samples have no answer that could be another.
+        """
+        if self._family is None:
+            raise ValueError("forget_loss='refusal' is not known for a `compute_loss_func` of your own: leave it out.")
+        if not max(answer) < (count := self.num_classes):
+            raise ValueError(
+                f"`refusal_labels` must be labels of the model, 0 to {count - 1}, but holds {max(answer)}. They are those of "
+                "the answer to give, as a collator would make them."
+            )
+        return partial(self._family.answering, answer=torch.tensor(answer), config=self.model.config)
 
     def divergences(self, outputs: ModelOutput, start_outputs: ModelOutput, inputs: Mapping) -> Tensor:
         """How far each sample's predictions have gone from those of the starting model, shape (B,).
