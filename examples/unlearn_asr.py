@@ -34,6 +34,7 @@ from hf_orthograd.data.speech import (
     most_likely_tokens,
     prepare_speech_dataset,
     shorten_whisper,
+    transcript_labels,
     transcripts,
 )
 from hf_orthograd.evaluation import (
@@ -338,9 +339,7 @@ def main() -> None:
     if arguments.freeze_decoder and not model.config.is_encoder_decoder:
         raise ValueError(f"`--freeze_decoder` is set, but {type(model).__name__} has no decoder. Leave it out.")
     if arguments.refusal is not None:
-        start, *labels = processor.tokenizer(arguments.refusal).input_ids
-        if start != model.config.decoder_start_token_id:  # which the model puts there itself
-            labels.insert(0, start)
+        labels = transcript_labels(arguments.refusal, processor, getattr(model.config, "decoder_start_token_id", None))
         args = replace(args, forget_loss="refusal", refusal_labels=labels)
     columns = {"audio_column": arguments.audio_column, "text_column": arguments.text_column}
     sets = {

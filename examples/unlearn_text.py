@@ -316,15 +316,15 @@ def labels_of(answer: str, prepare: Callable, arguments: ScriptArguments) -> lis
     row = {arguments.prompt_column: "?", arguments.answer_column: answer}
     if arguments.messages_column is not None:
         row = {arguments.messages_column: [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]}
-    if None in row:
-        raise ValueError(
-            f"`--refusal` is {answer!r}, but plain texts, `--text_column`, have no answers. Leave it out."
-        )
     return [label for label in prepare(Dataset.from_list([row]))[0]["labels"] if label != IGNORED_LABEL]
 
 
 def main() -> None:
     arguments, args = parse(ScriptArguments, DEMO)
+    if arguments.refusal is not None and arguments.text_column is not None:
+        raise ValueError(
+            f"`--refusal` is {arguments.refusal!r}, but plain texts, `--text_column`, have no answers. Leave one of them out."
+        )
     start, tokenizer, corpus = load(arguments)
     encoder_decoder = start.config.is_encoder_decoder
     prepare = partial(

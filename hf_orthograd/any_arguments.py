@@ -1,4 +1,4 @@
-"""Arguments of any class: with the fields of unlearning, and for transformers' Seq2SeqTrainer, or its Trainer, as they say."""
+"""Arguments of any class: the fields of unlearning added to them, and the trainer that reads them."""
 
 import copy
 from dataclasses import MISSING, dataclass, fields

@@ -314,13 +314,18 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
 
     def _check_refusal(self) -> None:
         refuses, given = self.forget_loss == "refusal", self.refusal_labels
-        is_answer = isinstance(given, list) and given and all(type(one) is int and one >= 0 for one in given)
-        if refuses and not is_answer:
-            raise ValueError(
-                f"forget_loss='refusal' needs `refusal_labels`, the labels of an answer, whole numbers, but it is {given!r}."
-            )
-        if given is not None and not refuses:
+        if not refuses and given is not None:
             raise ValueError(f"`refusal_labels` is {given!r}, which only forget_loss='refusal' uses: leave it out.")
+        if not refuses:
+            return
+        if not isinstance(given, (list, tuple)) or not given:
+            raise ValueError(
+                f"forget_loss='refusal' needs `refusal_labels`, a list of labels, but it is {given!r}. Give [3] for a class, or the "
+                "tokens of an answer with its end."
+            )
+        for label in given:
+            _check_integer("refusal_labels", label, 0, False)
+        self.refusal_labels = [int(label) for label in given]
 
     def _check_solver(self) -> None:
         try:

@@ -17,7 +17,7 @@ from . import checkpoints, evaluation, parallel, preparation, publishing, trials
 from .annotations import AnyDataset, EvalDatasets, NumItems, Processor, TrainDataset
 from .any_arguments import AnyArgumentsTrainer, with_unlearning
 from .config import OrthoGradConfig
-from .data import Batch, ChangingCollator, ForgetStream, PairedBatches, RowSource, fill_last_batch, load_batches
+from .data import Batch, ForgetStream, PairedBatches, RowSource, fill_last_batch, load_batches
 from .gradients import ForgetBatch, GradientEngine, check_finite, mean_retain_term, summarize_step, value_of
 from .objectives import PerSampleLoss
 from .projection import solve_projections, update_weights
@@ -111,7 +111,7 @@ class OrthoGradTrainer(AnyArgumentsTrainer):
         validation.check_launch(args, self.accelerator.state, model)
         validation.find_parameters(model, args)
         self.per_sample_loss = PerSampleLoss(model, self.per_sample_loss_func, self.divergence_func)
-        validation.check_retain_loss(args, self.per_sample_loss, self.ref_model, model, self.train_dataset)
+        validation.check_objectives(args, self.per_sample_loss, self.ref_model, model, self.train_dataset)
         if args.check_overlap and self.has_retain and self.is_world_process_zero():
             validation.check_overlap(self.forget_dataset, self.train_dataset, self.per_sample_loss.model)
         self._observers = watching.set_callbacks(self)
@@ -145,7 +145,8 @@ class OrthoGradTrainer(AnyArgumentsTrainer):
             self.gradient_engine = self.make_gradient_engine(model)
             watching.begin_run(self, model, self._observers)
         if (rule := watching.find_callback(handler, watching.StoppingRule)) is not None:
-            rule.begin_run(args, self.state, self.evaluate, partial(self._save_checkpoint, self.model, trial=None))
+            save = partial(self._save_checkpoint, self.model, trial=None)
+            rule.begin_run(args, self.state, evaluate=self.evaluate, save=save)
         self._forget_stream.start(self.state.global_step, handler.train_dataloader, args.gradient_accumulation_steps)
 
     def make_gradient_engine(self, model: nn.Module) -> GradientEngine:
@@ -186,9 +187,7 @@ class OrthoGradTrainer(AnyArgumentsTrainer):
 
     def _source(self, name: str) -> RowSource:
         """One of the two sets with its collator, as Trainer would use them, and with row numbers."""
-        dataset, collator = getattr(self, name), self.data_collator
-        if self.args.forget_loss == "refusal" and (name == "forget_dataset" or not self.has_retain):
-            collator = ChangingCollator(collator, self.per_sample_loss.answering(self.args.refusal_labels))
+        dataset, collator = getattr(self, name), preparation.collator_of(self, name)
         if isinstance(dataset, Dataset):
             return RowSource(self._remove_unused_columns(dataset, name), collator, name)
         return RowSource(dataset, self._get_collator_with_removed_columns(collator, name), name)

@@ -34,6 +34,14 @@ def changed(kind, seed, row, **entries):
     return Samples(rows)
 
 
+def asked(lengths):
+    """Questions and answers, with prompts of these lengths."""
+    rows = [{**row, "labels": row["labels"].clone()} for row in samples("llama", len(lengths), 2)]
+    for row, length in zip(rows, lengths, strict=True):
+        row["labels"][:length] = -100
+    return Dataset.from_list([{name: value.tolist() for name, value in row.items()} for row in rows])
+
+
 def without(kind, seed, name):
     return Samples([{key: value for key, value in row.items() if key != name} for row in samples(kind, 4, seed)])
 
@@ -105,9 +113,24 @@ RUNS = {
     ),
     "a refusal by two classes": (
         {"settings": REFUSAL | {"refusal_labels": [3, 4]}},
-        "`refusal_labels` must hold one label of a single-label problem, but it holds 2",
+        "`refusal_labels` must hold one, and the model have one for each sample, but it holds 2",
     ),
-    "a refusal without prompts": ({"kind": "llama", "settings": REFUSAL}, "forget_loss='refusal' needs prompts"),
+    "a refusal without prompts": (
+        {"kind": "llama", "settings": REFUSAL},
+        "forget_loss='refusal' answers a prompt, but sample 0 of a batch of `forget_dataset` has labels in 1 pieces, and no prompt",
+    ),
+    "a refusal of a row without a prompt": (
+        {"kind": "llama", "settings": REFUSAL, "forget_dataset": asked([3, 3, 3, 0])},
+        "but row 3 of `forget_dataset` has none: its first label is",
+    ),
+    "a refusal by CTC's blank": (
+        {"kind": "wav2vec2", "settings": REFUSAL | {"refusal_labels": [1, 0]}},
+        "`refusal_labels` is [1, 0], but 0 is the blank of CTC",
+    ),
+    "a refusal of batches without labels": (
+        {"settings": REFUSAL, "forget_dataset": without("vit", 2, "labels"), "train_dataset": without("vit", 1, "labels")},
+        "The batches made from `forget_dataset` have no 'labels'",
+    ),
     "a refusal under a loss of one's own": (
         {"settings": REFUSAL, "compute_loss_func": coupled_loss},
         "forget_loss='refusal' is not known for a `compute_loss_func` of your own",

@@ -79,11 +79,14 @@ SETTINGS = [
     ({"retain_chunk_size": 4, "gradient_engine": "loop"}, "`gradient_engine` to be auto or gram, but it is 'loop'"),
     (
         {"forget_loss": "refusal"},
-        "forget_loss='refusal' needs `refusal_labels`, the labels of an answer, whole numbers, but it is None",
+        "forget_loss='refusal' needs `refusal_labels`, a list of labels, but it is None",
     ),
-    ({"forget_loss": "refusal", "refusal_labels": []}, "whole numbers, but it is []"),
-    ({"forget_loss": "refusal", "refusal_labels": "."}, "whole numbers, but it is '.'"),
-    ({"forget_loss": "refusal", "refusal_labels": [3, -100]}, "whole numbers, but it is [3, -100]"),
+    ({"forget_loss": "refusal", "refusal_labels": []}, "a list of labels, but it is []"),
+    ({"forget_loss": "refusal", "refusal_labels": "."}, "a list of labels, but it is '.'"),
+    (
+        {"forget_loss": "refusal", "refusal_labels": [3, -100]},
+        "`refusal_labels` must be a whole number of 0 or more, but is -100",
+    ),
     ({"refusal_labels": [3]}, "`refusal_labels` is [3], which only forget_loss='refusal' uses"),
 ]
 

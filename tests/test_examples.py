@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Audio, load_dataset
+from datasets import Audio, Dataset, load_dataset
 from huggingface_hub import ModelCard
 from transformers import (
     AutoModelForSpeechSeq2Seq,
@@ -132,10 +132,10 @@ def test_dry_run_prints_the_estimate_and_makes_nothing(run_here, tmp_path, capsy
     monkeypatch.setattr(unlearn_asr, "show_one_bar", lambda trainer: made.append(trainer) or show(trainer))
     run_here("--dry_run", "--output_dir", str(tmp_path / "out"), "--use_lora", "--refusal", "no")
     (trainer,) = made
-    said = trainer.train_dataset[0]["labels"]
-    assert trainer.args.forget_loss == "refusal" and trainer.args.refusal_labels[-1] == said[-1]
-    assert trainer.processing_class.decode(trainer.args.refusal_labels, skip_special_tokens=True) == "no"
-    assert trainer.model.config.decoder_start_token_id not in trainer.args.refusal_labels
+    row = {"audio": build_demo_corpus(1, 1)["train"][0]["audio"], "text": "no"}
+    prepared = unlearn_asr.prepare_speech_dataset(Dataset.from_list([row]), trainer.processing_class)
+    assert trainer.args.forget_loss == "refusal"
+    assert trainer.args.refusal_labels == trainer.data_collator([prepared[0]])["labels"][0].tolist()
     printed = capsys.readouterr().out
     assert "engine 'gram'" in printed
     assert "8 forget and 30 retain samples" in printed

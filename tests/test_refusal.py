@@ -1,13 +1,15 @@
 """Another answer in place of what is forgotten: what samples are made to say, and the step that teaches it."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import MODELS, Samples, make_example
 from equations import batch_of
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, project_orthogonal
+from hf_orthograd.baselines import GruTrainer, GuTrainer, WgaTrainer
 from hf_orthograd.objectives import PerSampleLoss
 
 
@@ -46,14 +48,14 @@ def gradients(model, rows):
     return torch.stack([flat(torch.autograd.grad(loss, trained, materialize_grads=True)) for loss in losses])
 
 
-def trainer_of(kind, model, folder, **settings):
+def trainer_of(kind, model, folder, method=OrthoGradTrainer, **settings):
     fixed = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "max_steps": 1, "save_strategy": "no"}
     batches = {"per_device_train_batch_size": 4, "per_device_forget_batch_size": 3}
     descent = {"optim": "sgd", "learning_rate": RATE, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
     refusal = {"forget_loss": "refusal", "refusal_labels": ANSWERS[kind], "alpha": ALPHA}
     args = OrthoGradConfig(str(folder), **(fixed | batches | descent | refusal | settings))
     sets = {"train_dataset": Samples(examples(kind, 4, 1)), "forget_dataset": Samples(examples(kind, 3, 2))}
-    return OrthoGradTrainer(model, args, **sets)
+    return method(model, args, **sets)
 
 
 @pytest.mark.parametrize("projection", ["orthogonal", "none"])
@@ -70,16 +72,50 @@ def test_a_step_descends_the_loss_of_the_answer_off_the_retain_gradients(kind, p
     assert (flat(trained) - before - expected).norm() <= 1e-5 * expected.norm()
 
 
-def test_an_answer_comes_after_the_prompt_however_it_is_padded():
-    ids = torch.tensor([[5, 6, 50, 51, 0, 0], [0, 0, 7, 8, 52, 53]])
-    mask = (ids > 0).long()
-    labels = torch.where(ids >= 50, ids, -100)
-    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": torch.ones(2, 3)}
-    made = PerSampleLoss(MODELS["llama"]()).answering([9, 2])(inputs)
-    kept = [made["input_ids"][row][made["attention_mask"][row] == 1].tolist() for row in range(2)]
-    assert kept == [[5, 6, 9, 2], [7, 8, 9, 2]]
-    assert made["labels"].tolist() == [[-100, -100, 9, 2, -100, -100, -100, -100], [-100] * 4 + [9, 2, -100, -100]]
-    assert made["pixel_values"] is inputs["pixel_values"]
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_answer_comes_after_the_prompt_however_it_is_padded(side):
+    """No longer than it must be: the longest prompt and the answer fill the model's room."""
+    rows = [([5, 6], [50, 51, 52]), ([7, 8, 9], [53])]
+    prompts, answer = [prompt for prompt, _ in rows], [9, 2]
+
+    def padded(values, fill):
+        room = [fill] * (7 - len(values))
+        return room + values if side == "left" else values + room
+
+    ids = torch.tensor([padded(prompt + own, 0) for prompt, own in rows])
+    labels = torch.tensor([padded([-100] * len(prompt) + own, -100) for prompt, own in rows])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": (ids > 0).long(),
+        "labels": labels,
+        "token_type_ids": (ids > 0).long(),
+    }
+    made = PerSampleLoss(MODELS["llama"]()).answering(answer)({**inputs, "pixel_values": torch.ones(2, 7)[:, :3]})
+    seen = made["attention_mask"] == 1
+    assert [made["input_ids"][row][seen[row]].tolist() for row in range(2)] == [prompt + answer for prompt in prompts]
+    said = [made["labels"][row][seen[row]].tolist() for row in range(2)]
+    assert said == [[-100] * len(prompt) + answer for prompt in prompts]
+    kinds = [made["token_type_ids"][row][seen[row]].tolist() for row in range(2)]
+    assert kinds == [[1] * len(prompt) + [0, 0] for prompt in prompts]
+    assert (made["labels"][~seen] == -100).all() and made["pixel_values"].shape == (2, 3)
+    assert made["input_ids"].shape[1] <= 7 and seen[:, 0].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": [-100, 5, -100, 6]}, "has labels in 2 pieces, behind a prompt"),
+        ({"labels": [-100] * 4}, "has labels in 0 pieces"),
+        ({"attention_mask": [0, 1, 1, 1]}, "and no prompt before them"),
+        ({"position_ids": [0, 1, 2, 3]}, "cannot tell what position_ids"),
+        ({"entity_ids": [0, 1, 2, 3]}, "cannot tell what entity_ids"),
+        ({"attention_mask": [[[1] * 4] * 4]}, "cannot tell what attention_mask"),
+    ],
+)
+def test_what_has_no_other_answer_is_refused(changes, message):
+    row = {"input_ids": [4, 5, 6, 7], "labels": [-100, 5, 6, 7], **changes}
+    with pytest.raises(ValueError, match=message):
+        PerSampleLoss(MODELS["llama"]()).answering([9])({name: torch.tensor([value]) for name, value in row.items()})
 
 
 def test_a_decoder_reads_the_answer_and_not_what_was_said():
@@ -122,8 +158,25 @@ def test_a_run_goes_on_from_a_checkpoint(tmp_path, make_model):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
-def test_tokens_that_are_read_where_they_are_labelled_have_no_other_answer():
+@pytest.mark.parametrize("model_class", [BertForMaskedLM, BertForQuestionAnswering])
+def test_models_without_an_answer(model_class):
     config = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    labels = torch.zeros(1, 4, dtype=torch.long)
-    with pytest.raises(ValueError, match="those of a model with BertConfig have not"):
-        PerSampleLoss(BertForMaskedLM(config)).answering([1])({"input_ids": labels, "labels": labels})
+    with pytest.raises(ValueError, match=f"those of {model_class.__name__} have not"):
+        PerSampleLoss(model_class(config)).answering([1])
+
+
+@pytest.mark.parametrize("method", [GruTrainer, GuTrainer])
+def test_methods_that_keep_the_objective_descend_the_answer(method, tmp_path, make_model):
+    trainer = trainer_of("vit", make_model("vit"), tmp_path, method, learning_rate=0.05, max_steps=30)
+    trainer.train()
+    assert trainer.predict(trainer.forget_dataset).predictions.argmax(-1).tolist() == [3, 3, 3]
+
+
+def test_methods_with_an_objective_of_their_own_say_so(tmp_path, make_model):
+    with pytest.raises(ValueError, match="WgaTrainer has a forget loss of its own, but `forget_loss` is 'refusal'"):
+        trainer_of("vit", make_model("vit"), tmp_path, WgaTrainer)
+
+
+def test_a_number_of_any_kind_is_a_label(tmp_path):
+    args = OrthoGradConfig(str(tmp_path), report_to="none", forget_loss="refusal", refusal_labels=(np.int64(3), 4))
+    assert args.refusal_labels == [3, 4] and all(type(label) is int for label in args.refusal_labels)

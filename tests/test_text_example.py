@@ -134,6 +134,8 @@ def test_encoder_decoder_model_forgets_answers(run_here, tokenizer, tmp_path):
     )  # fmt: skip
     (record,) = load_records(tmp_path / "out" / "public")
     assert record.method["forget_loss"] == "refusal"
+    card = (tmp_path / "out" / "public" / "README.md").read_text()
+    assert "taught to give another answer" in card and "it descends the loss of another answer" in card
     assert UnlearningReport.load(tmp_path / "out").models["unlearned"]["forget"].size == 6
     transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
 
@@ -157,6 +159,7 @@ def test_a_refusal_has_the_labels_of_an_answer(tokenizer, chat):
         (("--forget_dataset_name", "x"), "Pass `--forget_column` with `--forget_values`, or `--forget_dataset_name`"),
         (("--forget_values", "Nobody"), r"\['Nobody'\] do not occur in column 'person'"),
         (("--max_length", 4), "more than `max_length`, 4"),
+        (("--refusal", "no", "--text_column", "t"), "`--refusal` is 'no', but plain texts"),
     ],
 )
 def test_bad_input_is_named_before_training(run_here, tmp_path, arguments, message):

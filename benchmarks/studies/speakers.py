@@ -4,7 +4,8 @@
 
 One model is fine-tuned on utterances of at most 13 s of 28 speakers; each of seven seeds forgets four others of them. With `--kind speaker`
 utterances last 8 s at most, and each of five seeds forgets one speaker. A run ends when 90 % of the words of the forgotten utterances are wrong, of 12 of
-them at most. NPO has the learning rates of OrthoGrad. "Encoder alone": the decoder is frozen; tried after the rest. Variants are compared by pairs, at that point and where the forgotten
+them at most. NPO has the learning rates of OrthoGrad. "Encoder alone": the decoder is frozen. "Refusal": a full stop is taught as the
+answer, which counts as no word. Both were tried after the rest, refusal first on speaker 1. Variants are compared by pairs, at that point and where the forgotten
 utterances' loss has reached a level. Several processes may work on the same results.
 """
 
@@ -158,7 +159,7 @@ class Speakers(Erasure):
             model.get_decoder().requires_grad_(False)  # and with it the tied output layer
         extra = own.extra | SHARES[share]
         if own.refuses:
-            # as labels are: without the token that a decoder starts with
+            # without the token that a decoder starts with, which labels do not hold either
             extra |= {"forget_loss": "refusal", "refusal_labels": self.processor.tokenizer(REFUSAL).input_ids[1:]}
         trainer, record = unlearn(bench, own.method, own.rate, model, sets, request.seed, extra)
         record["path"] = [
@@ -224,7 +225,7 @@ def at_level(path: list[dict], level: float, metric: str = "loss") -> float:
 
 
 def write_report(runs: dict, path: Path) -> None:
-    """Of each kind of request and share of retain data: variants run for all requests of the default's, then all at those they share."""
+    """Of each kind of request and share of retain data: for every set of requests that some variant ran, all that ran them."""
     parts = ["# Making a recogniser fail on speakers", _NOTE]
     for kind, of in KINDS.items():
         tables = [table for share in SHARES for table in _tables(runs, kind, of, share)]
@@ -241,12 +242,10 @@ def _tables(runs: dict, kind: str, of: Kind, share: str) -> list[str]:
     found = {variant: own for variant, own in found.items() if own}
     if DEFAULT not in found:
         return []
-    requests = [set(found[DEFAULT])]
     shared = set.intersection(*(set(own) for own in found.values()))
-    if shared and shared != requests[0]:
-        requests.append(shared)
+    requests = {tuple(sorted(own)) for own in (*found.values(), shared) if own and found[DEFAULT].keys() >= set(own)}
     tables = []
-    for seeds in map(sorted, requests):
+    for seeds in sorted(requests, key=len, reverse=True):
         rows = {variant: [own[s] for s in seeds] for variant, own in found.items() if own.keys() >= set(seeds)}
         originals = [runs[f"original {kind}-{seed}"] for seed in seeds]
         which = f"{len(seeds)} requests" if len(seeds) > 1 else f"request {seeds[0]} alone"
@@ -258,7 +257,7 @@ def _tables(runs: dict, kind: str, of: Kind, share: str) -> list[str]:
 
 
 _NOTE = """Means over requests with 95 % intervals by Student's t. Word error rates; an endless transcript counts for many words, so more than all \
-may be wrong. "by WER": the test WER where that of the forgotten utterances passes 0.9. "by loss": the test loss in nats where their loss passes a level. Both are \
+may be wrong. "forget loss": of the forgotten in the end, in nats; where a model only refuses to say what it knows, it stays low. "by WER": the test WER where that of the forgotten utterances passes 0.9. "by loss": the test loss in nats where their loss passes a level. Both are \
 of the test utterances evaluated while unlearning, and empty where a run never got there. Differences to the default's are paired: above zero, the \
 default keeps more."""
 
@@ -267,6 +266,7 @@ def _table(found: dict[str, list[dict]], originals: list[dict], level: float) ->
     heads = [
         "method",
         *COLUMNS,
+        "forget loss",
         "test less that of the default",
         "by WER",
         "by WER, less that of the default",
@@ -275,7 +275,7 @@ def _table(found: dict[str, list[dict]], originals: list[dict], level: float) ->
         "steps",
     ]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    lines.append("| before | " + " | ".join([*_rates(originals), *[""] * 6]) + " |")
+    lines.append("| before | " + " | ".join([*_rates(originals), _loss(originals), *[""] * 6]) + " |")
     test = {variant: np.array([record["quality"]["test"][0] for record in own]) for variant, own in found.items()}
     paths = {variant: [record["path"] for record in own] for variant, own in found.items()}
     rate = {variant: np.array([at_level(path, WRONG, "wer") for path in own]) for variant, own in paths.items()}
@@ -286,6 +286,7 @@ def _table(found: dict[str, list[dict]], originals: list[dict], level: float) ->
             differences = [""] * 3
         cells = [
             *_rates(own),
+            _loss(own),
             differences[0],
             _cell(rate[variant]),
             differences[1],
@@ -303,6 +304,11 @@ def _cell(values: np.ndarray) -> str:
 
 def _rates(records: list[dict]) -> list[str]:
     return [mean_and_interval([record["quality"][name][0] for record in records]) for name in COLUMNS]
+
+
+def _loss(records: list[dict]) -> str:
+    """Of the forgotten, in nats: low where a model only refuses to say what it knows."""
+    return mean_and_interval([record["quality"]["forget"][1] for record in records])
 
 
 def make_study(arguments: argparse.Namespace) -> Speakers:

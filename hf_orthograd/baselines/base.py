@@ -22,7 +22,8 @@ class BaselineTrainer(OrthoGradTrainer):
     copy of the arguments they are "none" and "ascent".
 
     Raises:
-        ValueError: `args.projection_target` is "update", which corrects steps by a projection.
+        ValueError: `args.projection_target` is "update", which corrects steps by a projection; or `args.forget_loss` is
+            "refusal" where it would not be used.
     """
 
     keeps_objective = False
@@ -41,6 +42,11 @@ class BaselineTrainer(OrthoGradTrainer):
             if args.projection_target == "update":
                 raise ValueError(
                     f"{type(self).__name__} has no projection, but `projection_target` is 'update'. Set it to 'gradient'."
+                )
+            if args.forget_loss == "refusal" and not self.keeps_objective:
+                raise ValueError(
+                    f"{type(self).__name__} has a forget loss of its own, but `forget_loss` is 'refusal'. Leave it and "
+                    "`refusal_labels` out."
                 )
             args.projection = "none"
             args.forget_loss = args.forget_loss if self.keeps_objective else "ascent"

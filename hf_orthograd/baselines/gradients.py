@@ -15,7 +15,7 @@ from .base import BaselineTrainer
 class GradientTrainer(BaselineTrainer):
     """A method whose step is made of the gradients of the step's forget and retain batch, the means over all processes.
 
-    `forget_loss` is what is ascended: "npo", "simnpo" or "ascent".
+    `forget_loss` is what is ascended: "npo", "simnpo" or "ascent"; or "refusal", whose loss is descended.
 
     Raises:
         ValueError: Steps are accumulated or losses scaled, where a step has no one gradient; or there are no retain samples.

@@ -45,7 +45,7 @@ class StoppingRule(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"baseline": self.baseline, "breaches": self.breaches}}
 
     def begin_run(
-        self, args: OrthoGradConfig, state: TrainerState, evaluate: Callable[[], None], save: Callable[[], None]
+        self, args: OrthoGradConfig, state: TrainerState, *, evaluate: Callable[[], None], save: Callable[[], None]
     ) -> None:
         """Forgets an earlier run, takes up the one that a checkpoint is of, or takes the baseline of a new one.
 

@@ -118,6 +118,22 @@ def load_audio_folder(folder: str | Path) -> DatasetDict:
     return DatasetDict(splits)
 
 
+def transcript_labels(text: str, processor: ProcessorMixin, decoder_start_token_id: int | None = None) -> list[int]:
+    """The labels of a transcript, as [`SpeechCollator`] makes them: `refusal_labels` for example.
+
+    Args:
+        decoder_start_token_id (`int`, *optional*): Of an encoder-decoder model, which adds it itself: it is dropped.
+    """
+    labels = _tokens(text, processor, processor.tokenizer.get_vocab())
+    return labels[1:] if decoder_start_token_id is not None and labels[:1] == [decoder_start_token_id] else labels
+
+
+def _tokens(text: str, processor: ProcessorMixin, vocabulary: dict) -> list[int]:
+    # Whisper's text begins with a space; a vocabulary of letters has a word delimiter of its own
+    prefix = " " if processor.feature_extractor.model_input_names[0] == "input_features" else ""
+    return processor.tokenizer(prefix + match_case(text, vocabulary)).input_ids
+
+
 def prepare_speech_dataset(
     dataset: Dataset, processor: ProcessorMixin, *, audio_column: str = "audio", text_column: str = "text"
 ) -> Dataset:
@@ -139,12 +155,8 @@ def prepare_speech_dataset(
             raise ValueError(
                 f"`{argument}` is {column!r}, but the data set has columns {', '.join(dataset.column_names)}."
             )
-    extractor, tokenizer = processor.feature_extractor, processor.tokenizer
-    vocabulary = tokenizer.get_vocab()
+    extractor, vocabulary = processor.feature_extractor, processor.tokenizer.get_vocab()
     input_name = extractor.model_input_names[0]
-    # Whisper's text begins with a space; a vocabulary of letters has a word delimiter of its own
-    prefix = " " if input_name == "input_features" else ""
-
     window = extractor.n_samples if input_name == "input_features" else None
 
     def prepare(row: dict, number: int) -> dict:
@@ -162,8 +174,7 @@ def prepare_speech_dataset(
                 "window longer or remove it."
             )
         features = extractor(samples, sampling_rate=extractor.sampling_rate)[input_name][0]
-        tokens = tokenizer(prefix + match_case(text, vocabulary)).input_ids
-        return {input_name: np.asarray(features, dtype=np.float32), "labels": tokens}
+        return {input_name: np.asarray(features, dtype=np.float32), "labels": _tokens(text, processor, vocabulary)}
 
     if isinstance(dataset.features[audio_column], Audio):
         dataset = dataset.cast_column(audio_column, Audio(decode=False))

@@ -79,16 +79,6 @@ class Family:
             f"{type(model).__name__}'s loss here is not one of positions with a label each, which this method needs."
         )
 
-    def answering(self, inputs: Mapping, *, answer: Tensor, config: PreTrainedConfig) -> dict:
-        """The same samples with another answer, its labels of shape (R,), in place of their own.
-
-        Raises:
-            ValueError: They have no answer that could be another.
-        """
-        raise ValueError(
-            f"forget_loss='refusal' needs samples with an answer, which those of a model with {type(config).__name__} have not."
-        )
-
     def divergences(
         self, outputs: ModelOutput, start_outputs: ModelOutput, inputs: Mapping, model: nn.Module
     ) -> Tensor:
@@ -112,11 +102,6 @@ class AlignedTokens(Family):
     def positions(self, outputs: ModelOutput, inputs: Mapping, model: nn.Module) -> tuple[Tensor, Tensor]:
         return outputs.logits, inputs["labels"]
 
-    def answering(self, inputs: Mapping, *, answer: Tensor, config: PreTrainedConfig) -> dict:
-        if not config.is_encoder_decoder:  # each label belongs to a token that is read
-            return super().answering(inputs, answer=answer, config=config)
-        return _with_labels(inputs, answer.expand(len(inputs["labels"]), -1))
-
 
 class CausalTokens(Family):
     """Causal language models: position t predicts label t + 1. Before the text there may be tokens of an image or a prompt."""
@@ -130,32 +115,6 @@ class CausalTokens(Family):
     def positions(self, outputs: ModelOutput, inputs: Mapping, model: nn.Module) -> tuple[Tensor, Tensor]:
         labels = inputs["labels"]
         return outputs.logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
-
-    def answering(self, inputs: Mapping, *, answer: Tensor, config: PreTrainedConfig) -> dict:
-        labels, ids = inputs["labels"], inputs["input_ids"]
-        of_tokens = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape == ids.shape}
-        if unknown := of_tokens - {"input_ids", "attention_mask", "labels"}:
-            raise ValueError(
-                f"forget_loss='refusal' puts other tokens in the place of answers, but batches of `forget_dataset` also hold "
-                f"{', '.join(sorted(unknown))} for each token. Leave that out of the collator."
-            )
-        starts = (labels != IGNORED_LABEL).int().argmax(dim=1, keepdim=True)
-        if (starts == 0).any():
-            raise ValueError(
-                "forget_loss='refusal' needs prompts: samples of `forget_dataset` whose labels are -100 up to their answer."
-            )
-        # prompt, answer, padding; where that ends lies in the row, so each column asks how far into the answer it is
-        within = torch.arange(ids.shape[1] + len(answer)) - starts
-        is_prompt, is_answer = within < 0, (within >= 0) & (within < len(answer))
-        answers = answer[within.clamp(0, len(answer) - 1)]
-        mask = inputs.get("attention_mask", torch.ones_like(ids))
-        ids, mask = (F.pad(value, (0, len(answer))) for value in (ids, mask))
-        return {
-            **inputs,
-            "input_ids": torch.where(is_prompt, ids, answers),
-            "attention_mask": torch.where(is_prompt, mask, is_answer.to(mask.dtype)),
-            "labels": torch.where(is_answer, answers, IGNORED_LABEL),
-        }
 
 
 class ClassHead(Family):
@@ -183,15 +142,6 @@ class ClassHead(Family):
         if self.problem(inputs["labels"], model.config) != "single_label_classification":
             return super().positions(outputs, inputs, model)
         return outputs.logits[:, None], inputs["labels"][:, None]
-
-    def answering(self, inputs: Mapping, *, answer: Tensor, config: PreTrainedConfig) -> dict:
-        labels = inputs["labels"]
-        if len(answer) != 1 or self.problem(labels, config) != "single_label_classification":
-            raise ValueError(
-                f"forget_loss='refusal' gives samples another class, for which `refusal_labels` must hold one label of a "
-                f"single-label problem, but it holds {len(answer)}, and labels have shape {tuple(labels.shape)}."
-            )
-        return {**inputs, "labels": answer.expand(len(labels))}
 
     def divergences(
         self, outputs: ModelOutput, start_outputs: ModelOutput, inputs: Mapping, model: nn.Module
@@ -286,21 +236,12 @@ class Ctc(Family):
         losses = losses.float()
         return losses / target_lengths if config.ctc_loss_reduction == "mean" else losses
 
-    def answering(self, inputs: Mapping, *, answer: Tensor, config: PreTrainedConfig) -> dict:
-        return _with_labels(inputs, answer.expand(len(inputs["labels"]), -1))
-
     def divergences(
         self, outputs: ModelOutput, start_outputs: ModelOutput, inputs: Mapping, model: nn.Module
     ) -> Tensor:
         logits, frames = outputs.logits, _num_frames(outputs, inputs, model)
         counted = torch.arange(logits.shape[1], device=logits.device) < frames[:, None]
         return kl_divergence(logits, start_outputs.logits, counted)
-
-
-def _with_labels(inputs: Mapping, labels: Tensor) -> dict:
-    """The inputs with other labels, from which a decoder's inputs are made anew."""
-    kept = {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
-    return {**kept, "labels": labels}
 
 
 def _num_frames(outputs, inputs: Mapping, model: nn.Module) -> Tensor:

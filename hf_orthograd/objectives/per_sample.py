@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
 from transformers.utils import ModelOutput
 
+from .answers import after_prompts, with_class, with_labels
 from .families import IGNORED_LABEL, AlignedTokens, CausalTokens, ClassHead, Ctc, Family, Pixels, Spans
 
 
@@ -55,6 +56,11 @@ def find_family(model: nn.Module) -> Family:
 
 def _flatten(names) -> set[str]:
     return {name for entry in names for name in ([entry] if isinstance(entry, str) else entry)}
+
+
+def _answer(inputs: Mapping, *, way: Callable, answer: Tensor, names: tuple[str, ...]) -> dict:
+    """A batch without labels stays as it is: what is said of it elsewhere names the collator."""
+    return way(inputs, answer) if all(inputs.get(name) is not None for name in names) else dict(inputs)
 
 
 class PerSampleLoss:
@@ -152,16 +158,43 @@ class PerSampleLoss:
         A sequence's prompt, an image or an utterance stays; a class is an answer of one label.
 
         Raises:
-            ValueError: The loss is the user's own; and when it is called, samples have no answer that could be another.
+            ValueError: The loss is the user's own, `answer` is none of this model's, or its samples have none; and when it is
+                called, a sample has no prompt.
         """
-        if self._family is None:
-            raise ValueError("forget_loss='refusal' is not known for a `compute_loss_func` of your own: leave it out.")
-        if not max(answer) < (count := self.num_classes):
+        config, family, count = self.model.config, self._family, self.num_classes
+        if family is None:
+            raise ValueError(
+                "forget_loss='refusal' is not known for a `compute_loss_func` of your own. Leave that or forget_loss='refusal' out."
+            )
+        if count is not None and max(answer) >= count:
             raise ValueError(
                 f"`refusal_labels` must be labels of the model, 0 to {count - 1}, but holds {max(answer)}. They are those of "
                 "the answer to give, as a collator would make them."
             )
-        return partial(self._family.answering, answer=torch.tensor(answer), config=self.model.config)
+        if isinstance(family, Ctc) and config.pad_token_id in answer:
+            raise ValueError(
+                f"`refusal_labels` is {answer}, but {config.pad_token_id} is the blank of CTC, which is no label. Give tokens that "
+                "are heard, the word delimiter for example."
+            )
+        if isinstance(family, ClassHead) and (len(answer) != 1 or not self.classifies):
+            raise ValueError(
+                f"forget_loss='refusal' gives samples another class: `refusal_labels` must hold one, and the model have one for each "
+                f"sample, but it holds {len(answer)} and `problem_type` is {config.problem_type!r}."
+            )
+        ways: dict[type[Family], Callable[..., dict]] = {
+            ClassHead: with_class,
+            Ctc: with_labels,
+            CausalTokens: after_prompts,
+        }
+        ways |= (
+            {AlignedTokens: with_labels} if config.is_encoder_decoder else {}
+        )  # else labels are of tokens that are read
+        if type(family) not in ways:
+            raise ValueError(
+                f"forget_loss='refusal' needs samples with an answer, which those of {type(self.model).__name__} have not. Use another "
+                "`forget_loss`."
+            )
+        return partial(_answer, way=ways[type(family)], answer=torch.tensor(answer), names=self.label_names)
 
     def divergences(self, outputs: ModelOutput, start_outputs: ModelOutput, inputs: Mapping) -> Tensor:
         """How far each sample's predictions have gone from those of the starting model, shape (B,).

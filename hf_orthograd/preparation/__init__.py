@@ -1,6 +1,6 @@
 """What is there before the first step: the engine of a run, its retain term and starting model, and what a step will take."""
 
-from .engines import prepare_engine, prepare_retain_term
+from .engines import collator_of, prepare_engine, prepare_retain_term
 from .estimate import Estimate, estimate_run, estimate_step
 from .starting_model import KeepPredictions, ReferenceModel, StartingModel, StoredPredictions
 
@@ -11,6 +11,7 @@ __all__ = [
     "ReferenceModel",
     "StartingModel",
     "StoredPredictions",
+    "collator_of",
     "estimate_run",
     "estimate_step",
     "prepare_engine",

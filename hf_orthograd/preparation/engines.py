@@ -1,5 +1,6 @@
 """What a run needs before its first step: its engine, after a look at the first samples of both sets, and its retain term."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .. import callbacks, validation
+from ..data import ChangingCollator
 from ..gradients import GradientEngine, MeanEngine, PlainEngine, choose_engine
 from ..parallel.sharding import is_sharded, unshard
 from ..trials import preserved_random_state
@@ -42,6 +44,8 @@ def prepare_engine(trainer: "OrthoGradTrainer", model: nn.Module) -> GradientEng
     if trainer.is_world_process_zero():
         validation.warn_of_half_precision(parameters)
     sets = {"forget_dataset": trainer.forget_dataset, "train_dataset": trainer.train_dataset}
+    if args.forget_loss == "refusal":
+        validation.check_prompts(trainer.forget_dataset, trainer.per_sample_loss)
     with preserved_random_state():
         batches = {name: [trainer.first_batch(name, *rows) for rows in ((2,), (1,), (1, 1))] for name in sets}
         validation.check_samples(trainer.per_sample_loss, plain, sets, batches)
@@ -70,6 +74,14 @@ def prepare_engine(trainer: "OrthoGradTrainer", model: nn.Module) -> GradientEng
             "passed. Set `gradient_engine` to 'loop'."
         )
     return engine
+
+
+def collator_of(trainer: "OrthoGradTrainer", name: str) -> Callable:
+    """What makes batches of "forget_dataset" or "train_dataset" for the steps; under "refusal" forget samples get that answer."""
+    is_forgotten = name == "forget_dataset" or not trainer.has_retain
+    if trainer.args.forget_loss != "refusal" or not is_forgotten:
+        return trainer.data_collator
+    return ChangingCollator(trainer.data_collator, trainer.per_sample_loss.answering(trainer.args.refusal_labels))
 
 
 def prepare_retain_term(trainer: "OrthoGradTrainer", start: StartingModel | None) -> KeepPredictions | None:

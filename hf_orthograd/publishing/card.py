@@ -140,6 +140,7 @@ def make_card(
         attacks_not_run=[what for what, was_run in tried if not was_run],
         data_sets=[*_listed(options.dataset), *_listed(options.dataset_args)],
         is_adapter=is_adapter,
+        refuses=record.method["forget_loss"] == "refusal",
         figures=list(figures),
         not_measured=NOT_MEASURED,
     )

@@ -21,7 +21,7 @@ from .launch import (
     freeze_batch_norm,
     warn_of_half_precision,
 )
-from .samples import check_per_sample, check_precomputed, check_retain_loss, check_samples
+from .samples import check_objectives, check_per_sample, check_precomputed, check_prompts, check_samples
 
 
 __all__ = [
@@ -30,10 +30,11 @@ __all__ = [
     "check_batch_norm",
     "check_datasets",
     "check_launch",
+    "check_objectives",
     "check_overlap",
     "check_per_sample",
     "check_precomputed",
-    "check_retain_loss",
+    "check_prompts",
     "check_samples",
     "check_steps",
     "find_parameters",

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from ..annotations import TrainDataset
+from ..annotations import AnyDataset, TrainDataset
 from ..config import OrthoGradConfig
 from ..data import Batch
 from ..objectives import IGNORED_LABEL, PerSampleLoss
@@ -45,19 +45,21 @@ def _cut(batch: Batch) -> list[Batch]:
     return [Batch({**batch.inputs, **part}, 1) for part in parts]
 
 
-def check_retain_loss(
+def check_objectives(
     args: OrthoGradConfig,
     per_sample_loss: PerSampleLoss,
     ref_model: nn.Module | None,
     model: nn.Module,
     train_dataset: object,
 ) -> None:
-    """Checks that what `retain_loss` asks for is known, and that [`check_precomputed`] holds.
+    """Checks that what `retain_loss` and `forget_loss` ask for is known, and that [`check_precomputed`] holds.
 
     Raises:
-        ValueError: "kl" with a loss of the user's own, whose divergence is not known; or a `ref_model` that nothing is held to,
+        ValueError: "refusal" of what has no such answer; "kl" with a loss of the user's own, whose divergence is not known; or a `ref_model` that nothing is held to,
             or that is trained itself.
     """
+    if args.forget_loss == "refusal":
+        per_sample_loss.answering(args.refusal_labels)
     if ref_model is not None and not args.keeps_predictions:
         raise ValueError(
             f"`ref_model` is given, but `retain_loss` is {args.retain_loss!r} with `alpha` {args.alpha}: nothing is held to it. Set "
@@ -208,6 +210,23 @@ def check_label_column(dataset: TrainDataset, name: str, per_sample_loss: PerSam
             raise ValueError(f"Row {row} of `{name}` has no label (None). Remove it, or label it.")
         if isinstance(labels, (list, int, float)) and labels != []:
             check_labels(torch.as_tensor(labels)[None], name, per_sample_loss, [row])
+
+
+def check_prompts(dataset: AnyDataset, per_sample_loss: PerSampleLoss) -> None:
+    """Checks that each row of a causal language model's forget set, if it holds its labels ready-made, has a prompt to refuse.
+
+    Raises:
+        ValueError: The message names the row.
+    """
+    has_labels = isinstance(dataset, Dataset) and "labels" in dataset.column_names
+    if not has_labels or dataset.format["type"] == "custom" or not per_sample_loss.shifts_labels:
+        return
+    for row, labels in enumerate(dataset.with_format(None)["labels"]):
+        if labels[0] != IGNORED_LABEL:
+            raise ValueError(
+                f"forget_loss='refusal' answers a prompt, but row {row} of `forget_dataset` has none: its first label is {labels[0]}, "
+                "and not -100. Mask prompts, or use another `forget_loss` for plain text."
+            )
 
 
 def check_losses(per_sample_loss: PerSampleLoss, model: nn.Module, batch: Batch, sample: Batch) -> None:
