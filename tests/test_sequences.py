@@ -81,6 +81,7 @@ SPEAKERS = {
         "NPO, labels",
         "ONPO, labels",
         "OrthoGrad + NPO, labels",
+        "retraining after each, another seed",
     )
 }
 PAGES = [

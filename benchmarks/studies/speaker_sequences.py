@@ -55,7 +55,7 @@ class SpeakerSequences(SequenceStudy):
     choices, ours, variants = VARIANTS, OURS, tuple(VARIANTS)
     trained_on, new_data = (OURS,), {"new with request 1": True}  # a run held takes minutes
     what, metric = "speakers", "word error rate"
-    note = f""""kl" holds utterances at hand to the predictions of the model before, "to the original" to those of the model before any request. Learning rate {RATE:g}; retraining is as the original's training, by another seed than the model that gaps are to, and its time without evaluations. \
+    note = f""""kl" holds utterances at hand to the predictions of the model before, "to the original" to those of the model before any request. Learning rate {RATE:g}; retraining is as the original's training, by another seed than the model that gaps are to, and its time without evaluations, of two seeds beside other jobs, up to three times too long. \
 Word error rates after the last request. The gap is the mean distance to the model retrained without all five over word error rates on forgotten, retained and test \
 utterances and the AUC of membership inference. "Came back": word error rate on the first speaker after the last request less that after the first: below zero, it came back. Rates above 1 count as 1 in the gap alone. \
 Means over requests, of one original, with 95 % intervals by Student's t; differences are paired."""
