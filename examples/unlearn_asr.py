@@ -20,8 +20,8 @@ import torch
 import transformers
 from accelerate import PartialState
 from datasets import DatasetDict, concatenate_datasets, disable_progress_bars, load_dataset
-from peft import LoraConfig, get_peft_model
 from shared import NO_DEMO, WITHOUT_RULE, ComparisonArguments, compared_models, trained_folder, where_it_is
+from students import check_parts, make_student
 from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoProcessor, HfArgumentParser
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
@@ -87,6 +87,13 @@ class ScriptArguments(ComparisonArguments):
         default=False,
         metadata={
             "help": "Whisper: unlearn by the encoder alone. Others lost less in the study of recognisers that fail on a speaker."
+        },
+    )
+    trained_encoder_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Whisper: unlearn by what is below, and the first so many layers of the encoder, alone; half of them "
+            "cost the others least there."
         },
     )
     refusal: str | None = field(
@@ -280,17 +287,6 @@ class Recogniser:
         }
 
 
-def make_student(model, arguments: ScriptArguments):
-    """A copy to unlearn, its decoder frozen and its attention projections wrapped in a LoRA adapter if that was asked for."""
-    student, rank = copy.deepcopy(model), arguments.lora_rank
-    targets = r".*\.(q_proj|k_proj|v_proj|out_proj)"
-    if arguments.freeze_decoder:
-        student.get_decoder().requires_grad_(False)  # and with it the tied output layer
-        targets = r".*\.encoder\." + targets
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
-    return get_peft_model(student, config) if arguments.use_lora else student
-
-
 def to_markdown(rows: dict[str, dict]) -> str:
     shown = [name for name in SETS if all(name in row for row in rows.values())]
     lines = ["| WER / CER (%) | " + " | ".join(SETS[name] for name in shown) + " |", "|---" * (len(shown) + 1) + "|"]
@@ -336,8 +332,7 @@ def main() -> None:
     transformers.set_seed(args.seed)
     say("Data and model ...")
     model, processor, corpus = load(arguments)
-    if arguments.freeze_decoder and not model.config.is_encoder_decoder:
-        raise ValueError(f"`--freeze_decoder` is set, but {type(model).__name__} has no decoder. Leave it out.")
+    check_parts(model, arguments)
     if arguments.refusal is not None:
         labels = transcript_labels(arguments.refusal, processor, getattr(model.config, "decoder_start_token_id", None))
         args = replace(args, forget_loss="refusal", refusal_labels=labels)

@@ -154,6 +154,16 @@ def test_a_frozen_decoder_leaves_the_encoder_to_be_trained(make_model, use_lora)
     assert all(p.requires_grad for p in model.get_decoder().parameters())  # the original's
 
 
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_the_lower_encoder_alone_is_trained(make_model, use_lora):
+    arguments = unlearn_asr.ScriptArguments(trained_encoder_layers=1, use_lora=use_lora, lora_rank=2)
+    model = make_model("whisper")
+    trained = {n for n, p in unlearn_asr.make_student(model, arguments).named_parameters() if p.requires_grad}
+    assert trained and all(".encoder.layers.0." in name or ".encoder.conv" in name for name in trained)
+    assert use_lora or any(".encoder.conv1." in name for name in trained)
+    assert len(model.get_encoder().layers) == 2 and all(p.requires_grad for p in model.get_decoder().parameters())
+
+
 @pytest.fixture
 def ctc_folder(tmp_path):
     """A small Wav2Vec2 with its processor, and a corpus folder as one would download it."""
@@ -186,6 +196,8 @@ def test_ctc_model_from_a_folder_with_lora(run_here, ctc_folder, monkeypatch):
         ValueError, match="`--freeze_decoder` is set, but Wav2Vec2ForCTC has no decoder. Leave it out."
     ):
         run_here(*inputs, "--forget_values", "alice", "--freeze_decoder")
+    with pytest.raises(ValueError, match="is 1, but Wav2Vec2ForCTC has an encoder of 0 layers below a decoder"):
+        run_here(*inputs, "--forget_values", "alice", "--trained_encoder_layers", "1")
     varied, vary = [], unlearn_asr.VarySpeech.vary
     monkeypatch.setattr(unlearn_asr.VarySpeech, "vary", lambda self, heard: varied.append(heard) or vary(self, heard))
     run_here(

@@ -81,6 +81,7 @@ class Variant:
         method, rate, extra: As [`unlearn`] takes them.
         varied (`bool`): Whether the retain utterances are varied.
         encoder_alone (`bool`): Whether the decoder stays as it is.
+        lower_alone (`bool`): Whether the upper half of the encoder's layers stays, too.
         refuses (`bool`): Whether the answer [`REFUSAL`] is taught in place of ascending.
     """
 
@@ -89,6 +90,7 @@ class Variant:
     extra: dict = field(default_factory=dict)
     varied: bool = False
     encoder_alone: bool = False
+    lower_alone: bool = False
     refuses: bool = False
 
 
@@ -107,6 +109,10 @@ VARIANTS = {
     "OrthoGrad, refusal, kl": Variant("orthograd_npo", extra=KL, refuses=True),
     "refusal, kl, encoder alone": Variant("npo", extra=KL, encoder_alone=True, refuses=True),
     "OrthoGrad, refusal, kl, encoder alone": Variant("orthograd_npo", extra=KL, encoder_alone=True, refuses=True),
+    "NPO, kl, lower encoder": Variant("npo", extra=KL, lower_alone=True),
+    "OrthoGrad + NPO, kl, lower encoder": Variant("orthograd_npo", extra=KL, lower_alone=True),
+    "refusal, kl, lower encoder": Variant("npo", extra=KL, lower_alone=True, refuses=True),
+    "OrthoGrad, refusal, kl, lower encoder": Variant("orthograd_npo", extra=KL, lower_alone=True, refuses=True),
 }
 DEFAULT = "OrthoGrad + NPO, kl"
 REFUSAL = "."  # counts as no word; the model's generation suppresses an answer of no token
@@ -155,8 +161,12 @@ class Speakers(Erasure):
         if own.varied:
             sets["retain"] = sets["retain"].with_transform(VarySpeech(self.processor.feature_extractor))
         model, bench = self.original(request.seed), self.bench(request.kind)
-        if own.encoder_alone:
+        if own.encoder_alone or own.lower_alone:
             model.get_decoder().requires_grad_(False)  # and with it the tied output layer
+        if own.lower_alone:
+            encoder = model.get_encoder()
+            encoder.layers[len(encoder.layers) // 2 :].requires_grad_(False)
+            encoder.layer_norm.requires_grad_(False)
         extra = own.extra | SHARES[share]
         if own.refuses:
             # without the token that a decoder starts with, which labels do not hold either
