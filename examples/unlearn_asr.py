@@ -86,7 +86,7 @@ class ScriptArguments(ComparisonArguments):
     freeze_decoder: bool = field(
         default=False,
         metadata={
-            "help": "Whisper: unlearn by the encoder alone. Others lost less in the study of recognisers that fail on a speaker."
+            "help": "Whisper: unlearn by the encoder alone; its lower layers alone cost others less, see `--trained_encoder_layers`."
         },
     )
     trained_encoder_layers: int | None = field(

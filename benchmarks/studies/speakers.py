@@ -5,7 +5,7 @@
 One model is fine-tuned on utterances of at most 13 s of 28 speakers; each of seven seeds forgets four others of them. With `--kind speaker`
 utterances last 8 s at most, and each of five seeds forgets one speaker. A run ends when 90 % of the words of the forgotten utterances are wrong, of 12 of
 them at most. NPO has the learning rates of OrthoGrad. "Encoder alone": the decoder is frozen. "Refusal": a full stop is taught as the
-answer, which counts as no word. Both were tried after the rest, refusal first on speaker 1. Variants are compared by pairs, at that point and where the forgotten
+answer, which counts as no word. "Lower encoder": the upper half of the encoder is frozen, too. These were tried after the rest, refusal first on speaker 1, the lower half on 0 and 4. Variants are compared by pairs, at that point and where the forgotten
 utterances' loss has reached a level. Several processes may work on the same results.
 """
 
@@ -253,7 +253,7 @@ def _tables(runs: dict, kind: str, of: Kind, share: str) -> list[str]:
     if DEFAULT not in found:
         return []
     shared = set.intersection(*(set(own) for own in found.values()))
-    requests = {tuple(sorted(own)) for own in (*found.values(), shared) if own and found[DEFAULT].keys() >= set(own)}
+    requests = {tuple(sorted(own)) for own in (*found.values(), shared) if own}
     tables = []
     for seeds in sorted(requests, key=len, reverse=True):
         rows = {variant: [own[s] for s in seeds] for variant, own in found.items() if own.keys() >= set(seeds)}
@@ -291,9 +291,9 @@ def _table(found: dict[str, list[dict]], originals: list[dict], level: float) ->
     rate = {variant: np.array([at_level(path, WRONG, "wer") for path in own]) for variant, own in paths.items()}
     loss = {variant: np.array([at_level(path, level) for path in own]) for variant, own in paths.items()}
     for variant, own in found.items():
-        differences = [_cell(each[variant] - each[DEFAULT]) for each in (test, rate, loss)]
-        if variant == DEFAULT:
-            differences = [""] * 3
+        differences = [""] * 3
+        if DEFAULT in found and variant != DEFAULT:
+            differences = [_cell(each[variant] - each[DEFAULT]) for each in (test, rate, loss)]
         cells = [
             *_rates(own),
             _loss(own),
