@@ -82,3 +82,8 @@ def test_what_the_docs_say_of_another_answer_is_in_the_records():
     assert f"stays low, {low:.1f} nats in place of {high:.1f} by the encoder" in page
     ours, other = (costs(runs, f"{who}refusal, kl, encoder alone", 5) for who in ("OrthoGrad, ", ""))
     assert f"The projection keeps {points(other[0] - ours[0])} points in the end" in page
+    retained = [
+        100 * np.mean([runs[f"{variant}speaker-{seed}{end}"]["quality"]["retain"][0] for seed in range(5)])
+        for variant, end in (("OrthoGrad, refusal, kl, lower encoder ", " 0.05"), ("original ", ""))
+    ]
+    assert "{:.0f} % of the words are then wrong in the end, {:.1f} % before".format(*retained) in page
