@@ -10,7 +10,7 @@ def check_parts(model, arguments) -> None:
     if arguments.freeze_decoder and not model.config.is_encoder_decoder:
         raise ValueError(f"`--freeze_decoder` is set, but {type(model).__name__} has no decoder. Leave it out.")
     if (count := arguments.trained_encoder_layers) is not None:
-        layers = len(model.get_encoder().layers) if model.config.is_encoder_decoder else 0
+        layers = len(getattr(model.get_encoder(), "layers", ())) if model.config.is_encoder_decoder else 0
         if not 1 <= count <= layers:
             raise ValueError(
                 f"`--trained_encoder_layers` is {count}, but {type(model).__name__} has an encoder of {layers} layers below a decoder. "

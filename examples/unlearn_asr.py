@@ -93,7 +93,7 @@ class ScriptArguments(ComparisonArguments):
         default=None,
         metadata={
             "help": "Whisper: unlearn by what is below, and the first so many layers of the encoder, alone; half of them "
-            "cost the others least there."
+            "cost the others less than all in the study of recognisers that fail on a speaker."
         },
     )
     refusal: str | None = field(

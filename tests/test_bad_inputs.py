@@ -121,7 +121,7 @@ RUNS = {
     ),
     "a refusal of a row without a prompt": (
         {"kind": "llama", "settings": REFUSAL, "forget_dataset": asked([3, 3, 3, 0])},
-        "but row 3 of `forget_dataset` has none: its first label is",
+        "but row 3 of `forget_dataset` has none: its labels begin with",
     ),
     "a refusal by CTC's blank": (
         {"kind": "wav2vec2", "settings": REFUSAL | {"refusal_labels": [1, 0]}},

@@ -86,4 +86,6 @@ def test_what_the_docs_say_of_another_answer_is_in_the_records():
         100 * np.mean([runs[f"{variant}speaker-{seed}{end}"]["quality"]["retain"][0] for seed in range(5)])
         for variant, end in (("OrthoGrad, refusal, kl, lower encoder ", " 0.05"), ("original ", ""))
     ]
+    varied, plain = (costs(runs, f"OrthoGrad + NPO, kl{how}", 2)[0].mean() for how in (", varied", ""))
+    assert f"varied for two speakers, all parameters: {varied:.0f} % in the end, in place of {plain:.0f} %." in page
     assert "{:.0f} % of the words are then wrong in the end, {:.1f} % before".format(*retained) in page

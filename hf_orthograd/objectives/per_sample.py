@@ -186,9 +186,8 @@ class PerSampleLoss:
             Ctc: with_labels,
             CausalTokens: after_prompts,
         }
-        ways |= (
-            {AlignedTokens: with_labels} if config.is_encoder_decoder else {}
-        )  # else labels are of tokens that are read
+        if config.is_encoder_decoder:  # else each label is of a token that is read
+            ways[AlignedTokens] = with_labels
         if type(family) not in ways:
             raise ValueError(
                 f"forget_loss='refusal' needs samples with an answer, which those of {type(self.model).__name__} have not. Use another "

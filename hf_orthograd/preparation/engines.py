@@ -44,11 +44,11 @@ def prepare_engine(trainer: "OrthoGradTrainer", model: nn.Module) -> GradientEng
     if trainer.is_world_process_zero():
         validation.warn_of_half_precision(parameters)
     sets = {"forget_dataset": trainer.forget_dataset, "train_dataset": trainer.train_dataset}
-    if args.forget_loss == "refusal":
-        validation.check_prompts(trainer.forget_dataset, trainer.per_sample_loss)
     with preserved_random_state():
         batches = {name: [trainer.first_batch(name, *rows) for rows in ((2,), (1,), (1, 1))] for name in sets}
         validation.check_samples(trainer.per_sample_loss, plain, sets, batches)
+        if args.forget_loss == "refusal":
+            validation.check_prompts(trainer.forget_dataset, trainer.per_sample_loss)
         if is_sharded(plain):
             parameters = unshard(plain, parameters)
         if args.projection == "none":

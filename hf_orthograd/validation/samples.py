@@ -55,8 +55,8 @@ def check_objectives(
     """Checks that what `retain_loss` and `forget_loss` ask for is known, and that [`check_precomputed`] holds.
 
     Raises:
-        ValueError: "refusal" of what has no such answer; "kl" with a loss of the user's own, whose divergence is not known; or a `ref_model` that nothing is held to,
-            or that is trained itself.
+        ValueError: "refusal" of what has no such answer; "kl" with a loss of the user's own, whose divergence is not known; or a
+            `ref_model` that nothing is held to, or that is trained itself.
     """
     if args.forget_loss == "refusal":
         per_sample_loss.answering(args.refusal_labels)
@@ -222,10 +222,10 @@ def check_prompts(dataset: AnyDataset, per_sample_loss: PerSampleLoss) -> None:
     if not has_labels or dataset.format["type"] == "custom" or not per_sample_loss.shifts_labels:
         return
     for row, labels in enumerate(dataset.with_format(None)["labels"]):
-        if labels[0] != IGNORED_LABEL:
+        if labels[:1] != [IGNORED_LABEL]:
             raise ValueError(
-                f"forget_loss='refusal' answers a prompt, but row {row} of `forget_dataset` has none: its first label is {labels[0]}, "
-                "and not -100. Mask prompts, or use another `forget_loss` for plain text."
+                f"forget_loss='refusal' answers a prompt, but row {row} of `forget_dataset` has none: its labels begin with "
+                f"{labels[:1]}, and not -100. Mask prompts, or use another `forget_loss` for plain text."
             )
 
 
