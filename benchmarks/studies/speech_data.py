@@ -15,7 +15,8 @@ from hf_orthograd.data.speech import SpeechCollator, prepare_speech_dataset, sho
 
 SECONDS = 8
 EPOCHS = 3
-SPEAKERS = ("118", "460", "7367", "7859", "8629")  # of all, those with the most utterances of at most 8 s
+# of all, those with the most utterances of at most 8 s: ways to make a model fail were chosen on the first five
+SPEAKERS = ("118", "460", "7367", "7859", "8629", "332", "2136", "1898", "3242", "3526")
 GROUPS = 7
 
 
