@@ -14,6 +14,7 @@ UPDATE = {"projection_target": "update", "optim": "adamw_torch", "adam_epsilon":
 SCOPES = {
     "per tensor": ("vit", False, {"projection_scope": "per_tensor"}),
     "adapter alone": ("vit", True, {"projection_parameters": "lora", "head": ["classifier"]}),
+    "refusal": ("whisper", True, {"forget_loss": "refusal", "refusal_labels": [7, 8, 2]}),
     "mean": ("llama", False, {"projection": "mean"}),
     "unused": ("llama", False, {"unused": True, "optim": "adamw_torch", "weight_decay": 0.5, "adam_epsilon": 1e-2}),
 }
