@@ -51,6 +51,7 @@ def _scrub(weight: float) -> Method:
 
 METHODS["scrub_kl"] = _scrub(1.0)
 KL = {"retain_loss": "kl"}
+UPDATE = {"projection_target": "update"}  # tried last, for a class
 WIDE = KL | {"per_device_train_batch_size": 256}  # as many retain samples a step; 64 otherwise
 VARIANTS = {
     "NPO": Variant("npo", sized=True),
@@ -72,6 +73,8 @@ VARIANTS = {
     "SimNPO, kl, varied": Variant("simnpo", KL, varied=True),
     "OrthoGrad + NPO, kl, varied, k = 256": Variant("orthograd_npo", WIDE, varied=True),
     "NPO, kl, varied, k = 256": Variant("npo", WIDE, varied=True),
+    "OrthoGrad + NPO, kl, varied, update": Variant("orthograd_npo", KL | UPDATE, varied=True),
+    "OrthoGrad + NPO, update": Variant("orthograd_npo", UPDATE),
 }
 ATTACKED = (DEFAULT, "NPO, kl, varied", "OrthoGrad + NPO", "NPO")
 COLUMNS = (
