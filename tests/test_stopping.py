@@ -61,17 +61,29 @@ def same(model, parameters):
     return all(torch.equal(p, other) for p, other in zip(model.parameters(), parameters, strict=True))
 
 
-def test_stops_where_the_forget_target_is_reached(tmp_path, make_model, make_samples):
+def test_stops_where_the_forget_target_is_reached(tmp_path, make_model, make_samples, caplog):
     model, forget = make_model("vit"), make_samples("vit", 6, seed=2)
     target = loss_of(model, forget) + 0.3
     trainer = make_trainer(tmp_path, model, make_samples, forget_target=target, max_steps=200)
     trainer.train()
     assert 2 <= trainer.state.global_step < 200 and trainer.state.global_step % 2 == 0
-    assert loss_of(model, forget) >= target
+    assert loss_of(model, forget) >= target and "without reaching" not in caplog.text
     evaluated = [entry["eval_forget_loss"] for entry in trainer.state.log_history if "eval_forget_loss" in entry]
     assert evaluated[-1] >= target > max(evaluated[:-1])
     # the first of them is that of the model before any step
     assert evaluated[0] == pytest.approx(target - 0.3, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("eval_delay", "found"), [(0, "at the last evaluation `loss` on the forget set was"), (9, "no evaluation came")]
+)
+def test_a_target_that_was_not_reached_is_told(eval_delay, found, tmp_path, make_model, make_samples, caplog):
+    trainer = make_trainer(
+        tmp_path, make_model("vit"), make_samples, forget_target=50.0, max_steps=3, eval_delay=eval_delay
+    )
+    trainer.train()
+    assert f"ended after step 3 without reaching `forget_target`: {found}" in caplog.text
+    assert "the target is 50. Raise `max_steps`" in caplog.text
 
 
 def test_reference_is_the_level_of_unseen_data_before_the_first_step(tmp_path, make_model, make_samples):

@@ -4,9 +4,9 @@ import copy
 import math
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
@@ -40,6 +40,7 @@ class StoppingRule(TrainerCallback, ExportableState):
         self.args = args
         self.baseline: dict[str, float] | None = None
         self.breaches = 0
+        self._ended, self._last = False, math.nan  # whether this rule ended the run; the last metric on the forget set
 
     def state(self) -> dict:
         return {"args": {}, "attributes": {"baseline": self.baseline, "breaches": self.breaches}}
@@ -59,6 +60,7 @@ class StoppingRule(TrainerCallback, ExportableState):
             ValueError: The checkpoint was saved by a run without this rule.
         """
         self.args, self.baseline, self.breaches = args, None, 0
+        self._ended, self._last = False, math.nan
         if state.global_step == 0:
             with preserved_random_state():
                 evaluate()
@@ -92,17 +94,34 @@ class StoppingRule(TrainerCallback, ExportableState):
             self.take_baseline(metrics)
             return
         metrics[SCORE], why = self.judge(metrics)
+        self._last = metrics[f"eval_forget_{self.args.stop_metric}"]
         if why is not None:
             logger.warning(f"Stopping after step {state.global_step}: {why}.")
-            control.should_training_stop = True
+            control.should_training_stop = self._ended = True
 
     def end_after(self, error: FloatingPointError, state: TrainerState, control: TrainerControl) -> bool:
         """Whether there is a model to go back to after a divergence; then training stops and Trainer does so."""
         if self.args.retain_budget is None:
             return False
         logger.warning(f"{error} Stopping, and going back to {state.best_model_checkpoint!r}.")
-        control.should_training_stop = True
+        control.should_training_stop = self._ended = True
         return True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Says so where training ended before the forget target was reached."""
+        if self.target is None or self._ended:
+            return
+        found = (
+            "no evaluation came after the first step"
+            if math.isnan(self._last)
+            else f"at the last evaluation `{self.args.stop_metric}` on the forget set was {self._last:.4g}"
+        )
+        logger.warning(
+            f"Training ended after step {state.global_step} without reaching `forget_target`: {found}, the target is "
+            f"{self.target:.4g}. Raise `max_steps` or `learning_rate`, or lower `eval_steps`."
+        )
 
     def take_baseline(self, metrics: Mapping[str, float]) -> None:
         """Takes the evaluation before the first step.
