@@ -33,13 +33,15 @@ class Variant:
         method (`str`): Among the studies' methods.
         extra (`dict`): What it sets beside.
         varied (`bool`): Whether the retain images at hand are varied at each step.
-        sized (`bool`): Whether it is compared at other retain sizes, too.
+        sized (`tuple[str, ...]`): The other retain sizes at which it is compared, too.
+        copies (`int`): How often each retain image is read where others are read once, to vary anew.
     """
 
     method: str
     extra: dict = field(default_factory=dict)
     varied: bool = False
-    sized: bool = False
+    sized: tuple[str, ...] = ()
+    copies: int = 1
 
 
 def _scrub(weight: float) -> Method:
@@ -50,16 +52,17 @@ def _scrub(weight: float) -> Method:
 
 
 METHODS["scrub_kl"] = _scrub(1.0)
+SIZES = ("0.01", "0.2", "proxy")
 KL = {"retain_loss": "kl"}
 UPDATE = {"projection_target": "update"}  # tried last, for a class
-WIDE = KL | {"per_device_train_batch_size": 256}  # as many retain samples a step; 64 otherwise
+WIDE = KL | {"per_device_train_batch_size": 256}  # as many retain samples a step, or all at hand; 64 otherwise
 VARIANTS = {
-    "NPO": Variant("npo", sized=True),
-    "GradDiff": Variant("graddiff", sized=True),
-    "SCRUB": Variant("scrub", sized=True),
-    "OrthoGrad + NPO": Variant("orthograd_npo", sized=True),
-    DEFAULT: Variant("orthograd_npo", KL, varied=True, sized=True),
-    "NPO, kl, varied": Variant("npo", KL, varied=True, sized=True),
+    "NPO": Variant("npo", sized=SIZES),
+    "GradDiff": Variant("graddiff", sized=SIZES),
+    "SCRUB": Variant("scrub", sized=SIZES),
+    "OrthoGrad + NPO": Variant("orthograd_npo", sized=SIZES),
+    DEFAULT: Variant("orthograd_npo", KL, varied=True, sized=SIZES),
+    "NPO, kl, varied": Variant("npo", KL, varied=True, sized=SIZES),
     "GradDiff, kl, varied": Variant("graddiff", KL, varied=True),
     "SCRUB, KL weight 1, varied": Variant("scrub_kl", varied=True),
     "SCRUB, KL weight 1": Variant("scrub_kl"),
@@ -71,8 +74,10 @@ VARIANTS = {
     "OrthoGrad, ascent, kl, varied": Variant("orthograd", KL, varied=True),
     "mean projection, kl, varied": Variant("mean_projection", KL, varied=True),
     "SimNPO, kl, varied": Variant("simnpo", KL, varied=True),
-    "OrthoGrad + NPO, kl, varied, k = 256": Variant("orthograd_npo", WIDE, varied=True),
-    "NPO, kl, varied, k = 256": Variant("npo", WIDE, varied=True),
+    "OrthoGrad + NPO, kl, varied, k = 256": Variant("orthograd_npo", WIDE, True, ("0.01",)),
+    "NPO, kl, varied, k = 256": Variant("npo", WIDE, True, ("0.01",)),
+    "OrthoGrad + NPO, kl, four varied copies, k = 256": Variant("orthograd_npo", WIDE, True, ("0.01",), copies=4),
+    "NPO, kl, four varied copies, k = 256": Variant("npo", WIDE, True, ("0.01",), copies=4),
     "OrthoGrad + NPO, kl, varied, update": Variant("orthograd_npo", KL | UPDATE, varied=True),
     "OrthoGrad + NPO, update": Variant("orthograd_npo", UPDATE),
 }
@@ -94,18 +99,18 @@ COLUMNS = (
 class RetentionStudy(ImageStudy):
     name, seeds = "retention", tuple(range(8))
     variants = tuple(VARIANTS)  # those run now
-    sizes = ("0.01", "0.2", "proxy")
+    sizes = SIZES
 
     def run(self, variant: str, request: Request, setting: float, retain: str, attacked: bool = False) -> dict:
         own = VARIANTS[variant]
-        self.varied = own.varied
+        self.varied, self.copies = own.varied, own.copies
         return self.unlearn(request, own.method, setting, retain, attacked, extra=own.extra)
 
     def sets(self, request: Request, retain: str) -> dict:
         sets = super().sets(request, retain)
         at_hand = sets["retain"]
         if getattr(self, "varied", False):
-            sets["retain"] = VariedImages(at_hand.pixels, at_hand.labels, at_hand.rows)
+            sets["retain"] = VariedImages(at_hand.pixels, at_hand.labels, np.tile(at_hand.rows, self.copies))
         return sets
 
     def chosen(self, kind: str, variant: str) -> float:
@@ -139,7 +144,7 @@ class RetentionStudy(ImageStudy):
         for kind in self.kinds:
             for retain in self.sizes:
                 for variant in self.variants:
-                    for seed in self.seeds if VARIANTS[variant].sized else ():
+                    for seed in self.seeds if retain in VARIANTS[variant].sized else ():
                         self.final(self.request(kind, seed), variant, retain)
 
     def stage_attacks(self) -> None:

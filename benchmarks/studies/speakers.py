@@ -10,7 +10,6 @@ utterances' loss has reached a level. Several processes may work on the same res
 """
 
 import argparse
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,10 @@ from datasets import concatenate_datasets
 from erasure import Erasure
 from harness import RESULTS, Records, machine_note
 from methods import METHODS, Bench, unlearn
+from more_directions import PartCollator, in_parts
+from speaker_variants import DEFAULT, KINDS, RATE, REFUSING, SHARES, VARIANTS, WATCHED, WRONG, Kind
 from speech import add_folders
-from speech_data import GROUPS, SPEAKERS, Request, load_speech, split, train_on
+from speech_data import Request, load_speech, split, train_on
 from study import add_variants, main
 from tables import mean_and_interval
 
@@ -27,98 +28,10 @@ from hf_orthograd.data import VarySpeech
 from hf_orthograd.evaluation import Relearning, evaluate_unlearning
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What requests of a kind are like.
-
-    Attributes:
-        speakers (`int`): Named by each.
-        seconds (`int`): Of the longest utterances.
-        requests (`int`): How many there are, one for each seed.
-        steps (`int`): The most of a run.
-        level (`float`): Nats per token, at which runs are compared by loss.
-        why (`str`): When that level was set.
-        watched (`int`): Utterances of the test set that are evaluated while unlearning; of short ones half of all.
-    """
-
-    speakers: int
-    seconds: int
-    requests: int
-    steps: int
-    level: float
-    why: str
-    watched: int
-
-
-_AFTER = "that was set after the first two requests: no run reached the 4 of before"
-KINDS = {
-    "speakers": Kind(speakers=4, seconds=13, requests=GROUPS, steps=40, level=1.0, why=_AFTER, watched=12),
-    "speaker": Kind(
-        speakers=1,
-        seconds=8,
-        requests=len(SPEAKERS),
-        steps=60,
-        level=4.0,
-        why="that was set before any run",
-        watched=27,
-    ),
-}
-WRONG = 0.9  # the share of the forgotten utterances' words at which a run ends
-WATCHED = 12  # utterances of the forget set that are evaluated while unlearning
-KL = {"retain_loss": "kl"}
-WIDE = {"per_device_train_batch_size": 32}
-
-RATE = 3e-5
-# at a third of the rate the steps between two evaluations, and the most steps, are three times as many
-SLOW = {"max_steps": 120, "eval_steps": 6}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A way to make the recogniser fail.
-
-    Attributes:
-        method, rate, extra: As [`unlearn`] takes them.
-        varied (`bool`): Whether the retain utterances are varied.
-        encoder_alone (`bool`): Whether the decoder stays as it is.
-        lower_alone (`bool`): Whether the upper half of the encoder's layers stays, too.
-        refuses (`bool`): Whether the answer [`REFUSAL`] is taught in place of ascending.
-    """
-
-    method: str
-    rate: float = RATE
-    extra: dict = field(default_factory=dict)
-    varied: bool = False
-    encoder_alone: bool = False
-    lower_alone: bool = False
-    refuses: bool = False
-
-
-VARIANTS = {
-    "NPO": Variant("npo"),
-    "OrthoGrad + NPO": Variant("orthograd_npo"),
-    "NPO, kl": Variant("npo", extra=KL),
-    "OrthoGrad + NPO, kl": Variant("orthograd_npo", extra=KL),
-    "NPO, kl, varied": Variant("npo", extra=KL, varied=True),
-    "OrthoGrad + NPO, kl, varied": Variant("orthograd_npo", extra=KL, varied=True),
-    "NPO, kl, rate 1e-5": Variant("npo", 1e-5, KL | SLOW),
-    "OrthoGrad + NPO, kl, rate 1e-5": Variant("orthograd_npo", 1e-5, KL | SLOW),
-    "NPO, kl, encoder alone": Variant("npo", extra=KL, encoder_alone=True),
-    "OrthoGrad + NPO, kl, encoder alone": Variant("orthograd_npo", extra=KL, encoder_alone=True),
-    "refusal, kl": Variant("npo", extra=KL, refuses=True),
-    "OrthoGrad, refusal, kl": Variant("orthograd_npo", extra=KL, refuses=True),
-    "refusal, kl, encoder alone": Variant("npo", extra=KL, encoder_alone=True, refuses=True),
-    "OrthoGrad, refusal, kl, encoder alone": Variant("orthograd_npo", extra=KL, encoder_alone=True, refuses=True),
-    "NPO, kl, lower encoder": Variant("npo", extra=KL, lower_alone=True),
-    "OrthoGrad + NPO, kl, lower encoder": Variant("orthograd_npo", extra=KL, lower_alone=True),
-    "refusal, kl, lower encoder": Variant("npo", extra=KL, lower_alone=True, refuses=True),
-    "OrthoGrad, refusal, kl, lower encoder": Variant("orthograd_npo", extra=KL, lower_alone=True, refuses=True),
-}
-DEFAULT = "OrthoGrad + NPO, kl"
 REFUSAL = "."  # counts as no word; the model's generation suppresses an answer of no token
-SHARES = {"0.05": {}, "1": WIDE}
 COLUMNS = ("forget", "forget_unseen", "retain", "test")
 FRESH = tuple(range(5, 10))  # speakers on whom nothing was chosen
+LOSSES = (1, 2, 4)  # nats a token of the forgotten, at which the others' words are compared
 RELEARNED = (1, 3, 10)  # steps of the attacker after which the forgotten utterances are transcribed
 
 
@@ -160,9 +73,16 @@ class Speakers(Erasure):
     def run(self, variant: str, request: Request, share: str) -> dict:
         own = VARIANTS[variant]
         sets = self.sets(request, share)
+        trained = {name: sets[name] for name in ("forget", "retain")}
+        if own.parts > 1:
+            start = self.processor.tokenizer.convert_tokens_to_ids("<|startoftranscript|>")
+            trained = {
+                name: in_parts(rows, own.parts if name == "retain" else 1, start) for name, rows in trained.items()
+            }
         if own.varied:
-            sets["retain"] = sets["retain"].with_transform(VarySpeech(self.processor.feature_extractor))
+            trained["retain"] = trained["retain"].with_transform(VarySpeech(self.processor.feature_extractor))
         model, bench = self.original(request.seed), self.bench(request.kind)
+        bench.shared = bench.shared | {"data_collator": PartCollator(bench.shared["data_collator"])}
         if own.encoder_alone or own.lower_alone:
             model.get_decoder().requires_grad_(False)  # and with it the tied output layer
         if own.lower_alone:
@@ -173,7 +93,7 @@ class Speakers(Erasure):
         if own.refuses:
             # without the token that a decoder starts with, which labels do not hold either
             extra |= {"forget_loss": "refusal", "refusal_labels": self.processor.tokenizer(REFUSAL).input_ids[1:]}
-        trainer, record = unlearn(bench, own.method, own.rate, model, sets, request.seed, extra)
+        trainer, record = unlearn(bench, own.method, own.rate, model, sets | trained, request.seed, extra)
         record["path"] = [
             {name: round(entry[f"eval_{name}"], 4) for name in ("forget_wer", "forget_loss", "test_wer", "test_loss")}
             for entry in _evaluations(trainer.state.log_history)
@@ -234,9 +154,9 @@ def _evaluations(history: list[dict]) -> list[dict]:
     return list(merged.values())
 
 
-def at_level(path: list[dict], level: float, metric: str = "loss") -> float:
-    """The test metric where that of the forgotten utterances passes a level, between evaluations by a straight line."""
-    forgotten, test = (np.array([entry[f"{name}_{metric}"] for entry in path]) for name in ("forget", "test"))
+def at_level(path: list[dict], level: float, by: str = "loss", what: str = "loss") -> float:
+    """A test metric where one of the forgotten utterances passes a level, between evaluations by a straight line."""
+    forgotten, test = (np.array([entry[name] for entry in path]) for name in (f"forget_{by}", f"test_{what}"))
     if forgotten.max(initial=0) < level:
         return float("nan")
     after = int(np.argmax(forgotten >= level))
@@ -262,50 +182,57 @@ def _tables(runs: dict, kind: str, of: Kind, share: str) -> list[str]:
         for variant in VARIANTS
     }
     found = {variant: own for variant, own in found.items() if own}
-    if DEFAULT not in found:
+    if not found:
         return []
-    shared = set.intersection(*(set(own) for own in found.values()))
-    requests = {tuple(sorted(own)) for own in (*found.values(), shared) if own}
+    requests = {tuple(sorted(own)) for own in found.values()}
+    requests |= {FRESH for own in found.values() if own.keys() >= set(FRESH)}
     tables = []
-    for seeds in sorted(requests, key=len, reverse=True):
+    for seeds in sorted(requests, key=lambda seeds: (-len(seeds), seeds)):
         rows = {variant: [own[s] for s in seeds] for variant, own in found.items() if own.keys() >= set(seeds)}
         originals = [runs[f"original {kind}-{seed}"] for seed in seeds]
         which = f"{len(seeds)} requests" if len(seeds) > 1 else f"request {seeds[0]} alone"
+        if seeds == FRESH:
+            which += ", on which nothing was chosen"
         count = of.speakers * len(seeds)
         who = f"{count} speakers in {which}" if count > 1 else f"one speaker, {which}"
         title = f"## {float(share):.0%} of the retain set at hand, {who}"
-        tables.append(f"{title}\n\n{_table(rows, originals, of.level)}")
+        tables.append("\n\n".join([title, _table(rows, originals, of.level), *_further(rows)]))
     return tables
 
 
 _NOTE = """Means over requests with 95 % intervals by Student's t. Word error rates; an endless transcript counts for many words, so more than all \
 may be wrong. "forget loss": of the forgotten in the end, in nats; where a model only refuses to say what it knows, it stays low. "by WER": the test WER where that of the forgotten utterances passes 0.9. "by loss": the test loss in nats where their loss passes a level. Both are \
-of the test utterances evaluated while unlearning, and empty where a run never got there. Differences to the default's are paired: above zero, the \
-default keeps more."""
+of the test utterances evaluated while unlearning, and empty where a run never got there. Differences are paired: above zero, the method of which the head speaks keeps more."""
+
+
+def _compared(rows: dict) -> str:
+    """The method that the others of a table are compared with."""
+    return next((name for name in (DEFAULT, REFUSING) if name in rows), next(iter(rows)))
 
 
 def _table(found: dict[str, list[dict]], originals: list[dict], level: float) -> str:
+    with_which = _compared(found)
+    less = f"less that of {with_which}"
     heads = [
         "method",
         *COLUMNS,
         "forget loss",
-        "test less that of the default",
+        f"test {less}",
         "by WER",
-        "by WER, less that of the default",
+        f"by WER, {less}",
         "by loss",
-        "by loss, less that of the default",
+        f"by loss, {less}",
         "steps",
     ]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    lines.append("| before | " + " | ".join([*_rates(originals), _loss(originals), *[""] * 6]) + " |")
+    lines = [_line(heads), "|---" * len(heads) + "|"]
+    lines.append(_line(["before", *_rates(originals), _loss(originals), *[""] * 6]))
     test = {variant: np.array([record["quality"]["test"][0] for record in own]) for variant, own in found.items()}
-    paths = {variant: [record["path"] for record in own] for variant, own in found.items()}
-    rate = {variant: np.array([at_level(path, WRONG, "wer") for path in own]) for variant, own in paths.items()}
-    loss = {variant: np.array([at_level(path, level) for path in own]) for variant, own in paths.items()}
+    rate = {variant: _levels(own, WRONG, "wer", "wer") for variant, own in found.items()}
+    loss = {variant: _levels(own, level, "loss", "loss") for variant, own in found.items()}
     for variant, own in found.items():
         differences = [""] * 3
-        if DEFAULT in found and variant != DEFAULT:
-            differences = [_cell(each[variant] - each[DEFAULT]) for each in (test, rate, loss)]
+        if variant != with_which:
+            differences = [_cell(each[variant] - each[with_which]) for each in (test, rate, loss)]
         cells = [
             *_rates(own),
             _loss(own),
@@ -315,9 +242,44 @@ def _table(found: dict[str, list[dict]], originals: list[dict], level: float) ->
             _cell(loss[variant]),
             differences[2],
         ]
-        steps = ", ".join(f"{record['steps']}" for record in own)
-        lines.append("| " + " | ".join([variant, *cells, steps]) + " |")
+        lines.append(_line([variant, *cells, ", ".join(f"{record['steps']}" for record in own)]))
     return "\n".join(lines)
+
+
+def _further(found: dict[str, list[dict]]) -> list[str]:
+    """The others' WER at the same loss of the forgotten, and what relearning brings back."""
+    with_which = _compared(found)
+    heads = [f"{level} nats" for level in LOSSES]
+    heads = [
+        "test WER where the forgotten loss is",
+        *(f"{head}{less}" for head in heads for less in ("", ", less that")),
+    ]
+    lines = [_line(heads).replace(", less that", f", less that of {with_which}"), "|---" * len(heads) + "|"]
+    rates = {variant: [_levels(own, level, "loss", "wer") for level in LOSSES] for variant, own in found.items()}
+    for variant, own in rates.items():
+        cells = [_cell(each) for each in own]
+        differences = [
+            "" if variant == with_which else _cell(a - b) for a, b in zip(own, rates[with_which], strict=True)
+        ]
+        lines.append(_line([variant, *(cell for pair in zip(cells, differences, strict=True) for cell in pair)]))
+    parts = ["\n".join(lines)]
+    attacked = {variant: own for variant, own in found.items() if all("relearning" in record for record in own)}
+    if attacked:
+        heads = ["relearning: WER on the forgotten, steps:", "0", *map(str, RELEARNED)]
+        lines = [_line(heads), "|---" * len(heads) + "|"]
+        for variant, own in attacked.items():
+            curves = np.array([[rate for _, rate, _ in record["relearning"]] for record in own])
+            lines.append(_line([variant, *(mean_and_interval(at) for at in curves.T)]))
+        parts.append("\n".join(lines))
+    return parts
+
+
+def _levels(records: list[dict], level: float, by: str, what: str) -> np.ndarray:
+    return np.array([at_level(record["path"], level, by, what) for record in records])
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _cell(values: np.ndarray) -> str:
