@@ -11,7 +11,7 @@ from launched import KINDS, examine, launch, settings, train
 UPDATE = {"projection_target": "update", "optim": "adamw_torch", "adam_epsilon": 1e-2, "alpha": 0.0}
 
 
-SCOPES = {
+SETTINGS = {
     "per tensor": ("vit", False, {"projection_scope": "per_tensor"}),
     "adapter alone": ("vit", True, {"projection_parameters": "lora", "head": ["classifier"]}),
     "refusal": ("whisper", True, {"forget_loss": "refusal", "refusal_labels": [7, 8, 2]}),
@@ -34,7 +34,7 @@ def two_processes(tmp_path_factory):
     for kind, lora in KEEPING:  # of one model the start's predictions are found once
         runs.append((f"{kind}-{lora}-2x2x2k", kind, lora, settings(2, 2, **KL, precompute_ref_logits=kind == "vit")))
     # two samples a process for "per tensor": more leave small tensors directions that float32 cannot tell from zero
-    for name, (kind, lora, own) in SCOPES.items():
+    for name, (kind, lora, own) in SETTINGS.items():
         runs.append((name, kind, lora, settings(1 if name == "per tensor" else 4, **own)))
     # sequences as long as they are; and 21 samples, of which the last step has 5 for 8 places
     runs.append(("ragged", "llama", False, settings(4, ragged=True)))
@@ -95,10 +95,10 @@ def test_corrected_updates_are_the_same_too(launches):
     assert kept[0] == pytest.approx(kept[1], rel=1e-4) and kept[1][-1] < 0.999
 
 
-@pytest.mark.parametrize("name", SCOPES)
-def test_scopes_are_the_same_in_two_processes(name, two_processes, tmp_path):
+@pytest.mark.parametrize("name", SETTINGS)
+def test_further_settings_are_the_same_in_two_processes(name, two_processes, tmp_path):
     _, scopes = two_processes
-    kind, lora, own = SCOPES[name]
+    kind, lora, own = SETTINGS[name]
     trainer = train(tmp_path, kind, lora, settings(2 if name == "per tensor" else 8, **own))
     for parameter_name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:

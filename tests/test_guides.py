@@ -47,7 +47,7 @@ PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md"
 FOLLOWED = {
     "docs/concepts/projection.md": 1, "docs/evaluating.md": 2, "docs/how_it_works.md": 3, "docs/how_to/own_layer.md": 1,
     "docs/how_to/own_loss.md": 1, "docs/methods.md": 1, "docs/migration.md": 1, "docs/modalities.md": 1,
-    "docs/publishing.md": 1, "docs/requests.md": 2, "docs/start/images.md": 2, "docs/start/speech.md": 4,
+    "docs/publishing.md": 1, "docs/requests.md": 2, "docs/start/images.md": 3, "docs/start/speech.md": 4,
     "docs/start/text.md": 1,
 }  # fmt: skip
 

@@ -58,7 +58,9 @@ def trainer_of(kind, model, folder, method=OrthoGradTrainer, **settings):
     return method(model, args, **sets)
 
 
-@pytest.mark.parametrize(("projection", "micro_batches"), [("orthogonal", 1), ("orthogonal", 2), ("none", 1)])
+@pytest.mark.parametrize(
+    ("projection", "micro_batches"), [("orthogonal", 1), ("orthogonal", 2), ("none", 1), ("none", 2)]
+)
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_step_descends_the_loss_of_the_answer_off_the_retain_gradients(
     kind, projection, micro_batches, make_model, tmp_path
@@ -70,7 +72,7 @@ def test_a_step_descends_the_loss_of_the_answer_off_the_retain_gradients(
     expected = -RATE * (ALPHA * of_retain.mean(0) + (1 - ALPHA) * kept)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before = flat(trained)
-    # of the forget set each micro-batch is all, so that their mean is the same
+    # each micro-batch holds the whole forget set, so that their mean is that of one
     split = {"gradient_accumulation_steps": micro_batches, "per_device_train_batch_size": 4 // micro_batches}
     trainer_of(kind, model, tmp_path, projection=projection, **split).train()
     assert (flat(trained) - before - expected).norm() <= 1e-5 * expected.norm()

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
@@ -67,7 +67,7 @@ def test_stops_where_the_forget_target_is_reached(tmp_path, make_model, make_sam
     trainer = make_trainer(tmp_path, model, make_samples, forget_target=target, max_steps=200)
     trainer.train()
     assert 2 <= trainer.state.global_step < 200 and trainer.state.global_step % 2 == 0
-    assert loss_of(model, forget) >= target and "without reaching" not in caplog.text
+    assert loss_of(model, forget) >= target and "no evaluation found" not in caplog.text
     evaluated = [entry["eval_forget_loss"] for entry in trainer.state.log_history if "eval_forget_loss" in entry]
     assert evaluated[-1] >= target > max(evaluated[:-1])
     # the first of them is that of the model before any step
@@ -75,15 +75,33 @@ def test_stops_where_the_forget_target_is_reached(tmp_path, make_model, make_sam
 
 
 @pytest.mark.parametrize(
-    ("eval_delay", "found"), [(0, "at the last evaluation `loss` on the forget set was"), (9, "no evaluation came")]
+    ("eval_delay", "found"), [(0, "at the last one `loss` on the forget set was"), (9, "no evaluation came")]
 )
 def test_a_target_that_was_not_reached_is_told(eval_delay, found, tmp_path, make_model, make_samples, caplog):
     trainer = make_trainer(
         tmp_path, make_model("vit"), make_samples, forget_target=50.0, max_steps=3, eval_delay=eval_delay
     )
     trainer.train()
-    assert f"ended after step 3 without reaching `forget_target`: {found}" in caplog.text
+    assert f"ended after step 3, and no evaluation found `forget_target` reached: {found}" in caplog.text
     assert "the target is 50. Raise `max_steps`" in caplog.text
+
+
+@pytest.mark.parametrize(("forgotten", "told"), [(2.5, False), (1.5, True), (None, True)])
+def test_a_target_that_the_last_evaluation_reached_is_not_told_of(forgotten, told, tmp_path, caplog):
+    """Also where that was outside of the budget, and where a checkpoint was saved after it."""
+    args = OrthoGradConfig(str(tmp_path), forget_target=2.0, retain_budget=0.1, stop_patience=3, eval_strategy="epoch")
+    rule, state, control = StoppingRule(args), TrainerState(global_step=4), TrainerControl()
+    rule.take_baseline({"eval_forget_loss": 1.0, "eval_retain_loss": 1.0})
+    if forgotten is not None:
+        rule.take_evaluation({"eval_forget_loss": forgotten, "eval_retain_loss": 9.0}, dict, state, control)
+    resumed = StoppingRule()
+    state.stateful_callbacks = {"StoppingRule": rule.state()}
+    resumed.begin_run(args, state, evaluate=None, save=None)
+    for one in (rule, resumed):
+        caplog.clear()
+        one.on_train_end(args, state, control)
+        assert ("no evaluation found" in caplog.text) is told
+        assert ("Raise `num_train_epochs`" in caplog.text) is told
 
 
 def test_reference_is_the_level_of_unseen_data_before_the_first_step(tmp_path, make_model, make_samples):

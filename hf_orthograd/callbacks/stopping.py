@@ -34,16 +34,22 @@ class StoppingRule(TrainerCallback, ExportableState):
         baseline (`dict[str, float]`, *optional*): The stop metric on the "forget", "retain" and "reference" data
             before the first step.
         breaches (`int`): Evaluations outside of the budget in a row.
+        forgotten (`float`, *optional*): The stop metric on the forget set at the last evaluation after a step.
     """
 
     def __init__(self, args: OrthoGradConfig | None = None):
+        self._reset(args)
+
+    def _reset(self, args: OrthoGradConfig | None) -> None:
         self.args = args
         self.baseline: dict[str, float] | None = None
         self.breaches = 0
-        self._ended, self._last = False, math.nan  # whether this rule ended the run; the last metric on the forget set
+        self.forgotten: float | None = None
+        self._ended_run = False
 
     def state(self) -> dict:
-        return {"args": {}, "attributes": {"baseline": self.baseline, "breaches": self.breaches}}
+        kept = {"baseline": self.baseline, "breaches": self.breaches, "forgotten": self.forgotten}
+        return {"args": {}, "attributes": kept}
 
     def begin_run(
         self, args: OrthoGradConfig, state: TrainerState, *, evaluate: Callable[[], None], save: Callable[[], None]
@@ -59,8 +65,7 @@ class StoppingRule(TrainerCallback, ExportableState):
         Raises:
             ValueError: The checkpoint was saved by a run without this rule.
         """
-        self.args, self.baseline, self.breaches = args, None, 0
-        self._ended, self._last = False, math.nan
+        self._reset(args)
         if state.global_step == 0:
             with preserved_random_state():
                 evaluate()
@@ -76,6 +81,7 @@ class StoppingRule(TrainerCallback, ExportableState):
                 "`retain_budget` are judged: it was saved without them. Resume without, or start from the beginning."
             )
         self.baseline, self.breaches = saved["attributes"]["baseline"], saved["attributes"]["breaches"]
+        self.forgotten = saved["attributes"].get("forgotten")  # earlier versions did not keep it
 
     def take_evaluation(
         self,
@@ -94,34 +100,38 @@ class StoppingRule(TrainerCallback, ExportableState):
             self.take_baseline(metrics)
             return
         metrics[SCORE], why = self.judge(metrics)
-        self._last = metrics[f"eval_forget_{self.args.stop_metric}"]
+        self.forgotten = metrics[f"eval_forget_{self.args.stop_metric}"]
         if why is not None:
             logger.warning(f"Stopping after step {state.global_step}: {why}.")
-            control.should_training_stop = self._ended = True
+            control.should_training_stop = self._ended_run = True
 
     def end_after(self, error: FloatingPointError, state: TrainerState, control: TrainerControl) -> bool:
         """Whether there is a model to go back to after a divergence; then training stops and Trainer does so."""
         if self.args.retain_budget is None:
             return False
         logger.warning(f"{error} Stopping, and going back to {state.best_model_checkpoint!r}.")
-        control.should_training_stop = self._ended = True
+        control.should_training_stop = self._ended_run = True
         return True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Says so where training ended before the forget target was reached."""
-        if self.target is None or self._ended:
+        """Says so where training came to its end without an evaluation that found the forget target reached."""
+        if self.target is None or self._ended_run or self._is_reached():
             return
-        found = (
-            "no evaluation came after the first step"
-            if math.isnan(self._last)
-            else f"at the last evaluation `{self.args.stop_metric}` on the forget set was {self._last:.4g}"
-        )
+        found = "no evaluation came after the first step"
+        if self.forgotten is not None:
+            found = f"at the last one `{self.args.stop_metric}` on the forget set was {self.forgotten:.4g}"
+        longer = "max_steps" if args.max_steps > 0 else "num_train_epochs"
         logger.warning(
-            f"Training ended after step {state.global_step} without reaching `forget_target`: {found}, the target is "
-            f"{self.target:.4g}. Raise `max_steps` or `learning_rate`, or lower `eval_steps`."
+            f"Training ended after step {state.global_step}, and no evaluation found `forget_target` reached: {found}, the "
+            f"target is {self.target:.4g}. Raise `{longer}` or `learning_rate`."
         )
+
+    def _is_reached(self) -> bool:
+        """By the last evaluation, whatever the retain data has suffered."""
+        sign = -1 if self.args.stop_greater_is_better else 1
+        return self.forgotten is not None and sign * (self.forgotten - self.target) >= 0
 
     def take_baseline(self, metrics: Mapping[str, float]) -> None:
         """Takes the evaluation before the first step.
