@@ -14,12 +14,17 @@ def in_parts(rows: Dataset, count: int, start: int) -> Dataset:
 
     Args:
         start (`int`): The token that a decoder starts with, which the transcripts begin with, too.
+
+    Raises:
+        ValueError: A transcript has fewer tokens than parts.
     """
 
     def split(batch: dict[str, list]) -> dict[str, list]:
         made = {name: [] for name in (*batch, "decoder_input_ids")}
         for number, labels in enumerate(batch["labels"]):
             tokens = torch.tensor(labels[1:])
+            if len(tokens) < count:
+                raise ValueError(f"A transcript has {len(tokens)} tokens, which make no {count} parts.")
             for places in torch.arange(len(tokens)).tensor_split(count):
                 said = torch.full_like(tokens, -100)
                 said[places] = tokens[places]

@@ -62,7 +62,7 @@ class Variant:
         parts (`int`): Rows of each retain utterance, held to one part of its tokens each.
         encoder_alone (`bool`): Whether the decoder stays as it is.
         lower_alone (`bool`): Whether the upper half of the encoder's layers stays, too.
-        refuses (`bool`): Whether the answer [`REFUSAL`] is taught in place of ascending.
+        refuses (`bool`): Whether another answer is taught in place of ascending.
     """
 
     method: str
