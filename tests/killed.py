@@ -11,12 +11,14 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
 from conftest import MODELS
 from launched import samples
+from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -59,6 +61,8 @@ def forked(function, *arguments) -> int:
     if child:
         return child
     try:
+        # tqdm's own lock is shared by all processes: one that is killed while it holds it stops the others for good
+        tqdm.set_lock(threading.RLock())
         torch.set_num_threads(1)
         function(*arguments)
         os._exit(0)
