@@ -62,13 +62,21 @@ def forked(function, *arguments) -> int:
         return child
     try:
         # tqdm's own lock is shared by all processes: one that is killed while it holds it stops the others for good
-        tqdm.set_lock(threading.RLock())
+        lock = threading.RLock()
+        for kind in _with_subclasses(tqdm):
+            kind.set_lock(lock)
         torch.set_num_threads(1)
         function(*arguments)
         os._exit(0)
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         os._exit(1)
+
+
+def _with_subclasses(kind: type):
+    yield kind
+    for each in kind.__subclasses__():
+        yield from _with_subclasses(each)
 
 
 def ending(child: int) -> int:
