@@ -139,7 +139,8 @@ class Setup:
 def make_setup(name: str, lora: bool, samples: int, device: str) -> Setup:
     torch.manual_seed(0)
     case = CASES[name]
-    base = case.make()
+    with torch.device(device):  # where random weights of a large model take no time
+        base = case.make()
     model = base
     if lora:
         model = get_peft_model(base, LoraConfig(r=LORA_RANK, target_modules=["q_proj", "v_proj"]))

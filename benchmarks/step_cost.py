@@ -13,8 +13,8 @@
     python benchmarks/step_cost.py --report              # table and plot from what was measured so far
 
 Methods of one model take turns within one process, and the median of their times is kept. Each peak of memory is that of
-a fresh process that makes a single step: resident memory on a CPU, beyond what it held before the step, and
-`max_memory_allocated` on a GPU. Measurements are appended to a file of JSON lines; those already there are skipped.
+a single step: on a CPU resident memory of a fresh process, beyond what it held before the step; on a GPU
+`max_memory_allocated`, which needs no process of its own. Measurements are appended to a file of JSON lines; those already there are skipped.
 
 Methods: GradDiff; OrthoGrad by the engines gram, func and loop; gram_chunks, with k retain samples in
 chunks of k / 8 and as many forget samples; TorchJD's autogram, whose Gram matrix is that of all m + k losses, followed by a weighted
@@ -125,7 +125,7 @@ def time_methods(name: str, lora: bool, samples: int, methods: list[str], argume
 
 
 def peak_of_method(name: str, lora: bool, samples: int, method: str, arguments) -> dict:
-    """Bytes at the peak of a single step; run in a process of its own."""
+    """Bytes at the peak of a single step; on a CPU in a process of its own."""
     setup = make_setup(name, lora, samples, arguments.device)
     small = make_setup(name, lora, 1, arguments.device)
     try:
@@ -167,6 +167,16 @@ def estimate_of_method(name: str, lora: bool, samples: int, method: str, argumen
     return {"estimated_time": estimate.relative_time, "estimated_bytes": estimate.memory}
 
 
+def run_task(task: list[str], arguments: argparse.Namespace) -> dict:
+    kind, name, lora, samples, *methods = task
+    case = name, lora == "1", int(samples)
+    if kind == "time":
+        return time_methods(*case, methods, arguments)
+    if kind == "error":
+        return error_of_method(name, methods[0], arguments)
+    return {"memory": peak_of_method, "estimate": estimate_of_method}[kind](*case, methods[0], arguments)
+
+
 def in_fresh_process(task: list[str], arguments: argparse.Namespace) -> dict:
     command = [sys.executable, __file__, "--device", arguments.device, "--repeats", str(arguments.repeats)]
     command += ["--bf16"] if arguments.bf16 else []
@@ -202,7 +212,8 @@ def measure(arguments: argparse.Namespace, path: Path) -> None:
             case = (name, lora, samples, *methods)
             if (kind, *case) in known:
                 continue
-            result = in_fresh_process([kind, name, str(int(lora)), str(samples), *methods], arguments)
+            task = [kind, name, str(int(lora)), str(samples), *methods]
+            result = in_fresh_process(task, arguments) if arguments.device == "cpu" else run_task(task, arguments)
             entry = {"kind": kind, "case": case, "result": result, "date": str(date.today())}
             entry |= {"machine": machine(arguments.device), "versions": versions(), "bf16": arguments.bf16}
             with path.open("a") as file:
@@ -254,7 +265,7 @@ def to_markdown(entries: list[dict]) -> str:
         "# Cost of a step, as ratios to GradDiff",
         "",
         f"{last['date']}, {last['machine']}, {'bf16 autocast' if last['bf16'] else 'float32'}, {found}. Medians of "
-        "interleaved steps, peaks of fresh processes; k retain and as many forget samples, random weights of true sizes, "
+        "interleaved steps, peaks of single steps; k retain and as many forget samples, random weights of true sizes, "
         "LoRA of rank 16 on queries and values. Made by `benchmarks/step_cost.py`."
         + (_OVER_TWO_PASSES if twice else ""),
         "",
@@ -338,16 +349,7 @@ def main() -> None:
     parser.add_argument("--task", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.task:
-        kind, name, lora, samples, *methods = arguments.task
-        if kind == "time":
-            result = time_methods(name, lora == "1", int(samples), methods, arguments)
-        elif kind == "estimate":
-            result = estimate_of_method(name, lora == "1", int(samples), methods[0], arguments)
-        elif kind == "error":
-            result = error_of_method(name, methods[0], arguments)
-        else:
-            result = peak_of_method(name, lora == "1", int(samples), methods[0], arguments)
-        print(json.dumps(result))
+        print(json.dumps(run_task(arguments.task, arguments)))
         return
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / f"{arguments.results}_{arguments.device}"

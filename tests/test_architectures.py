@@ -193,7 +193,7 @@ def step_direction(measured, model):
     """The gradient that a step hands over with alpha = 0, by the engine's own final pass, in float64."""
     projection = solve_projections(measured.grams, solver="exact", num_iterations=None, rtol=None)
     names = measured.parameters.projected
-    loss = measured.combine(update_weights(0.0, projection, names, device=torch.device("cpu"), has_term=False))
+    loss = measured.combine(update_weights(0.0, projection, names, device=model.device, has_term=False))
     return gradient_of(loss, model).double()
 
 
@@ -208,10 +208,13 @@ def make_model_or_skip(name, attention):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_gram_and_step_are_those_of_the_float64_loop(name, attention):
+@pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def test_gram_and_step_are_those_of_the_float64_loop(device, name, attention):
     """Inner products, the loss of a sample by itself, and a step that no retain sample feels."""
     model, kind = make_model_or_skip(name, attention)
-    forget, retain = make_batch(kind, 3, seed=1), make_batch(kind, 4, seed=2)
+    model.to(device)
+    batches = make_batch(kind, 3, seed=1), make_batch(kind, 4, seed=2)
+    forget, retain = ({key: value.to(device) for key, value in batch.items()} for batch in batches)
     parameters = Parameters({name: p for name, p in model.named_parameters() if p.requires_grad}, {})
     losses = PerSampleLoss(model)
     alone = {key: value[:1] for key, value in retain.items()}

@@ -1,0 +1,101 @@
+"""What only an accelerator can show; `test_architectures.py` takes one too where there is one."""
+
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+from conftest import MODELS
+from launched import samples
+
+from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
+from hf_orthograd.gradients.products import exact_arithmetic
+
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+KINDS = list(MODELS)
+
+
+def unlearned(folder, kind, trainer_class=OrthoGradTrainer, **settings):
+    torch.manual_seed(0)
+    sizes = {"per_device_train_batch_size": 4, "per_device_forget_batch_size": 4, "max_steps": 3}
+    fixed = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-3, "optim": "sgd"}
+    args = OrthoGradConfig(str(folder), **(fixed | sizes | {"max_grad_norm": 0} | settings))
+    sets = {"train_dataset": samples(kind, 8, seed=1), "forget_dataset": samples(kind, 8, seed=2)}
+    trainer = trainer_class(MODELS[kind](), args, **sets)
+    trainer.train()
+    return trainer
+
+
+def flat(trainer):
+    return torch.cat([parameter.detach().flatten().cpu().float() for parameter in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"retain_loss": "kl", "forget_loss": "npo"}, {"projection_target": "update"}]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_is_that_of_a_cpu(kind, settings, tmp_path):
+    own, reference = (unlearned(tmp_path, kind, use_cpu=on_cpu, **settings) for on_cpu in (False, True))
+    assert own.args.device.type == "cuda"
+    start = torch.cat([parameter.detach().flatten() for parameter in _start(kind).parameters()])
+    change = flat(reference) - start
+    assert (flat(own) - flat(reference)).norm() <= 1e-3 * change.norm()
+
+
+def _start(kind):
+    torch.manual_seed(0)
+    return MODELS[kind]()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_goes_the_same_way(kind, precision, tmp_path):
+    own = unlearned(tmp_path, kind, **{precision: True})
+    reference = unlearned(tmp_path, kind, use_cpu=True)
+    start = torch.cat([parameter.detach().flatten() for parameter in _start(kind).parameters()])
+    change = flat(own) - start, flat(reference) - start
+    assert torch.cosine_similarity(*change, dim=0) >= 0.95
+
+
+class Watched(OrthoGradTrainer):
+    """Counts where a training step waits for the device, as CUDA itself reports it."""
+
+    def training_step(self, *args, **kwargs):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                return super().training_step(*args, **kwargs)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                found = [warning for warning in caught if "synchronizing" in str(warning.message)]
+                self.waits = Counter(f"{warning.filename}:{warning.lineno}" for warning in found)
+
+
+@pytest.mark.parametrize("settings", [{}, {"retain_loss": "kl", "forget_loss": "npo"}])
+@pytest.mark.parametrize("kind", ["whisper", "vit", "llama"])
+def test_a_step_waits_at_most_four_times(kind, settings, tmp_path):
+    """Less those of the model itself, which any trainer has."""
+    own, plain = (
+        unlearned(tmp_path, kind, Watched, monitor_steps=0, **(settings | projection)).waits
+        for projection in ({}, {"projection": "none"})
+    )
+    assert sum((own - plain).values()) <= 4, (own, plain)
+
+
+def test_products_are_exact_where_the_process_allows_tf32():
+    before = torch.get_float32_matmul_precision()
+    rows = torch.randn(64, 4096, device="cuda")
+    expected = rows.double() @ rows.double().T
+    torch.set_float32_matmul_precision("high")
+    try:
+        rough = rows @ rows.T
+        with exact_arithmetic(rows.device):
+            found = rows @ rows.T
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    scale = expected.diagonal().mean()
+    assert (found - expected).abs().max() / scale <= 1e-6 < (rough - expected).abs().max() / scale
