@@ -60,6 +60,7 @@ def report():
             Check("MIA AUC", "equal", None, None, 0.05, None),
         ],
         cost={"unlearning": {"seconds": 3.0, "peak_memory_gib": None}},
+        settings={"retain_samples_per_step": 8, "samples_at_hand": None, "ended": "all steps were made"},
         history=[{"step": step, "forget_loss": float(step), "retain_loss": 1.0} for step in range(20)],
         losses={model: {name: list(draw.random(20)) for name in sets} for model in models},
         made="2026-11-26, hf_orthograd 0.2.0",
@@ -78,6 +79,9 @@ def test_page_says_what_holds_and_needs_no_network(report):
     assert "0.5 against 0.6" in page.text and "Before: 0.9." in page.text
     assert "The group of test that became worse by most: ann, from 0.900 to 0.500." in page.text
     assert "The group of retain" not in page.text  # it became better
+    assert "retain samples per step 8 samples at hand not measured ended all steps were made" in " ".join(
+        page.text.split()
+    )
     # colours are the page's, so that they follow light and dark
     drawn = report.to_html().split("<svg", 1)[1]
     assert "var(--blue)" in drawn and "#0072b2" not in drawn and "#000000" not in drawn

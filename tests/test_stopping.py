@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
 from hf_orthograd.callbacks import StoppingRule, find_callback
+from hf_orthograd.evaluation import UnlearningReport, evaluate_unlearning
+from hf_orthograd.evaluation.settings import run_settings
 
 
 def make_trainer(tmp_path, model, make_samples, eval_dataset="retain", callbacks=(), compute_metrics=None, **settings):
@@ -68,6 +70,7 @@ def test_stops_where_the_forget_target_is_reached(tmp_path, make_model, make_sam
     trainer.train()
     assert 2 <= trainer.state.global_step < 200 and trainer.state.global_step % 2 == 0
     assert loss_of(model, forget) >= target and "no evaluation found" not in caplog.text
+    assert run_settings(trainer)["ended"] == "the forget target was reached"
     evaluated = [entry["eval_forget_loss"] for entry in trainer.state.log_history if "eval_forget_loss" in entry]
     assert evaluated[-1] >= target > max(evaluated[:-1])
     # the first of them is that of the model before any step
@@ -84,6 +87,7 @@ def test_a_target_that_was_not_reached_is_told(eval_delay, found, tmp_path, make
     trainer.train()
     assert f"ended after step 3, and no evaluation found `forget_target` reached: {found}" in caplog.text
     assert "the target is 50. Raise `max_steps`" in caplog.text
+    assert run_settings(trainer)["ended"] == "the steps came to their end before the forget target"
 
 
 @pytest.mark.parametrize(("forgotten", "told"), [(2.5, False), (1.5, True), (None, True)])
@@ -144,6 +148,7 @@ def test_breached_budget_stops_and_the_best_model_inside_returns(patience, tmp_p
     best = max(inside, key=lambda step: forgotten[step])
     assert same(model, snapshots.taken[best])
     assert loss_of(model, kept) - start <= budget
+    assert run_settings(trainer)["ended"] == "the retain budget was exceeded"
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -160,6 +165,27 @@ def test_run_that_diverges_ends_with_the_last_good_model(scaled, tmp_path, make_
     assert not same(model, snapshots.taken[1]) and max(p.abs().max() for p in snapshots.taken[1]) > 1e20
     assert same(model, snapshots.taken[0])
     assert "is not finite" in caplog.text and "checkpoint-0" in caplog.text
+    assert run_settings(trainer)["ended"] == "a loss or gradient was not finite"
+
+
+def test_a_report_says_how_the_model_was_made(tmp_path, make_model, make_samples):
+    trainer = make_trainer(tmp_path, make_model("vit"), make_samples, max_steps=2, eval_strategy="no", optim="sgd")
+    sets = {"forget": make_samples("vit", 6, seed=2)}
+    assert evaluate_unlearning(trainer, datasets=sets).settings == {}  # nothing was trained
+    trainer.train()
+    report = evaluate_unlearning(trainer, datasets=sets)
+    expected = {
+        "trainer": "OrthoGradTrainer", "projection": "orthogonal", "forget_loss": "npo", "retain_loss": "nll",
+        "alpha": 0.1, "forget_samples_per_step": 4, "retain_samples_per_step": 4, "samples_at_hand": 8,
+        "learning_rate": 0.05, "optim": "sgd", "ended": "all steps were made",
+    }  # fmt: skip
+    assert expected.items() <= report.settings.items()
+    assert "| retain samples per step | 4 |" in report.to_markdown()
+    assert UnlearningReport.from_json(report.to_json()).settings == report.settings
+    plain = Trainer(make_model("vit"), TrainingArguments(str(tmp_path), report_to="none", max_steps=1, disable_tqdm=True),
+                    train_dataset=make_samples("vit", 8, seed=1))  # fmt: skip
+    plain.train()
+    assert run_settings(plain)["samples_per_step"] == 8 and "alpha" not in run_settings(plain)
 
 
 def test_evaluation_that_is_not_a_number_is_outside_of_any_budget(tmp_path, make_model, make_samples):

@@ -35,6 +35,7 @@ class StoppingRule(TrainerCallback, ExportableState):
             before the first step.
         breaches (`int`): Evaluations outside of the budget in a row.
         forgotten (`float`, *optional*): The stop metric on the forget set at the last evaluation after a step.
+        outcome (`str`, *optional*): In words without numbers why the rule ended the run, or that its end came before the target.
     """
 
     def __init__(self, args: OrthoGradConfig | None = None):
@@ -45,7 +46,7 @@ class StoppingRule(TrainerCallback, ExportableState):
         self.baseline: dict[str, float] | None = None
         self.breaches = 0
         self.forgotten: float | None = None
-        self._ended_run = False
+        self.outcome: str | None = None
 
     def state(self) -> dict:
         kept = {"baseline": self.baseline, "breaches": self.breaches, "forgotten": self.forgotten}
@@ -103,21 +104,24 @@ class StoppingRule(TrainerCallback, ExportableState):
         self.forgotten = metrics[f"eval_forget_{self.args.stop_metric}"]
         if why is not None:
             logger.warning(f"Stopping after step {state.global_step}: {why}.")
-            control.should_training_stop = self._ended_run = True
+            control.should_training_stop = True
+            within = math.isfinite(metrics[SCORE])
+            self.outcome = "the forget target was reached" if within else "the retain budget was exceeded"
 
     def end_after(self, error: FloatingPointError, state: TrainerState, control: TrainerControl) -> bool:
         """Whether there is a model to go back to after a divergence; then training stops and Trainer does so."""
         if self.args.retain_budget is None:
             return False
         logger.warning(f"{error} Stopping, and going back to {state.best_model_checkpoint!r}.")
-        control.should_training_stop = self._ended_run = True
+        control.should_training_stop = True
+        self.outcome = "a loss or gradient was not finite"
         return True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Says so where training came to its end without an evaluation that found the forget target reached."""
-        if self.target is None or self._ended_run or self._is_reached():
+        if self.target is None or self.outcome is not None or self._is_reached():
             return
         found = "no evaluation came after the first step"
         if self.forgotten is not None:
@@ -127,6 +131,7 @@ class StoppingRule(TrainerCallback, ExportableState):
             f"Training ended after step {state.global_step}, and no evaluation found `forget_target` reached: {found}, the "
             f"target is {self.target:.4g}. Raise `{longer}` or `learning_rate`."
         )
+        self.outcome = "the steps came to their end before the forget target"
 
     def _is_reached(self) -> bool:
         """By the last evaluation, whatever the retain data has suffered."""

@@ -23,6 +23,7 @@ from .membership import MembershipInference, loss_distance, membership_inference
 from .metrics import Accuracy, SampleMetric
 from .quality import Quality, summarize
 from .reporting import HardestHit, RelearningPoint, UnlearningReport
+from .settings import run_settings
 
 
 # what an attack could bring back, and what it costs: attacked models are measured on these sets
@@ -204,6 +205,7 @@ class _Examination:
             distances=self.distances(),
             relearning=self.relearning,
             cost=cost,
+            settings=run_settings(self._trainer),
             history=list(self._trainer.state.log_history),
             losses={
                 model: {name: one.losses.tolist() for name, one in sets.items()}

@@ -17,6 +17,7 @@ from .tables import (
     quality_note,
     relearning_table,
     set_sizes,
+    settings_table,
     show,
     summary_table,
     worst_groups,
@@ -82,6 +83,7 @@ def report_as_html(report: "UnlearningReport", audience: str, goal: str) -> str:
         ("Relearning", "The forget set after so many steps of an attack.") + relearning_table(report),
         ("Summary and cost", "Each number here hides something: read it beside what it is made of.")
         + summary_table(report),
+        *([("Run", "How the model was made.") + settings_table(report)] if report.settings else []),
     )
     return environment.get_template("report.html").render(
         report=report,

@@ -78,6 +78,7 @@ class UnlearningReport:
         checks (`list[Check]`): Each number against the reference.
         cost (`dict[str, dict[str, float | None]]`): For "unlearning", and whatever was passed beside it, "seconds",
             "steps", "peak_memory_gib". Seconds of a run that went on from a checkpoint are those up to it, too.
+        settings (`dict`): Of the run: method, samples in a step, optimizer, and in words how it ended.
         history (`list[dict]`): The trainer's log of the run.
         losses (`dict[str, dict[str, list[float]]]`): Per-sample losses, for each model and set.
         audience (`str`): "owner", whose report is complete, or "everyone", as `public()` makes it.
@@ -96,6 +97,7 @@ class UnlearningReport:
     summary: dict[str, float | None] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
     cost: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    settings: dict[str, str | float | int | None] = field(default_factory=dict)
     history: list[dict] = field(default_factory=list)
     losses: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     audience: str = "owner"

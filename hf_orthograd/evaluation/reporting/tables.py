@@ -28,6 +28,8 @@ def report_as_markdown(report: "UnlearningReport", audience: str, goal: str) -> 
         "## Relearning\n\n" + _markdown(relearning_table(report)),
         "## Summary and cost\n\n" + _markdown(summary_table(report)),
     ]
+    if report.settings:
+        parts.append("## Run\n\n" + _markdown(settings_table(report)))
     return "\n\n".join(parts)
 
 
@@ -119,6 +121,16 @@ def summary_table(report: "UnlearningReport") -> Table:
     for what, cost in report.cost.items():
         rows += [(f"{what}, {name}", show(value)) for name, value in cost.items()]
     return ("quantity", "value"), rows
+
+
+def settings_table(report: "UnlearningReport") -> Table:
+    return ("setting", "value"), [
+        (
+            name.replace("_", " "),
+            show(value) if isinstance(value, float) else NOT_MEASURED if value is None else str(value),
+        )
+        for name, value in report.settings.items()
+    ]
 
 
 def quality_lines(quality: Quality) -> list[str]:
