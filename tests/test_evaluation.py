@@ -336,6 +336,8 @@ def test_erased_is_another_goal(planted, trainer_of):
     report = evaluate_unlearning(trainer_of(reference, **sets), reference, goal="erased")
     check = report.checks[0]
     assert (check.compared_with, check.holds, check.before) == (0.1, False, None)
+    beyond = {check.name for check in report.checks if "beyond what the goal asks" in check.rule}
+    assert beyond == {"MIA AUC", "KS distance of forget losses"}
     report = evaluate_unlearning(trainer_of(reference, **sets), original=original, goal="erased")
     assert report.checks[0].before == report.models["original"]["forget"].value > report.checks[0].value
     with pytest.raises(ValueError, match="'retrained' or 'erased'"):
