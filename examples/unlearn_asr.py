@@ -32,6 +32,7 @@ from hf_orthograd.data.speech import (
     is_whisper_like,
     load_audio_folder,
     most_likely_tokens,
+    normalize_text,
     prepare_speech_dataset,
     shorten_whisper,
     transcript_labels,
@@ -41,6 +42,7 @@ from hf_orthograd.evaluation import (
     CharacterErrorRate,
     CharacterErrors,
     Quantization,
+    Refusals,
     UnlearningReport,
     WordErrorRate,
     WordErrors,
@@ -269,6 +271,10 @@ class Recogniser:
         return self.rates_of(trainer) | {"seconds": seconds, "history": history}
 
     def examine(self, trainer: OrthoGradTrainer, original, reference, arguments: ScriptArguments) -> UnlearningReport:
+        further = [CharacterErrors(self.transcribe)]
+        if arguments.refusal is not None:
+            heard = lambda prediction: self.transcribe(prediction)[0]  # noqa: E731
+            further.append(Refusals(normalize_text(arguments.refusal), heard))
         return evaluate_unlearning(
             trainer,
             reference,
@@ -276,7 +282,7 @@ class Recogniser:
             original=original,
             datasets=self.measured,
             metric=WordErrors(self.transcribe),
-            further_metrics=[CharacterErrors(self.transcribe)],
+            further_metrics=further,
             group_column=arguments.forget_column,
         )
 

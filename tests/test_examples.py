@@ -223,11 +223,12 @@ def test_ctc_model_from_a_folder_with_lora(run_here, ctc_folder, monkeypatch):
     run_here(
         "--model_name_or_path", str(output), "--dataset_name", str(ctc_folder / "less"), "--forget_values", "alice", "bruno",
         "--retain_size", "10", "--evaluate_only", "--original_name_or_path", str(ctc_folder / "model"),
-        "--output_dir", str(ctc_folder / "measured"),
+        "--refusal", "no", "--output_dir", str(ctc_folder / "measured"),
     )  # fmt: skip
     measured = UnlearningReport.load(ctc_folder / "measured")
     assert set(measured.models) == {"unlearned", "original", "unlearned, int8", "unlearned, int4"}
     assert set(measured.models["unlearned"]["forget_unseen"].groups) == {"bruno"}
     assert not {"alice", "bruno"} & set(measured.models["unlearned"]["test"].groups)
-    assert measured.models["unlearned"]["forget"] == report.models["unlearned"]["forget"]
+    again = measured.models["unlearned"]["forget"]
+    assert 0 <= again.further.pop("refusals").value <= 1 and again == report.models["unlearned"]["forget"]
     assert not (ctc_folder / "measured" / "model.safetensors").exists()

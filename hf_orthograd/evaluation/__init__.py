@@ -12,7 +12,15 @@ from .membership import (
     shadow_losses,
     unlearning_lira,
 )
-from .metrics import Accuracy, CharacterErrorRate, CharacterErrors, SampleMetric, WordErrorRate, WordErrors
+from .metrics import (
+    Accuracy,
+    CharacterErrorRate,
+    CharacterErrors,
+    Refusals,
+    SampleMetric,
+    WordErrorRate,
+    WordErrors,
+)
 from .quality import Quality
 from .reporting import UnlearningReport, plot_report, plot_unlearning
 from .unlearning import evaluate_unlearning
@@ -27,6 +35,7 @@ __all__ = [
     "MembershipInference",
     "Quality",
     "Quantization",
+    "Refusals",
     "Relearning",
     "SampleMetric",
     "ShadowLosses",

@@ -50,14 +50,19 @@ class SampleMetric(Protocol):
         ...
 
 
+def likeliest_classes(prediction: EvalPrediction) -> np.ndarray:
+    """From logits (n, classes), or a tuple that begins with them, to (n,)."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return np.argmax(logits, axis=-1)
+
+
 class Accuracy:
     """Share of samples whose most likely class is their label. Predictions are logits (n, classes)."""
 
     name, greater_is_better = "accuracy", True
 
     def counts(self, prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
-        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        right = np.argmax(logits, axis=-1) == prediction.label_ids
+        right = likeliest_classes(prediction) == prediction.label_ids
         return right.astype(float), np.ones(len(right))
 
 
@@ -83,6 +88,26 @@ class CharacterErrors(WordErrors):
     """Character error rate; otherwise as [`WordErrors`]."""
 
     name, unit = "cer", "character"
+
+
+class Refusals:
+    """Share of samples to which the answer of forget_loss="refusal" is given: wanted on the forget set, an error on others.
+
+    Beside another metric, in `further_metrics`: it looks at no label.
+
+    Args:
+        refusal (`str` or `int`): The answer: a class, or a text as `answers` returns it, normalised alike.
+        answers (`Callable`, *optional*): From an `EvalPrediction` to the answers, (n,); by default the most likely classes.
+    """
+
+    name, greater_is_better = "refusals", False
+
+    def __init__(self, refusal: str | int, answers: Callable[[EvalPrediction], Sequence] | None = None):
+        self._refusal, self._answers = refusal, answers or likeliest_classes
+
+    def counts(self, prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
+        refused = np.array([answer == self._refusal for answer in self._answers(prediction)], dtype=float)
+        return refused, np.ones(len(refused))
 
 
 class _ErrorRate(evaluate.Metric):
