@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import Batch
-from ..objectives import IGNORED_LABEL, mean_where
+from ..objectives import IGNORED_LABEL, losses_at_positions, mean_where
 from .base import BaselineTrainer, weigh_by_alpha
 
 
@@ -22,7 +21,7 @@ class TokenWeightedTrainer(BaselineTrainer):
 
     def forget_loss(self, model: nn.Module, batch: Batch) -> Tensor | None:
         logits, labels = self.per_sample_loss.positions(model(**batch.inputs), batch.inputs)
-        losses = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORED_LABEL)
+        losses = losses_at_positions(logits, labels)
         weights = self.token_weights((-losses.detach()).exp())
         return -mean_where(weights * losses, labels != IGNORED_LABEL).mean()
 

@@ -1,7 +1,7 @@
 """The loss of each sample of a batch, what is ascended on the forget set, and what holds the retain set."""
 
 from .contrastive import FixedNegatives
-from .families import IGNORED_LABEL, kl_divergence, mean_where
+from .families import IGNORED_LABEL, kl_divergence, losses_at_positions, mean_where
 from .forget import (
     FORGET_LOSSES,
     Ascent,
@@ -28,5 +28,6 @@ __all__ = [
     "SimpleNegativePreference",
     "forget_objective",
     "kl_divergence",
+    "losses_at_positions",
     "mean_where",
 ]

@@ -27,14 +27,21 @@ def token_losses(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -
     Returns:
         `torch.Tensor` of shape (B,), float32.
     """
+    losses = losses_at_positions(logits, labels.to(logits.device), label_smoothing)
+    return losses.sum(dim=1) / (labels != IGNORED_LABEL).sum(dim=1)
+
+
+def losses_at_positions(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy at each position, in nats, shape (B, T), 0 where the label is -100; arguments as [`token_losses`]."""
+    # classes last: softmax over another dimension than the last reads memory in strides
     losses = F.cross_entropy(
-        logits.float().transpose(1, 2),
-        labels.to(logits.device),
+        logits.float().flatten(0, 1),
+        labels.flatten(),
         reduction="none",
         ignore_index=IGNORED_LABEL,
         label_smoothing=label_smoothing,
     )
-    return losses.sum(dim=1) / (labels != IGNORED_LABEL).sum(dim=1)
+    return losses.view(labels.shape)
 
 
 def kl_divergence(logits: Tensor, start_logits: Tensor, counted: Tensor) -> Tensor:
@@ -79,6 +86,10 @@ class Family:
             f"{type(model).__name__}'s loss here is not one of positions with a label each, which this method needs."
         )
 
+    def counted(self, inputs: Mapping) -> Tensor | None:
+        """Shape (B, L): at which of the last L positions of the logits a label counts; None where labels have no positions of their own."""
+        return None
+
     def divergences(
         self, outputs: ModelOutput, start_outputs: ModelOutput, inputs: Mapping, model: nn.Module
     ) -> Tensor:
@@ -102,6 +113,9 @@ class AlignedTokens(Family):
     def positions(self, outputs: ModelOutput, inputs: Mapping, model: nn.Module) -> tuple[Tensor, Tensor]:
         return outputs.logits, inputs["labels"]
 
+    def counted(self, inputs: Mapping) -> Tensor:
+        return inputs["labels"] != IGNORED_LABEL
+
 
 class CausalTokens(Family):
     """Causal language models: position t predicts label t + 1. Before the text there may be tokens of an image or a prompt."""
@@ -113,8 +127,16 @@ class CausalTokens(Family):
         return token_losses(*self.positions(outputs, inputs, model), label_smoothing=smoothing or 0.0)
 
     def positions(self, outputs: ModelOutput, inputs: Mapping, model: nn.Module) -> tuple[Tensor, Tensor]:
-        labels = inputs["labels"]
-        return outputs.logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
+        labels = self._shifted(inputs)
+        return outputs.logits[:, -labels.shape[1] :], labels
+
+    def counted(self, inputs: Mapping) -> Tensor:
+        return self._shifted(inputs) != IGNORED_LABEL
+
+    @staticmethod
+    def _shifted(inputs: Mapping) -> Tensor:
+        """The last position predicts nothing. Labels move, since logits that lose a position are copied."""
+        return F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)
 
 
 class ClassHead(Family):

@@ -101,9 +101,24 @@ class PerSampleLoss:
         return () if self._family is None else self._family.label_names
 
     @property
-    def is_of_whole_samples(self) -> bool:
-        """Whether a sample has one row of logits, which alone says how far its prediction has gone."""
-        return isinstance(self._family, ClassHead) and self._compute_divergence_func is None
+    def has_counted_logits(self) -> bool:
+        """Whether [`counted_logits`] are known, and alone say how far predictions have gone."""
+        known = isinstance(self._family, (ClassHead, AlignedTokens, CausalTokens))
+        return known and self._compute_divergence_func is None
+
+    def counted(self, inputs: Mapping) -> Tensor | None:
+        """At which of the last L positions of the logits a label counts, shape (B, L); None of a classifier of whole samples."""
+        return None if self._family is None else self._family.counted(inputs)
+
+    def counted_logits(self, outputs: ModelOutput, inputs: Mapping) -> tuple[Tensor, Tensor]:
+        """Logits where labels count, shape (N, V), sample by sample; and how many each sample has, shape (B,).
+
+        Their number depends on values: an accelerator waits.
+        """
+        counted = self.counted(inputs)
+        if counted is None:
+            return outputs.logits, torch.ones(len(outputs.logits), dtype=torch.long, device=outputs.logits.device)
+        return outputs.logits[:, -counted.shape[1] :][counted], counted.sum(dim=1)
 
     @property
     def num_classes(self) -> int | None:
