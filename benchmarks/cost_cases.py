@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import transformers
@@ -184,7 +185,8 @@ def _start_at_hand(setup: Setup) -> KeepPredictions:
 def _start_stored(setup: Setup) -> KeepPredictions:
     size = len(setup.retain["labels"])
     batch = Batch(setup.retain, size, rows=torch.arange(size, device=setup.parameters.device))
-    stored = StoredPredictions.find(StartingModel(setup.model), setup.losses, [batch], size, ALONE)
+    answer = partial(StartingModel(setup.model).outputs, setup.losses)
+    stored = StoredPredictions.find(answer, setup.losses, [batch], size, ALONE)
     return KeepPredictions(stored, setup.losses)
 
 

@@ -77,8 +77,9 @@ class OrthoGradConfig(Seq2SeqTrainingArguments):
             at each step, and one more copy of what is trained.
         precompute_ref_logits (`bool`, *optional*, defaults to `False`):
             Whether "kl" finds the starting model's predictions on all retain samples once, before the first step, and keeps
-            them, 4 bytes a class, in place of that model. It pays where steps read the retain set more than once. For
-            classifiers of whole samples that do not vary from step to step.
+            them in place of that model: for each sample, or each token with a label, 4 bytes a class, or 2 under bf16 and
+            fp16. It pays where steps read the retain set more than once. For classifiers of samples and of tokens, as
+            language models and Whisper are, whose samples do not vary from step to step.
         npo_beta (`float`, *optional*, defaults to `1.0`):
             Inverse temperature of NPO and SimNPO, in 1 / nats of per-sample loss. The larger, the sooner a sample
             counts as forgotten.

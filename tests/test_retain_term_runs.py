@@ -2,19 +2,21 @@
 
 import copy
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
-from conftest import MODELS
+from conftest import MODELS, Samples
 from equations import batch_of
 from launched import settings, train
 from torch.utils.data import default_collate
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from hf_orthograd import OrthoGradTrainer
-from hf_orthograd.objectives import kl_divergence
-from hf_orthograd.preparation import StartingModel
+from hf_orthograd.data import Batch
+from hf_orthograd.objectives import PerSampleLoss, kl_divergence
+from hf_orthograd.preparation import StartingModel, StoredPredictions
 
 
 KL = {"retain_loss": "kl", "alpha": 0.7, "learning_rate": 0.5}
@@ -98,16 +100,26 @@ def test_a_run_holds_on_to_another_model(tmp_path):
 STORED = KL | {"precompute_ref_logits": True}
 
 
-@pytest.mark.parametrize("more", [{}, {"projection": "none"}, {"retain_chunk_size": 3}, {"gradient_engine": "func"}])
-def test_predictions_found_once_make_the_same_run(more, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        *(
+            ("vit", more)
+            for more in ({}, {"projection": "none"}, {"retain_chunk_size": 3}, {"gradient_engine": "func"})
+        ),
+        *((kind, {}) for kind in ("llama", "whisper")),
+        ("llama", {"ragged": True}),  # padded as the batch is
+    ],
+)
+def test_predictions_found_once_make_the_same_run(kind, more, tmp_path):
     """The starting model runs on the retain set before the first step and no more, also where a run goes on."""
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    expected = train(tmp_path, "vit", False, settings(8, **KL, **more, max_steps=4))
-    found = train(tmp_path / "stored", "vit", False, settings(8, **STORED, **more, **saving))
+    expected = train(tmp_path, kind, False, settings(8, **KL, **more, max_steps=4))
+    found = train(tmp_path / "stored", kind, False, settings(8, **STORED, **more, **saving))
     for name, parameter in end_of(expected).items():  # the bias of keys has no gradient but rounding
         assert (end_of(found)[name] - parameter).norm() <= 1e-5 * parameter.norm() + 1e-7, name
     checkpoint = str(tmp_path / "stored" / "checkpoint-2")
-    resumed = train(tmp_path, "vit", False, settings(8, **STORED, **more, max_steps=4), resume=checkpoint)
+    resumed = train(tmp_path, kind, False, settings(8, **STORED, **more, max_steps=4), resume=checkpoint)
     assert all(torch.equal(own, end_of(found)[name]) for name, own in end_of(resumed).items())
 
 
@@ -177,6 +189,51 @@ def test_a_smaller_batch_size_begins_again_beside_the_same_start(more, tmp_path,
     assert trainer.state.global_step == 4 and not failures and logged[-1] > 1e-6
 
 
+class Shortened(Samples):
+    """From some reading on every sample has a label less."""
+
+    since = None
+
+    def __getitem__(self, row):
+        example = dict(self.examples[row])
+        if self.since is not None:
+            example["labels"] = example["labels"].clone()
+            example["labels"][-5:] = -100
+        return example
+
+
+def test_a_run_stops_where_a_sample_has_other_labels_than_its_predictions(tmp_path):
+    base = train(tmp_path, "llama", False, settings(8, **STORED, max_steps=1))
+    retain, dataset = Shortened(base.train_dataset.examples), base.forget_dataset
+
+    class Shortens(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            retain.since = state.global_step if state.global_step >= 1 else None
+
+    base.args.max_steps, base.args.dataloader_num_workers = 4, 0
+    trainer = OrthoGradTrainer(
+        MODELS["llama"](), base.args, train_dataset=retain, forget_dataset=dataset, callbacks=[Shortens()]
+    )
+    with pytest.raises(FloatingPointError, match="is not finite"):
+        trainer.train()
+    assert 1 <= trainer.state.global_step <= 3
+
+
+def test_rows_that_two_processes_read_otherwise_have_no_predictions():
+    class Beside:
+        """Another process that read the same rows, one label shorter."""
+
+        def sum(self, tensor):
+            return tensor + torch.tensor([[2, 5], [1, 1]]) if tensor.shape == (2, 2) else tensor
+
+    model = MODELS["llama"]()
+    losses = PerSampleLoss(model)
+    batch = Batch({"input_ids": torch.ones(2, 6, dtype=torch.long), "labels": torch.ones(2, 6, dtype=torch.long)}, 2)
+    batch = replace(batch, rows=torch.arange(2))
+    with pytest.raises(ValueError, match="rows of `train_dataset` have other labels when they are read again"):
+        StoredPredictions.find(lambda batch: model(batch.inputs["input_ids"]), losses, [batch], 2, Beside())
+
+
 class Varying(torch.utils.data.Dataset):
     """Some rows have other pixels at some readings."""
 
@@ -223,8 +280,10 @@ def test_what_varies_is_not_found_once(tmp_path):
         make(GPT2ForSequenceClassification(config), texts, PadLeft(), forget=texts, check_overlap=False).train()
     with pytest.raises(ValueError, match="`retain_loss` is 'nll' with `alpha` 0.7, which uses no predictions"):
         make(retain_loss="nll")
-    with pytest.raises(ValueError, match="for classifiers of whole samples, but the model is a LlamaForCausalLM"):
-        make(MODELS["llama"](), check_overlap=False)
+    with pytest.raises(
+        ValueError, match="for classifiers of samples and of tokens, but the model is a Wav2Vec2ForCTC"
+    ):
+        make(MODELS["wav2vec2"](), check_overlap=False)
     later = make(precompute_ref_logits=False)
     later.args.precompute_ref_logits, later.train_dataset = True, Stream()
     with pytest.raises(ValueError, match="`train_dataset` is a stream"):

@@ -2,7 +2,8 @@
 
 from .engines import collator_of, prepare_engine, prepare_retain_term
 from .estimate import Estimate, estimate_run, estimate_step
-from .starting_model import KeepPredictions, ReferenceModel, StartingModel, StoredPredictions
+from .starting_model import KeepPredictions, ReferenceModel, StartingModel
+from .stored_predictions import StoredPredictions
 
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,8 @@ from ..data import ChangingCollator
 from ..gradients import GradientEngine, MeanEngine, PlainEngine, choose_engine
 from ..parallel.sharding import is_sharded, unshard
 from ..trials import preserved_random_state
-from .starting_model import KeepPredictions, ReferenceModel, StartingModel, StoredPredictions
+from .starting_model import KeepPredictions, ReferenceModel, StartingModel
+from .stored_predictions import StoredPredictions
 
 
 if TYPE_CHECKING:
@@ -98,7 +100,7 @@ def prepare_retain_term(trainer: "OrthoGradTrainer", start: StartingModel | None
     if not trainer.args.keeps_predictions:
         return None
     if trainer.ref_model is not None:
-        start = ReferenceModel(trainer.ref_model, trainer.args.device)
+        start = ReferenceModel(trainer.ref_model, trainer.args.device, trainer.accelerator.autocast)
     if start is None and trainer.state.global_step > 0:
         raise ValueError(
             "retain_loss='kl' needs the model that the run started from, which is gone when DeepSpeed loads a checkpoint. Start "
@@ -136,7 +138,8 @@ def _store_predictions(trainer: "OrthoGradTrainer", start: StartingModel) -> Sto
     # the forward passes of a sharded model are made by all processes together
     own += batches[:1] * (-(-len(batches) // group.num_processes) - len(own))
     source = trainer.batches_of("train_dataset", own)
-    return StoredPredictions.find(start, trainer.per_sample_loss, source, len(rows), group)
+    answer = partial(start.outputs, trainer.per_sample_loss)
+    return StoredPredictions.find(answer, trainer.per_sample_loss, source, len(rows), group)
 
 
 def _check_stored(trainer: "OrthoGradTrainer", start: StartingModel, stored: StoredPredictions) -> None:
@@ -149,7 +152,8 @@ def _check_stored(trainer: "OrthoGradTrainer", start: StartingModel, stored: Sto
     some = torch.randperm(len(trainer.train_dataset), generator=generator)[:_READ_AGAIN].tolist()
     apart, largest = [], []
     for batch in trainer.batches_of("train_dataset", [some[first : first + 7] for first in range(0, len(some), 7)]):
-        once, again = (one.outputs(trainer.per_sample_loss, batch).logits.float() for one in (stored, start))
+        answers = (one.outputs(trainer.per_sample_loss, batch) for one in (stored, start))
+        once, again = (trainer.per_sample_loss.counted_logits(one, batch.inputs)[0].float() for one in answers)
         apart.append((once - again).abs().max())
         largest.append(again.abs().max())
     found = (torch.stack(apart).max() / torch.stack(largest).max().clamp(min=1e-6)).item()

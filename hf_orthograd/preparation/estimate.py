@@ -164,18 +164,22 @@ def estimate_run(trainer: "OrthoGradTrainer") -> Estimate:
             chunk_size=chunk_size,
             optimizer_bytes=optimizer_state_bytes(args.optim.value),
             keeps_predictions=args.keeps_predictions,
-            start_bytes=_start_bytes(trainer),
+            start_bytes=_start_bytes(trainer, retain),
             start_runs=not args.precompute_ref_logits,
         )
 
 
-def _start_bytes(trainer: "OrthoGradTrainer") -> int | None:
+def _start_bytes(trainer: "OrthoGradTrainer", retain: Batch) -> int | None:
     """Of a model held beside the one that is trained, and of predictions found once; `None` for a copy of what is trained."""
     if trainer.ref_model is None and not trainer.args.precompute_ref_logits:
         return None
     held = sum(p.nbytes for p in trainer.ref_model.parameters()) if trainer.ref_model is not None else 0
-    rows = len(trainer.train_dataset) if trainer.args.precompute_ref_logits else 0
-    return held + rows * (trainer.per_sample_loss.num_classes or 0) * 4
+    if not trainer.args.precompute_ref_logits:
+        return held
+    counted = trainer.per_sample_loss.counted(retain.inputs)
+    rows = len(trainer.train_dataset) * (1.0 if counted is None else counted.sum().item() / len(counted))
+    is_half = trainer.args.bf16 or trainer.args.fp16
+    return held + int(rows) * (trainer.per_sample_loss.num_classes or 0) * (2 if is_half else 4)
 
 
 def estimate_step(

@@ -1,12 +1,11 @@
 """The model that a run starts from, whose predictions on retain samples the run is to keep."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import ModelOutput
 
 from ..data import Batch
@@ -14,6 +13,7 @@ from ..objectives import PerSampleLoss
 from ..parallel import ProcessGroup
 from ..parallel.sharding import is_sharded, reshard
 from ..trials import preserved_modes, preserved_random_state
+from .stored_predictions import StoredPredictions
 
 
 # where a model masks what it reads while it trains (SpecAugment), with random numbers of numpy
@@ -81,62 +81,18 @@ class ReferenceModel(StartingModel):
     Args:
         model (`torch.nn.Module`): Of the same outputs. It is frozen.
         device (`torch.device`): Of the run.
+        autocast (`Callable`): A context in which it runs in the precision of the model that is trained.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device):
+    def __init__(self, model: nn.Module, device: torch.device, autocast: Callable[[], AbstractContextManager]):
         self._model, self._is_sharded = model.to(device).requires_grad_(False), False
+        self._autocast = autocast
         self._values = dict(model.named_parameters())  # they tell which model it is
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
-        yield
-
-
-class StoredPredictions:
-    """The starting model's logits on all retain samples, found once: neither it nor a forward pass of it is needed again.
-
-    Args:
-        logits (`torch.Tensor`): Shape (n, classes), by row number.
-    """
-
-    def __init__(self, logits: Tensor):
-        self._logits = logits
-
-    def outputs(self, per_sample_loss: PerSampleLoss, batch: Batch) -> ModelOutput:
-        """Those of a batch with row numbers, as a classifier returns them.
-
-        Raises:
-            ValueError: It has none.
-        """
-        if batch.rows is None:
-            raise ValueError(
-                "`precompute_ref_logits` is True, but a retain batch has no row numbers to find its predictions by. Leave it out, or "
-                "keep the trainer's collator in a loader of your own."
-            )
-        return SequenceClassifierOutput(logits=self._logits[batch.rows])
-
-    @classmethod
-    def find(
-        cls,
-        start: StartingModel,
-        per_sample_loss: PerSampleLoss,
-        batches: Iterable[Batch],
-        num_rows: int,
-        group: ProcessGroup,
-    ) -> "StoredPredictions":
-        """Runs the starting model.
-
-        Args:
-            batches (`Iterable[Batch]`): Of this process, as many as in each other; together they hold each row, some more than once.
-        """
-        table = None
-        for batch in batches:
-            logits = start.outputs(per_sample_loss, batch).logits.float()
-            if table is None:
-                table = logits.new_zeros(num_rows, logits.shape[1])
-                times = logits.new_zeros(num_rows, 1)
-            table[batch.rows], times[batch.rows] = logits, 1
-        return cls(group.sum(table) / group.sum(times))
+        with self._autocast():
+            yield
 
 
 class KeepPredictions:

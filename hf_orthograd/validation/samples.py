@@ -82,7 +82,7 @@ def check_precomputed(args: OrthoGradConfig, per_sample_loss: PerSampleLoss, tra
     """Checks that the starting model's predictions can be found once for all steps, where `precompute_ref_logits` asks for it.
 
     Raises:
-        ValueError: They are not used, they are more than a row of logits for each sample, or samples have no row numbers.
+        ValueError: They are not used, they are not logits at labels, or samples have no row numbers.
     """
     if not args.precompute_ref_logits:
         return
@@ -91,9 +91,9 @@ def check_precomputed(args: OrthoGradConfig, per_sample_loss: PerSampleLoss, tra
             f"`precompute_ref_logits` is True, but `retain_loss` is {args.retain_loss!r} with `alpha` {args.alpha}, which uses no "
             "predictions of the starting model. Leave it out, or set retain_loss='kl' and `alpha` above 0."
         )
-    if not per_sample_loss.is_of_whole_samples:
+    if not per_sample_loss.has_counted_logits:
         raise ValueError(
-            f"`precompute_ref_logits` is True, which is for classifiers of whole samples, but the model is a "
+            f"`precompute_ref_logits` is True, which is for classifiers of samples and of tokens, but the model is a "
             f"{type(per_sample_loss.model).__name__}, or `compute_loss_func` or `compute_divergence_func` is given. Leave it out."
         )
     if not hasattr(train_dataset, "__len__"):
