@@ -2,7 +2,12 @@
 
 import pytest
 import torch
+from conftest import MODELS
 from launched import KINDS, launch, settings, train
+
+from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
+from hf_orthograd.baselines import UndialTrainer
+from hf_orthograd.evaluation import evaluate_unlearning
 
 
 BF16 = {"bf16": True}
@@ -82,6 +87,31 @@ def test_overflow_skips_the_step_and_scaling_goes_on(target, references, tmp_pat
 
 
 OVERFLOWS = [("llama", False), ("whisper", True)]
+
+
+def precisions_of(model):
+    """The types in which its first projection computes, in a set that forward passes fill."""
+    found = set()
+    layer = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
+    layer.register_forward_hook(lambda module, inputs, output: found.add(output.dtype))
+    return found
+
+
+def test_models_that_no_trainer_prepared_run_in_the_precision_of_the_trained_one(tmp_path):
+    """What is compared is compared alike: references in evaluation, `ref_model`, and teachers."""
+    reference, held = MODELS["llama"](), MODELS["llama"]()
+    seen = [precisions_of(model) for model in (reference, held)]
+    base = train(tmp_path, "llama", False, settings(8, bf16=True, max_steps=1, retain_loss="kl", alpha=0.5))
+    sets = {"train_dataset": base.train_dataset, "forget_dataset": base.forget_dataset}
+    OrthoGradTrainer(MODELS["llama"](), base.args, ref_model=held, **sets).train()
+    evaluate_unlearning(base, reference, datasets={"forget": base.forget_dataset})
+    args = OrthoGradConfig(
+        str(tmp_path), max_steps=1, bf16=True, use_cpu=True, report_to="none", save_strategy="no", projection="none"
+    )
+    taught = UndialTrainer(MODELS["llama"](), args, **sets)
+    seen.append(precisions_of(taught.teacher))
+    taught.train()
+    assert seen == [{torch.bfloat16}] * 3
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from ..data import Batch
 from ..objectives import IGNORED_LABEL, mean_where
@@ -23,10 +24,15 @@ class TeacherTrainer(BaselineTrainer):
             )
         self.teacher = _frozen(self.model, self.args.device)
 
+    @torch.no_grad()
+    def answers(self, teacher: nn.Module, batch: Batch) -> ModelOutput:
+        """Of a frozen model, in the precision of the one that is trained."""
+        with self.accelerator.autocast():
+            return teacher(**batch.inputs)
+
     def divergence(self, model: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
         """The mean over samples of KL(teacher || model)."""
-        with torch.no_grad():
-            target = teacher(**batch.inputs)
+        target = self.answers(teacher, batch)
         return self.per_sample_loss.divergences(model(**batch.inputs), target, batch.inputs).mean()
 
 
@@ -104,8 +110,7 @@ class UndialTrainer(TeacherTrainer):
         self._strength = strength
 
     def forget_loss(self, model: nn.Module, batch: Batch) -> Tensor | None:
-        with torch.no_grad():
-            target, labels = self.per_sample_loss.positions(self.teacher(**batch.inputs), batch.inputs)
+        target, labels = self.per_sample_loss.positions(self.answers(self.teacher, batch), batch.inputs)
         logits, _ = self.per_sample_loss.positions(model(**batch.inputs), batch.inputs)
         counted = labels != IGNORED_LABEL
         target = target.float()

@@ -71,7 +71,8 @@ def per_sample_losses(trainer: Trainer, dataset: AnyDataset) -> np.ndarray:
     found = []
     quiet = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
     for batch in tqdm(loader, desc="Per-sample losses", disable=quiet, leave=False):
-        with torch.no_grad(), trainer.compute_loss_context_manager():
+        # a model that no trainer has prepared would run in another precision than the unlearned one
+        with torch.no_grad(), trainer.accelerator.autocast():
             losses = per_sample_loss(forward, batch)
         check_per_sample(losses, len(batch["labels"]) if "labels" in batch else len(losses))
         found.append(trainer.accelerator.gather_for_metrics(losses.float()).cpu())

@@ -95,7 +95,7 @@ def _generate(model, tokenizer, inputs, max_new_tokens: int, trainer) -> list[st
     # beams and penalties of the model's own would say something else than its most likely tokens
     model.generation_config = GenerationConfig(**settings, do_sample=False, num_beams=1)
     try:
-        with torch.no_grad(), trainer.compute_loss_context_manager():
+        with torch.no_grad(), trainer.accelerator.autocast():
             tokens = model.generate(
                 **{name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values") if name in inputs}
             )
