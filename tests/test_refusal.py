@@ -133,7 +133,7 @@ def test_a_decoder_reads_the_answer_and_not_what_was_said():
 
 def test_the_rows_keep_their_own_answers(tmp_path, make_model):
     """Reports, commitments and stopping rules are about what was said, and a model that refuses says something else."""
-    trainer = trainer_of("vit", make_model("vit"), tmp_path, learning_rate=1.0, max_steps=20, logging_steps=1)
+    trainer = trainer_of("vit", make_model("vit"), tmp_path, learning_rate=0.2, max_steps=60, logging_steps=1)
     own = [row["labels"].item() for row in examples("vit", 3, 2)]
     before = trainer.evaluate(trainer.forget_dataset)["eval_loss"]
     trainer.train()
