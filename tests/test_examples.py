@@ -230,5 +230,5 @@ def test_ctc_model_from_a_folder_with_lora(run_here, ctc_folder, monkeypatch):
     assert set(measured.models["unlearned"]["forget_unseen"].groups) == {"bruno"}
     assert not {"alice", "bruno"} & set(measured.models["unlearned"]["test"].groups)
     again = measured.models["unlearned"]["forget"]
-    assert 0 <= again.further.pop("refusals").value <= 1 and again == report.models["unlearned"]["forget"]
+    assert again.further.pop("refusals").value == 0.0 and again == report.models["unlearned"]["forget"]
     assert not (ctc_folder / "measured" / "model.safetensors").exists()

@@ -1,13 +1,18 @@
 """Half precision: losses are scaled on their way back, and an overflow costs a step and nothing else."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import MODELS
 from launched import KINDS, launch, settings, train
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
-from hf_orthograd.baselines import UndialTrainer
-from hf_orthograd.evaluation import evaluate_unlearning
+from hf_orthograd.baselines import RmuTrainer, UndialTrainer
+from hf_orthograd.data import Batch
+from hf_orthograd.evaluation import evaluate_unlearning, per_sample_losses
+from hf_orthograd.objectives import PerSampleLoss
+from hf_orthograd.preparation import StartingModel
 
 
 BF16 = {"bf16": True}
@@ -90,28 +95,74 @@ OVERFLOWS = [("llama", False), ("whisper", True)]
 
 
 def precisions_of(model):
-    """The types in which its first projection computes, in a set that forward passes fill."""
-    found = set()
+    """The types in which its first projection computes, in a list that forward passes fill."""
+    found = []
     layer = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
-    layer.register_forward_hook(lambda module, inputs, output: found.add(output.dtype))
+    layer.register_forward_hook(lambda module, inputs, output: found.append(output.dtype))
     return found
 
 
 def test_models_that_no_trainer_prepared_run_in_the_precision_of_the_trained_one(tmp_path):
     """What is compared is compared alike: references in evaluation, `ref_model`, and teachers."""
-    reference, held = MODELS["llama"](), MODELS["llama"]()
-    seen = [precisions_of(model) for model in (reference, held)]
-    base = train(tmp_path, "llama", False, settings(8, bf16=True, max_steps=1, retain_loss="kl", alpha=0.5))
+    half = {"bf16": True, "use_cpu": True, "max_steps": 1}
+    held = MODELS["llama"]()
+    seen = [precisions_of(held)]
+    base = train(tmp_path, "llama", False, settings(8, retain_loss="kl", alpha=0.5, **half))
     sets = {"train_dataset": base.train_dataset, "forget_dataset": base.forget_dataset}
     OrthoGradTrainer(MODELS["llama"](), base.args, ref_model=held, **sets).train()
-    evaluate_unlearning(base, reference, datasets={"forget": base.forget_dataset})
-    args = OrthoGradConfig(
-        str(tmp_path), max_steps=1, bf16=True, use_cpu=True, report_to="none", save_strategy="no", projection="none"
-    )
-    taught = UndialTrainer(MODELS["llama"](), args, **sets)
-    seen.append(precisions_of(taught.teacher))
-    taught.train()
-    assert seen == [{torch.bfloat16}] * 3
+    args = OrthoGradConfig(str(tmp_path), report_to="none", save_strategy="no", projection="none", **half)
+    for made in (UndialTrainer, partial(RmuTrainer, layer="model.layers.0")):
+        taught = made(MODELS["llama"](), args, **sets)
+        seen.append(precisions_of(taught.teacher))
+        taught.train()
+    assert [set(found) for found in seen] == [{torch.bfloat16}] * 3 and all(seen)
+
+
+def test_a_reference_is_measured_in_the_precision_of_the_trained_model(tmp_path):
+    """Losses and predictions, also by a trainer that trained nothing; and the model is left as it was."""
+    base = train(tmp_path, "vit", False, settings(8, bf16=True, max_steps=1))
+    unused = OrthoGradTrainer(MODELS["vit"](), base.args)
+    for trainer in (base, unused):
+        reference = MODELS["vit"]()
+        seen, own = precisions_of(reference), precisions_of(trainer.model)
+        report = evaluate_unlearning(trainer, reference, datasets={"forget": base.forget_dataset})
+        assert report.models["reference"]["forget"].value is not None
+        for found in (seen, own):
+            assert len(found) >= 6 and set(found) == {torch.bfloat16}
+        assert "forward" not in vars(reference)
+        seen.clear()
+        reference(pixel_values=torch.zeros(1, 3, 16, 16))
+        assert seen == [torch.float32]
+
+
+def test_a_loss_of_ones_own_is_measured_as_it_is_trained(tmp_path):
+    """What it computes of the outputs is not rounded: mixed precision is of the model alone."""
+    products = []
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        products.append((outputs.logits @ outputs.logits.T).dtype)
+        return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
+
+    base = train(tmp_path, "vit", False, settings(8, bf16=True, max_steps=1))
+    trainer = OrthoGradTrainer(MODELS["vit"](), base.args, compute_loss_func=loss)
+    per_sample_losses(trainer, base.forget_dataset)
+    assert set(products) == {torch.float32}
+
+
+def test_the_starting_model_answers_by_its_own_weights_under_an_autocast_around_it():
+    model = MODELS["llama"]()
+    ids = {"input_ids": torch.arange(1, 9)[None], "labels": torch.arange(1, 9)[None]}
+    start, losses, batch = StartingModel(model), PerSampleLoss(model), Batch(ids, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = start.outputs(losses, batch).logits
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.5
+        torch.clear_autocast_cache()
+        moved = model(**ids).logits
+        found = start.outputs(losses, batch).logits
+        again = model(**ids).logits
+    assert torch.equal(found, expected) and torch.equal(again, moved) and not torch.equal(found, moved)
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ class RmuTrainer(TeacherTrainer):
     def retain_loss(self, model: nn.Module, batch: Batch) -> Tensor | None:
         if self.args.keeps_predictions:
             return super().retain_loss(model, batch)
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():  # as the model, which accelerate has prepared
             target = self._states(self.teacher, batch)
         return self._retain_weight * _mean_distance(self._states(model, batch), target, batch)
 

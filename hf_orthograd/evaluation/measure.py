@@ -3,9 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import convert_to_fp32
 from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
@@ -71,12 +74,40 @@ def per_sample_losses(trainer: Trainer, dataset: AnyDataset) -> np.ndarray:
     found = []
     quiet = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
     for batch in tqdm(loader, desc="Per-sample losses", disable=quiet, leave=False):
-        # a model that no trainer has prepared would run in another precision than the unlearned one
-        with torch.no_grad(), trainer.accelerator.autocast():
+        with torch.no_grad(), trainers_precision(trainer, model):
             losses = per_sample_loss(forward, batch)
         check_per_sample(losses, len(batch["labels"]) if "labels" in batch else len(losses))
         found.append(trainer.accelerator.gather_for_metrics(losses.float()).cpu())
     return torch.cat(found).numpy().astype(float)
+
+
+@contextmanager
+def trainers_precision(trainer: Trainer, model: nn.Module) -> Iterator[None]:
+    """Runs a model that no trainer has prepared under the trainer's mixed precision, as accelerate runs one that it prepares.
+
+    Otherwise a reference would answer in float32 beside an unlearned model that answers in bf16.
+    """
+    accelerator = trainer.accelerator
+    if not accelerator.native_amp or hasattr(model, "_original_forward"):
+        yield
+        return
+    own = model.forward
+
+    @wraps(own)  # `generate()` and Trainer read its signature
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with accelerator.autocast():
+            outputs = own(*args, **kwargs)
+        return convert_to_fp32(outputs)
+
+    before = vars(model).get("forward")
+    model.forward, model._original_forward = forward, own  # the second as accelerate marks what it has prepared
+    try:
+        yield
+    finally:
+        vars(model).pop("_original_forward", None)
+        vars(model).pop("forward", None)  # by now accelerate may have put one over it
+        if before is not None:
+            model.forward = before
 
 
 def loss_function(trainer: Trainer) -> Callable | None:
@@ -103,7 +134,8 @@ def examining(trainer: Trainer, model: nn.Module) -> Iterator[None]:
     own, device = (trainer.model, trainer.model_wrapped), next(model.parameters()).device
     trainer.model = trainer.model_wrapped = model.to(trainer.args.device)
     try:
-        yield
+        with trainers_precision(trainer, model):
+            yield
     finally:
         trainer.model, trainer.model_wrapped = own
         model.to(device)  # two models and a copy under attack need not be on the device at once

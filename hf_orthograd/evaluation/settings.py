@@ -9,24 +9,35 @@ from ..config import OrthoGradConfig
 def run_settings(trainer: Trainer) -> dict[str, str | float | int | None]:
     """Method, batches, optimizer and how the run ended, of any Trainer; nothing if it made no step.
 
-    No value says anything of the forget set but its method: "ended" has no numbers.
+    None of it tells of what was forgotten: "ended" has no numbers, and a class of the user's own is given by the one it is made of.
     """
     args, state = trainer.args, trainer.state
     if not state.global_step:
         return {}
-    processes = args.gradient_accumulation_steps * args.world_size
-    found: dict[str, str | float | int | None] = {"trainer": type(trainer).__name__}
-    if isinstance(args, OrthoGradConfig):
-        names = ("projection", "projection_target", "forget_loss", "retain_loss", "alpha")
-        found |= {name: getattr(args, name) for name in names}
-        found["forget_samples_per_step"] = args.per_device_forget_batch_size * processes
-        found["retain_samples_per_step"] = args.train_batch_size * processes
+    name = _known_class(trainer)
+    found: dict[str, str | float | int | None] = {"trainer": name}
+    micro_batches = args.gradient_accumulation_steps * args.world_size
+    size = (trainer._train_batch_size or args.train_batch_size) * micro_batches
+    forget, has_retain = getattr(trainer, "forget_dataset", None), getattr(trainer, "has_retain", True)
+    if name == "OrthoGradTrainer":  # a baseline's own loss takes the place of these
+        own = ("projection", "projection_target", "forget_loss", "retain_loss", "alpha")
+        found |= {setting: getattr(args, setting) for setting in own}
+    if isinstance(args, OrthoGradConfig) and forget is not None:
+        per_device = min(args.per_device_forget_batch_size, _length(forget) or args.per_device_forget_batch_size)
+        found["forget_samples_per_step"] = per_device * micro_batches
+        found["retain_samples_per_step"] = size if has_retain else 0
     else:
-        found["samples_per_step"] = args.train_batch_size * processes
-    found["samples_at_hand"] = _length(trainer.train_dataset)
+        found["samples_per_step"] = size
+    found["samples_at_hand"] = _length(trainer.train_dataset) if has_retain else 0
     found |= {"learning_rate": args.learning_rate, "optim": str(getattr(args.optim, "value", args.optim))}
     found |= {"precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "that of the weights", "seed": args.seed}
     return found | {"ended": _end(trainer)}
+
+
+def _known_class(trainer: Trainer) -> str:
+    """The first of its classes that is this library's or transformers'."""
+    known = ("hf_orthograd.", "transformers.")
+    return next(one.__name__ for one in type(trainer).__mro__ if one.__module__.startswith(known))
 
 
 def _end(trainer: Trainer) -> str:

@@ -66,6 +66,7 @@ class StartingModel:
             self._swap()
 
     def _swap(self) -> None:
+        torch.clear_autocast_cache()  # under an autocast around the step it holds casts of the weights that go
         for name, tensor in _changing(self._model):
             own, value = _local(tensor), self._values[name]
             if isinstance(tensor, DTensor):  # FSDP keeps memory of its own for the shards

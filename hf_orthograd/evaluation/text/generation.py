@@ -14,6 +14,7 @@ from ...annotations import AnyDataset
 from ...objectives import IGNORED_LABEL
 from ...parallel.sharding import is_sharded
 from ...trials import preserved_modes
+from ..measure import trainers_precision
 
 
 def generate_answers(
@@ -95,7 +96,8 @@ def _generate(model, tokenizer, inputs, max_new_tokens: int, trainer) -> list[st
     # beams and penalties of the model's own would say something else than its most likely tokens
     model.generation_config = GenerationConfig(**settings, do_sample=False, num_beams=1)
     try:
-        with torch.no_grad(), trainer.accelerator.autocast():
+        # the outer context casts the weights once, and not for every token
+        with torch.no_grad(), trainers_precision(trainer, model), trainer.accelerator.autocast():
             tokens = model.generate(
                 **{name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values") if name in inputs}
             )

@@ -7,7 +7,7 @@ from torch.nn import functional
 from transformers import EvalPrediction, Trainer
 
 from ...annotations import AnyDataset
-from ...objectives import IGNORED_LABEL
+from ...objectives import IGNORED_LABEL, losses_at_positions
 from ..measure import measure
 from ..membership import MembershipInference, membership_inference
 
@@ -32,17 +32,12 @@ def answer_scores(
     logits = logits[0] if isinstance(logits, tuple) else logits
     logits = logits[:, -labels.shape[1] :]  # before the text there may be tokens of an image
     tokens = logits.argmax(dim=-1)
-    if not is_encoder_decoder:  # the token at a place is predicted at the place before
-        first = tokens.new_zeros(len(tokens), 1)
-        tokens = torch.cat([first, tokens[:, :-1]], dim=1)
-        logits, targets = logits[:, :-1], labels[:, 1:]
-    else:
-        targets = labels
-    losses = functional.cross_entropy(
-        logits.float().transpose(1, 2), targets, reduction="none", ignore_index=IGNORED_LABEL
-    )
-    if not is_encoder_decoder:
-        losses = torch.cat([losses.new_full((len(losses), 1), torch.nan), losses], dim=1)
+    if is_encoder_decoder:
+        return tokens, -losses_at_positions(logits, labels)
+    # the token at a place is predicted at the place before, and the last place predicts none
+    losses = losses_at_positions(logits, functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL))
+    tokens = torch.cat([tokens.new_zeros(len(tokens), 1), tokens[:, :-1]], dim=1)
+    losses = torch.cat([losses.new_full((len(losses), 1), torch.nan), losses[:, :-1]], dim=1)
     return tokens, -losses
 
 
