@@ -2,7 +2,6 @@
 
 import copy
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +11,12 @@ from equations import batch_of
 from launched import settings, train
 from torch.utils.data import default_collate
 from transformers import GPT2Config, GPT2ForSequenceClassification
+from transformers.utils import ModelOutput
 
 from hf_orthograd import OrthoGradTrainer
 from hf_orthograd.data import Batch
 from hf_orthograd.objectives import PerSampleLoss, kl_divergence
+from hf_orthograd.parallel import ALONE
 from hf_orthograd.preparation import StartingModel, StoredPredictions
 
 
@@ -223,15 +224,46 @@ def test_rows_that_two_processes_read_otherwise_have_no_predictions():
     class Beside:
         """Another process that read the same rows, one label shorter."""
 
+        is_alone = False
+
         def sum(self, tensor):
             return tensor + torch.tensor([[2, 5], [1, 1]]) if tensor.shape == (2, 2) else tensor
 
     model = MODELS["llama"]()
     losses = PerSampleLoss(model)
-    batch = Batch({"input_ids": torch.ones(2, 6, dtype=torch.long), "labels": torch.ones(2, 6, dtype=torch.long)}, 2)
-    batch = replace(batch, rows=torch.arange(2))
+    ids = torch.ones(2, 6, dtype=torch.long)
+    batch = Batch({"input_ids": ids, "labels": ids}, 2, rows=torch.arange(2))
     with pytest.raises(ValueError, match="rows of `train_dataset` have other labels when they are read again"):
         StoredPredictions.find(lambda batch: model(batch.inputs["input_ids"]), losses, [batch], 2, Beside())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_predictions_are_kept_in_the_precision_in_which_they_were_computed(dtype):
+    """accelerate casts what mixed precision computed to float32; the copy that is kept is half as large, and the same."""
+    model = MODELS["llama"]()
+    ids = torch.arange(1, 13).view(2, 6)
+    batch = Batch({"input_ids": ids, "labels": ids}, 2, rows=torch.arange(2))
+    logits = model(ids).logits.detach().to(dtype).float()
+    answer = ModelOutput(logits=logits)
+    stored = StoredPredictions.find(lambda batch: answer, PerSampleLoss(model), [batch], 2, ALONE)
+    found = stored.outputs(PerSampleLoss(model), batch).logits
+    assert found.dtype == dtype and torch.equal(found[:, :5].float(), logits[:, :5])
+
+
+def test_a_ref_model_goes_back_where_it_was(tmp_path, monkeypatch):
+    base, moves = train(tmp_path, "vit", False, settings(8, **STORED, max_steps=1)), []
+    weights, held = MODELS["vit"]().state_dict(), MODELS["vit"]().to("meta")
+
+    def move(place):
+        moves.append(torch.device(place).type)
+        if moves[-1] == "cpu":
+            held.to_empty(device="cpu").load_state_dict(weights)
+        return held
+
+    monkeypatch.setattr(held, "to", move)
+    sets = {"train_dataset": base.train_dataset, "forget_dataset": base.forget_dataset}
+    OrthoGradTrainer(MODELS["vit"](), base.args, ref_model=held, **sets).train()
+    assert moves == ["cpu", "meta"]
 
 
 class Varying(torch.utils.data.Dataset):

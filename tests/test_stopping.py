@@ -8,6 +8,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import CallbackHandler
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
+from hf_orthograd.baselines import ScrubTrainer
 from hf_orthograd.callbacks import StoppingRule, find_callback
 from hf_orthograd.evaluation import UnlearningReport, evaluate_unlearning
 from hf_orthograd.evaluation.settings import run_settings
@@ -87,7 +88,7 @@ def test_a_target_that_was_not_reached_is_told(eval_delay, found, tmp_path, make
     trainer.train()
     assert f"ended after step 3, and no evaluation found `forget_target` reached: {found}" in caplog.text
     assert "the target is 50. Raise `max_steps`" in caplog.text
-    assert run_settings(trainer)["ended"] == "the steps came to their end before the forget target"
+    assert run_settings(trainer)["ended"] == "all steps were made before the forget target was reached"
 
 
 @pytest.mark.parametrize(("forgotten", "told"), [(2.5, False), (1.5, True), (None, True)])
@@ -182,6 +183,21 @@ def test_a_report_says_how_the_model_was_made(tmp_path, make_model, make_samples
     assert expected.items() <= report.settings.items()
     assert "| retain samples per step | 4 |" in report.to_markdown()
     assert UnlearningReport.from_json(report.to_json()).settings == report.settings
+
+    class Own(OrthoGradTrainer):
+        pass
+
+    forget = make_samples("vit", 3, seed=2)
+    trainer.args.alpha, trainer.args.projection = 0.0, "none"
+    own = Own(make_model("vit"), trainer.args, forget_dataset=forget)
+    own.train()
+    found = run_settings(own)
+    assert found["trainer"] == "OrthoGradTrainer"  # a name of one's own may tell whose data it was
+    sizes = ("forget_samples_per_step", "retain_samples_per_step", "samples_at_hand")
+    assert [found[name] for name in sizes] == [3, 0, 0]
+    taught = ScrubTrainer(make_model("vit"), trainer.args, train_dataset=make_samples("vit", 8), forget_dataset=forget)
+    taught.train()
+    assert run_settings(taught)["trainer"] == "ScrubTrainer" and "forget_loss" not in run_settings(taught)
     plain = Trainer(make_model("vit"), TrainingArguments(str(tmp_path), report_to="none", max_steps=1, disable_tqdm=True),
                     train_dataset=make_samples("vit", 8, seed=1))  # fmt: skip
     plain.train()

@@ -105,8 +105,12 @@ class StoppingRule(TrainerCallback, ExportableState):
         if why is not None:
             logger.warning(f"Stopping after step {state.global_step}: {why}.")
             control.should_training_stop = True
-            within = math.isfinite(metrics[SCORE])
-            self.outcome = "the forget target was reached" if within else "the retain budget was exceeded"
+            if math.isfinite(metrics[SCORE]):
+                self.outcome = "the forget target was reached"
+            elif all(map(math.isfinite, self._read(metrics).values())):
+                self.outcome = "the retain budget was exceeded"
+            else:
+                self.outcome = "an evaluation was not a finite number"
 
     def end_after(self, error: FloatingPointError, state: TrainerState, control: TrainerControl) -> bool:
         """Whether there is a model to go back to after a divergence; then training stops and Trainer does so."""
@@ -131,7 +135,8 @@ class StoppingRule(TrainerCallback, ExportableState):
             f"Training ended after step {state.global_step}, and no evaluation found `forget_target` reached: {found}, the "
             f"target is {self.target:.4g}. Raise `{longer}` or `learning_rate`."
         )
-        self.outcome = "the steps came to their end before the forget target"
+        early = state.global_step < state.max_steps
+        self.outcome = ("it was stopped" if early else "all steps were made") + " before the forget target was reached"
 
     def _is_reached(self) -> bool:
         """By the last evaluation, whatever the retain data has suffered."""

@@ -87,7 +87,7 @@ class Family:
         )
 
     def counted(self, inputs: Mapping) -> Tensor | None:
-        """Shape (B, L): at which of the last L positions of the logits a label counts; None where labels have no positions of their own."""
+        """Shape (B, L): at which of the last L positions of the logits a label counts; None where it is not so simple."""
         return None
 
     def divergences(

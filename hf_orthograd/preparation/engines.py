@@ -99,6 +99,7 @@ def prepare_retain_term(trainer: "OrthoGradTrainer", start: StartingModel | None
     """
     if not trainer.args.keeps_predictions:
         return None
+    place = None if trainer.ref_model is None else next(trainer.ref_model.parameters()).device
     if trainer.ref_model is not None:
         start = ReferenceModel(trainer.ref_model, trainer.args.device, trainer.accelerator.autocast)
     if start is None and trainer.state.global_step > 0:
@@ -114,7 +115,6 @@ def prepare_retain_term(trainer: "OrthoGradTrainer", start: StartingModel | None
     if not trainer.args.precompute_ref_logits:
         return KeepPredictions(start, trainer.per_sample_loss)
     validation.check_precomputed(trainer.args, trainer.per_sample_loss, trainer.train_dataset)
-    place = None if trainer.ref_model is None else next(trainer.ref_model.parameters()).device
     with preserved_random_state(), trainer.compute_loss_context_manager():
         stored = _store_predictions(trainer, start)
         _check_stored(trainer, start, stored)
@@ -159,7 +159,8 @@ def _check_stored(trainer: "OrthoGradTrainer", start: StartingModel, stored: Sto
     found = (torch.stack(apart).max() / torch.stack(largest).max().clamp(min=1e-6)).item()
     is_half = args.bf16 or args.fp16 or next(trainer.model.parameters()).dtype != torch.float32
     differs = not found <= (5e-2 if is_half else 5e-3)
-    if differs or not trainer.group.all_equal(differs):
+    agreed = trainer.group.all_equal(differs)  # all processes ask, whatever they found
+    if differs or not agreed:
         raise ValueError(
             f"`precompute_ref_logits` is True, but the starting model answers otherwise when rows of `train_dataset` are read again in other "
             f"batches: its logits differ by {found:.2g} of the largest. The rows vary, or padding or masks change what it "

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
@@ -178,7 +179,7 @@ def _start_bytes(trainer: "OrthoGradTrainer", retain: Batch) -> int | None:
         return held
     counted = trainer.per_sample_loss.counted(retain.inputs)
     rows = len(trainer.train_dataset) * (1.0 if counted is None else counted.sum().item() / len(counted))
-    is_half = trainer.args.bf16 or trainer.args.fp16
+    is_half = trainer.args.bf16 or trainer.args.fp16 or next(trainer.model.parameters()).dtype != torch.float32
     return held + int(rows) * (trainer.per_sample_loss.num_classes or 0) * (2 if is_half else 4)
 
 
