@@ -111,9 +111,12 @@ def time_methods(name: str, lora: bool, samples: int, methods: list[str], argume
                     run_step(METHODS[method](small), small, arguments)
                     steps[method] = METHODS[method](setup)
                 seconds = run_step(steps[method], setup, arguments)
-            except Exception as error:  # what stops a peer is its result; ours must not be stopped
-                if ours:
+            except (
+                Exception
+            ) as error:  # what stops a peer is its result; ours must not be stopped, but by a small device
+                if ours and not isinstance(error, torch.OutOfMemoryError):
                     raise
+                setup.model.zero_grad(set_to_none=True)
                 failures[method] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
                 continue
             times[method].append(seconds)
@@ -168,6 +171,8 @@ def estimate_of_method(name: str, lora: bool, samples: int, method: str, argumen
 
 
 def run_task(task: list[str], arguments: argparse.Namespace) -> dict:
+    gc.collect()
+    torch.cuda.empty_cache()  # of the task before; nothing without a GPU
     kind, name, lora, samples, *methods = task
     case = name, lora == "1", int(samples)
     if kind == "time":

@@ -206,6 +206,12 @@ def make_model_or_skip(name, attention):
         pytest.skip(f"transformers has no {attention} attention for {name}")
 
 
+@pytest.fixture(autouse=True)
+def convolutions_in_float32(monkeypatch):
+    """torch's default for a GPU is TF32, which is further from float64 than what is asserted."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])

@@ -9,12 +9,17 @@ from conftest import MODELS
 from launched import samples
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
-from hf_orthograd.gradients.products import exact_arithmetic
+from hf_orthograd.gradients.products import exact_arithmetic, inner_products
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 KINDS = list(MODELS)
+
+
+@pytest.fixture(autouse=True)
+def convolutions_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # else on by default
 
 
 def unlearned(folder, kind, trainer_class=OrthoGradTrainer, **settings):
@@ -38,7 +43,7 @@ def flat(trainer):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_is_that_of_a_cpu(kind, settings, tmp_path):
     own, reference = (unlearned(tmp_path, kind, use_cpu=on_cpu, **settings) for on_cpu in (False, True))
-    assert own.args.device.type == "cuda"
+    assert own.args.device.type == "cuda" and own.gradient_engine.name == reference.gradient_engine.name == "gram"
     start = torch.cat([parameter.detach().flatten() for parameter in _start(kind).parameters()])
     change = flat(reference) - start
     assert (flat(own) - flat(reference)).norm() <= 1e-3 * change.norm()
@@ -52,15 +57,16 @@ def _start(kind):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_goes_the_same_way(kind, precision, tmp_path):
-    own = unlearned(tmp_path, kind, **{precision: True})
-    reference = unlearned(tmp_path, kind, use_cpu=True)
+    # under fp16 the first steps find the scale
+    own = unlearned(tmp_path, kind, max_steps=12, **{precision: True})
+    reference = unlearned(tmp_path, kind, max_steps=12, use_cpu=True)
     start = torch.cat([parameter.detach().flatten() for parameter in _start(kind).parameters()])
     change = flat(own) - start, flat(reference) - start
-    assert torch.cosine_similarity(*change, dim=0) >= 0.95
+    assert change[0].norm() > 0 and torch.cosine_similarity(*change, dim=0) >= 0.9
 
 
 class Watched(OrthoGradTrainer):
-    """Counts where a training step waits for the device, as CUDA itself reports it."""
+    """Counts where a training step waits for the device, as CUDA itself reports it, by the file that asks."""
 
     def training_step(self, *args, **kwargs):
         with warnings.catch_warnings(record=True) as caught:
@@ -71,31 +77,31 @@ class Watched(OrthoGradTrainer):
             finally:
                 torch.cuda.set_sync_debug_mode("default")
                 found = [warning for warning in caught if "synchronizing" in str(warning.message)]
-                self.waits = Counter(f"{warning.filename}:{warning.lineno}" for warning in found)
+                self.waits = Counter(warning.filename for warning in found)
 
 
 @pytest.mark.parametrize("settings", [{}, {"retain_loss": "kl", "forget_loss": "npo"}])
 @pytest.mark.parametrize("kind", ["whisper", "vit", "llama"])
 def test_a_step_waits_at_most_four_times(kind, settings, tmp_path):
-    """Less those of the model itself, which any trainer has."""
-    own, plain = (
-        unlearned(tmp_path, kind, Watched, monitor_steps=0, **(settings | projection)).waits
-        for projection in ({}, {"projection": "none"})
-    )
-    assert sum((own - plain).values()) <= 4, (own, plain)
+    """Our own code; a model may wait where it looks at its mask, under any trainer."""
+    trainer = unlearned(tmp_path, kind, Watched, monitor_steps=0, **settings)
+    assert trainer.gradient_engine.name == "gram"
+    own = {name: count for name, count in trainer.waits.items() if "hf_orthograd" in name}
+    assert 1 <= sum(own.values()) <= 4, trainer.waits  # one is there: the Gram matrix is solved on the host
 
 
 def test_products_are_exact_where_the_process_allows_tf32():
     before = torch.get_float32_matmul_precision()
-    rows = torch.randn(64, 4096, device="cuda")
+    rows = torch.randn(64, 20000, device="cuda")
     expected = rows.double() @ rows.double().T
     torch.set_float32_matmul_precision("high")
     try:
         rough = rows @ rows.T
         with exact_arithmetic(rows.device):
-            found = rows @ rows.T
+            found = inner_products(rows, rows)
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
     scale = expected.diagonal().mean()
-    assert (found - expected).abs().max() / scale <= 1e-6 < (rough - expected).abs().max() / scale
+    errors = [((product.double() - expected).abs().max() / scale).item() for product in (found, rough)]
+    assert errors[0] <= 2e-6 < errors[1]
