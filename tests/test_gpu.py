@@ -6,10 +6,15 @@ from collections import Counter
 import pytest
 import torch
 from conftest import MODELS
+from engines import forget_batch, retain_batch
 from launched import samples
+from torch.utils.data import default_collate
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
+from hf_orthograd.gradients import GramEngine, products
 from hf_orthograd.gradients.products import exact_arithmetic, inner_products
+from hf_orthograd.objectives import PerSampleLoss
+from hf_orthograd.parallel import Parameters
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -105,3 +110,27 @@ def test_products_are_exact_where_the_process_allows_tf32():
     scale = expected.diagonal().mean()
     errors = [((product.double() - expected).abs().max() / scale).item() for product in (found, rough)]
     assert errors[0] <= 2e-6 < errors[1]
+
+
+@pytest.mark.parametrize("kind", ["whisper", "vit", "llama"])
+def test_halves_are_multiplied_as_they_are(kind, monkeypatch):
+    """By matrix units, with sums in float32: the same Gram matrix as of float32 copies."""
+    batches = [
+        {name: value.cuda() for name, value in default_collate(list(samples(kind, count, seed=count))).items()}
+        for count in (3, 4)
+    ]
+    torch.manual_seed(0)
+    model = MODELS[kind]().cuda().eval()
+    parameters = Parameters(dict(model.named_parameters()), {})
+
+    def gram():
+        with torch.autocast("cuda", torch.bfloat16):
+            engine = GramEngine(parameters, PerSampleLoss(model))
+            return engine.measure(model, [forget_batch(batches[0])], [retain_batch(batches[1])]).gram
+
+    assert products._sums_in_float32(torch.device("cuda", 0), torch.bfloat16)
+    found = gram()
+    monkeypatch.setattr(products, "_sums_in_float32", lambda device, dtype: False)
+    expected = gram()
+    norms = expected.diagonal().sqrt()
+    assert ((found - expected).abs() / torch.outer(norms, norms)).max() <= 1e-5

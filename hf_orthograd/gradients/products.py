@@ -2,13 +2,18 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from ..parallel import SampleLayout
 
 
+logger = logging.get_logger(__name__)
+
+_HALF = (torch.bfloat16, torch.float16)
 # float32 sums run over so many columns at most, and float64 sums over the blocks
 _COLUMNS = 1 << 13
 
@@ -34,6 +39,68 @@ def _backends(device: torch.device) -> tuple:
     if device.type == "cuda":
         return torch.backends.cuda.matmul, torch.backends.cudnn.conv
     return (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv) if device.type == "cpu" else ()
+
+
+def factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Two factors as [`multiply`] takes them: both in their half precision where that loses nothing, else in float32.
+
+    Products of two halves are exact in float32, and a GPU's matrix units sum them there, at a multiple of its speed in float32.
+    """
+    if left.dtype == right.dtype and left.dtype in _HALF and _sums_in_float32(left.device, left.dtype):
+        return left, right
+    return left.float(), right.float()
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """`left @ right` in float32, of two [`factors`]: matrices, or batches of them. `out` is written to, if given."""
+    if left.dtype in _HALF:
+        return _multiply_halves(left, right, out)
+    product = torch.bmm if left.ndim == 3 else torch.mm
+    return product(left, right, out=out)
+
+
+def _multiply_halves(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
+    product = torch.bmm if left.ndim == 3 else torch.mm
+    return product(left, right, torch.float32, **({} if out is None else {"out": out}))
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds `left @ right` of two [`factors`] to `total`, float32, in place."""
+    if left.dtype in _HALF:
+        total += multiply(left, right)
+    elif left.ndim == 3:
+        total.baddbmm_(left, right)
+    else:
+        total.addmm_(left, right)
+
+
+def split(wide: Tensor, half: Tensor) -> list[Tensor]:
+    """Float32 numbers as parts that are [`factors`] beside `half`, and add up to them but for 2^-17 of each.
+
+    Two bfloat16 numbers hold what one rounds off: two products by matrix units take a fraction of the time of one in float32.
+    float16 has too small a range for that.
+    """
+    if half.dtype != torch.bfloat16 or not _sums_in_float32(half.device, half.dtype):
+        return [wide]
+    rounded = wide.to(half.dtype)
+    return [rounded, (wide - rounded).to(half.dtype)]
+
+
+@cache
+def _sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device has products of half precision with sums in float32; asked once."""
+    if device.type != "cuda":
+        return False
+    ones = torch.ones(1, 16, 16, device=device, dtype=dtype)
+    try:
+        torch.bmm(ones, ones, torch.float32)
+    except RuntimeError as error:
+        logger.warning(
+            f"{device} has no products of {dtype} with sums in float32 ({str(error).splitlines()[0]}): inner products are computed from "
+            "float32 copies, which takes longer."
+        )
+        return False
+    return True
 
 
 def as_rows(gradients: Tensor) -> Tensor:
@@ -69,7 +136,7 @@ def inner_products(rows: Tensor, others: Tensor) -> Tensor:
     by 4e-5. Four kernels at most, however many columns there are.
     """
     # half precision would round each block's sum
-    rows, others = (t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in (rows, others))
+    rows, others = (t.float() if t.dtype in _HALF else t for t in (rows, others))
     with exact_arithmetic(rows.device):
         blocks, rest = divmod(rows.shape[1], _COLUMNS)
         dtype = accumulation_dtype(rows.device)

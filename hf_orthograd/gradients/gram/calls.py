@@ -95,6 +95,10 @@ class Call:
     def parameters(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for source in self.sources for name in source.parameters))
 
+    def as_computed(self, tensor: Tensor) -> Tensor:
+        """An argument of real numbers in the type in which the call computed with it."""
+        return tensor if self.autocast is None else tensor.to(self.autocast)
+
     @property
     def positions(self) -> int:
         """Rows of the matrix that its output would be, over all samples."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..products import as_rows, inner_products
+from ..products import add_product, as_rows, factors, inner_products, multiply, split
 
 
 @dataclass
@@ -49,14 +49,13 @@ class Outer:
 
     def add_rows(self, start: int, stop: int, out: Tensor, *, overwrite: bool) -> None:
         """Adds rows `start` to `stop` of every gradient to `out`, (n, stop - start, q), or writes them over it."""
-        right = self.right.float()
         if not self.is_one_hot:
-            left = self.left[..., start:stop].float().transpose(1, 2)
-            torch.bmm(left, right, out=out) if overwrite else out.baddbmm_(left, right)
+            left, right = factors(self.left[..., start:stop].transpose(1, 2), self.right)
+            multiply(left, right, out) if overwrite else add_product(out, left, right)
             return
         if overwrite:
             out.zero_()
-        index = self.left
+        index, right = self.left, self.right.float()
         if (start, stop) != (0, self.shape[0]):
             # entries outside add nothing to entry 0: to look them up would make the device wait
             inside = (index >= start) & (index < stop)
@@ -73,20 +72,22 @@ class Outer:
     def inner(self, other: "Outer") -> Tensor:
         """Inner products of the gradients of both, shape (n, n'): `sum_ts (left_t . left'_s) (right_t . right'_s)`."""
         m, other_steps, _ = other.right.shape
-        other_right = other.right.float().flatten(0, 1).T
+        own_right, other_right = factors(self.right, other.right)
+        other_right = other_right.flatten(0, 1).T
         rows = []
-        for left, right in zip(self.left, self.right.float(), strict=True):
-            products = right @ other_right
+        for left, right in zip(self.left, own_right, strict=True):
+            products = multiply(right, other_right)
             products *= _left_products(left, other.left)
             rows.append(products.view(-1, m, other_steps).sum(dim=(0, 2)))
         return torch.stack(rows)
 
     def inner_with(self, matrix: Tensor) -> Tensor:
         """Inner products with one matrix of shape (p, q), shape (n,): `sum_t left_t^T matrix right_t`."""
-        right = self.right.float()
         if self.is_one_hot:
-            return (matrix[self.left] * right).sum(dim=(1, 2))
-        return ((right @ matrix.T) * self.left.float()).sum(dim=(1, 2))
+            return (matrix[self.left] * self.right.float()).sum(dim=(1, 2))
+        rights = self.right.flatten(0, 1)
+        products = sum(multiply(*factors(rights, part.T)) for part in split(matrix, rights))
+        return (products.view(self.left.shape) * self.left.float()).sum(dim=(1, 2))
 
     def add_combination(self, weights: Tensor, total: Tensor) -> None:
         """Adds `sum_i weights_i gradient_i` to `total`, (p, q), in place."""
@@ -94,18 +95,21 @@ class Outer:
         if self.is_one_hot:
             total.index_add_(0, self.left.flatten(), (self.right.float() * weights).flatten(0, 1))
             return
-        left, right = self.left.float(), self.right.float()
+        left, right = self.left.flatten(0, 1), self.right.flatten(0, 1)
         if left.shape[-1] < right.shape[-1]:  # weigh the smaller factor
-            left = left * weights
+            weighted = (self.left.float() * weights).flatten(0, 1)
+            pairs = [(part, right) for part in split(weighted, right)]
         else:
-            right = right * weights
-        total.addmm_(left.flatten(0, 1).T, right.flatten(0, 1))
+            weighted = (self.right.float() * weights).flatten(0, 1)
+            pairs = [(left, part) for part in split(weighted, left)]
+        for one, other in pairs:
+            add_product(total, *factors(one.T, other))
 
 
 def _left_products(left: Tensor, other: Tensor) -> Tensor:
     """Inner products of one sample's left factors with all others, shape (T, n' T'); a one-hot factor only picks."""
     if left.is_floating_point() and other.is_floating_point():
-        return left.float() @ other.float().flatten(0, 1).T
+        return multiply(*factors(left, other.flatten(0, 1).T))
     if left.is_floating_point():
         return left.float()[:, other.flatten()]
     if other.is_floating_point():

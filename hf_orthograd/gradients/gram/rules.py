@@ -95,7 +95,7 @@ def linear_rule(call: Call, output_gradient: Tensor) -> Forms | None:
     gradient = by_sample(output_gradient, call)
     forms = []
     if isinstance(weight, Source):
-        forms.append((weight, Outer(gradient, by_sample(features, call), weight.shape)))
+        forms.append((weight, Outer(gradient, by_sample(call.as_computed(features), call), weight.shape)))
     if isinstance(bias, Source):
         forms.append((bias, Dense(gradient.sum(dim=1, dtype=torch.float32))))
     return forms
@@ -112,7 +112,7 @@ def addmm_rule(call: Call, output_gradient: Tensor) -> Forms | None:
     gradient = by_sample(output_gradient, call)
     forms = []
     if isinstance(weight, Source):
-        forms.append((weight, Outer(by_sample(features, call), gradient, weight.shape)))
+        forms.append((weight, Outer(by_sample(call.as_computed(features), call), gradient, weight.shape)))
     if isinstance(bias, Source):
         forms.append((bias, Dense(gradient.sum(dim=1, dtype=torch.float32).view(-1, *bias.shape))))
     return forms
