@@ -215,7 +215,7 @@ def test_a_run_stops_where_a_sample_has_other_labels_than_its_predictions(tmp_pa
     trainer = OrthoGradTrainer(
         MODELS["llama"](), base.args, train_dataset=retain, forget_dataset=dataset, callbacks=[Shortens()]
     )
-    with pytest.raises(FloatingPointError, match="is not finite"):
+    with pytest.raises(FloatingPointError, match="with another number of labels than they had"):
         trainer.train()
     assert 1 <= trainer.state.global_step <= 3
 

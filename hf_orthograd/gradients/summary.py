@@ -70,7 +70,10 @@ def mean_retain_term(step: StepGradients) -> float:
     terms = step.retain_terms
     total, count = step.group.sum(torch.stack((terms.sum(dtype=torch.float32), terms.new_tensor(len(terms))))).tolist()
     if not math.isfinite(total):
-        raise FloatingPointError("the divergence from the starting model is not finite, though all losses are")
+        raise FloatingPointError(
+            "the divergence from the starting model is not finite, though all losses are; under `precompute_ref_logits` samples "
+            "with another number of labels than they had are so, too"
+        )
     return total / count
 
 
