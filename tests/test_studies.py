@@ -249,20 +249,21 @@ def answers(forget, utility, steps=None):
     }
     record = {"sets": sets, "utility": utility, "truth_ratios": [forget, forget + 0.1], "extraction": 0.1}
     record |= {"forget_loss": 2.0, "quality": 0.04}
-    return record if steps is None else record | {"steps": steps, "seconds": 3.0 * steps}
+    return record if steps is None else record | {"steps": steps, "seconds": 3.0 * steps, "rate": 2e-5}
 
 
 def test_the_study_of_text_compares_at_the_same_requests(tmp_path):
-    runs = {}
+    study = object.__new__(text.TextStudy)
+    study.authors, study.forgotten, study.records = 6, 1, Records(tmp_path / "records.json")
+    study.at_hand, study.asked = 4, 20
+    runs = study.records.runs
     for seed in (0, 1):
-        runs |= {
-            f"original, author {seed} of 6": answers(0.9, 0.5),
-            f"retrained, author {seed} of 6": answers(0.2, 0.5),
-        }
-        runs[f"{text.DEFAULT}, full, author {seed} of 6"] = answers(0.3, 0.4 + 0.1 * seed, 10)
-        runs[f"NPO, full, author {seed} of 6"] = answers(0.4, 0.3 + 0.1 * seed, 20)
-    runs["GradDiff, full, author 0 of 6"] = answers(0.4, 0.3, 20)  # of one request alone
-    text.write_report(runs, 6, tmp_path / "table")
+        request = study.request(seed)
+        runs |= {f"original, {request}": answers(0.9, 0.5), f"retrained, {request}": answers(0.2, 0.5)}
+        runs[f"{text.DEFAULT}, full, {request}"] = answers(0.3, 0.4 + 0.1 * seed, 10)
+        runs[f"NPO, full, {request}"] = answers(0.4, 0.3 + 0.1 * seed, 20)
+    runs[f"GradDiff, full, {study.request(0)}"] = answers(0.4, 0.3, 20)  # of one request alone
+    text.write_report(study, tmp_path / "table")
     written = (tmp_path / "table.md").read_text()
     rows = {
         line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in written.splitlines() if line[:2] == "| "
@@ -270,17 +271,29 @@ def test_the_study_of_text_compares_at_the_same_requests(tmp_path):
     assert "## All parameters, 2 requests" in written and "LoRA" not in written.split("## ", 2)[1]
     assert set(rows) == {"method", "original", "retrained", "NPO", text.DEFAULT}
     assert rows["NPO"][2] == "-0.100 ± 0.000" and rows[text.DEFAULT][2] == ""  # paired: the same in each request
-    assert rows["NPO"][-2:] == ["20, 20", "3.0 |"]
+    assert rows["NPO"][-4:-1] == ["2e-05", "20, 20", "3.00"]
     assert rows["retrained"][0] == "1, 1"
     assert (tmp_path / "table.png").exists()
 
 
-def test_a_request_on_text_splits_the_others(tmp_path):
+def test_a_request_on_text_splits_the_others():
     study = object.__new__(text.TextStudy)
-    study.authors, study.asked = 3, 4
-    study.rows = [{"question": str(number)} for number in range(3 * text.QUESTIONS)]
+    study.authors, study.forgotten, study.asked, study.at_hand = 4, 1, 4, 4
+    study.rows = [{"question": str(number), "perturbed_answer": []} for number in range(4 * text.QUESTIONS)]
+    for row in study.rows[:20]:
+        del row["perturbed_answer"]  # as of most authors
     rows = {name: {int(row["question"]) for row in own} for name, own in study.split(study.request(1)).items()}
-    assert rows["forget"] == set(range(20, 40))
-    assert rows["others"] == set(range(60)) - rows["forget"]
-    assert len(rows["at_hand"]) == 10 and len(rows["retain"]) == 4
+    assert rows["forget"] == set(range(40, 60))
+    assert rows["others"] == set(range(80)) - rows["forget"]
+    assert [len(rows[name]) for name in ("at_hand", "retain", "validation")] == [15, 4, 8]
     assert not rows["at_hand"] & rows["retain"] and rows["at_hand"] | rows["retain"] <= rows["others"]
+    assert not rows["validation"] & (rows["at_hand"] | rows["retain"]) and rows["validation"] <= rows["others"]
+    assert all(number >= 20 for number in rows["retain"])
+
+
+def test_a_learning_rate_is_one_that_forgets_enough():
+    found = {1: (1.0, 0.9), 2: (2.1, 0.5), 3: (3.0, 0.4)}
+    runs = {rate: {"forget_loss": loss, "validation": kept} for rate, (loss, kept) in found.items()}
+    assert text.choose_rate(runs, target=2.0) == 2
+    assert text.choose_rate(runs, target=4.0) == 3
+    assert text.choose_rate({0: {"forget_loss": np.nan, "validation": 1.0}} | runs, target=2.0) == 2

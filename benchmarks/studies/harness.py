@@ -58,7 +58,9 @@ class Records:
 def describe_machine() -> dict[str, str]:
     """Versions and processor, as they stand beside every number."""
     return {
-        "processor": f"{os.cpu_count()} cores {_processor()}, {torch.get_num_threads()} used",
+        "processor": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{os.cpu_count()} cores {_processor()}, {torch.get_num_threads()} used",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

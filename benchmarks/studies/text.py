@@ -2,26 +2,39 @@
 
     python benchmarks/studies/text.py --model <SmolLM2-135M-Instruct: a folder or a GGUF file> --data_folder <TOFU as JSON lines>
 
-SmolLM2-135M learns 20 questions on each of some invented authors; each seed forgets another author, with a quarter of the questions on
-the others at hand. A run ends when the mean loss of the forgotten answers has reached that of a model trained without them, or after
-the most steps: methods are compared at the same forgetting. The same learning rate for all. Resumable.
+    ... --authors 200 --forgotten 2 --at_hand 20 --asked 40 --eval_batch_size 64  # on a GPU: TOFU whole
+
+SmolLM2-135M learns 20 questions on each of the invented authors; each seed forgets other ones, with a part of the questions on
+the rest at hand. A run ends when the mean loss of the forgotten answers has reached that of a model trained without them, or after
+the most steps: methods are compared at the same forgetting. Each method's learning rate is chosen from the same two, on one request.
+Resumable, and several processes may share the work, each with variants or seeds of its own.
 """
 
 import argparse
+import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 import transformers
-from harness import RESULTS, Records, machine_note
-from matplotlib.figure import Figure
+from harness import RESULTS, Records
 from methods import METHODS, Bench
 from peft import LoraConfig, get_peft_model
 from study import add_variants, main
-from tables import mean_and_interval
-from text_data import QUESTIONS, answers_of, load_pretrained, read_rows, train_on, wrong_answers_of
+from text_data import (
+    PRECISION,
+    QUESTIONS,
+    answers_of,
+    load_pretrained,
+    read_authors,
+    read_rows,
+    train_on,
+    wrong_answers_of,
+)
+from text_tables import write_report
 from transformers import DataCollatorForSeq2Seq
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
@@ -39,11 +52,12 @@ from hf_orthograd.evaluation.text import (
 )
 
 
+AUTHORS = 8  # by default
 EPOCHS = 5
-RATES = {"full": 2e-5, "lora": 2e-4}
+RATES = {"full": (5e-5, 1e-4), "lora": (5e-4, 1e-3)}
 RANK = 16
-STEPS = 40
-AT_HAND, ASKED = 4, 2  # of every four questions on the others the first is at hand, the third is asked in the end
+STEPS, EVERY = 40, 2
+SIZES = {"per_device_train_batch_size": 8, "per_device_forget_batch_size": 4}
 RMU_LAYER = 10  # of 30; with the two before it, as in the paper, a third of the way up
 RMU = {
     "steering": 2.0,
@@ -51,78 +65,111 @@ RMU = {
 }  # those of open-unlearning; the paper's, 6.5 and 1200, moved nothing here
 NPO_KL = {"retain_loss": "kl"}
 
-# name: (method, what changes)
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: a method, what it changes, and whose learning rate it has if not one chosen for itself."""
+
+    method: str
+    changes: dict = field(default_factory=dict)
+    rate_of: str | None = None
+
+
+def _with(size: int, **changes) -> dict:
+    return {"per_device_train_batch_size": size, **changes}
+
+
+DEFAULT, SAME_TERM = "OrthoGrad + NPO, kl", "NPO, kl"
 VARIANTS = {
-    "gradient ascent": ("gradient_ascent", {}),
-    "GradDiff": ("graddiff", {}),
-    "NPO": ("npo", {}),
-    "NPO, kl": ("npo", NPO_KL),
-    "SimNPO": ("simnpo", {}),
-    "UNDIAL": ("undial", {}),
-    "RMU": ("rmu", {}),
-    "OrthoGrad + NPO, k = 8": ("orthograd_npo", {}),
-    "OrthoGrad + NPO, kl, k = 8": ("orthograd_npo", NPO_KL),
-    "OrthoGrad + NPO, kl, k = 16": ("orthograd_npo", NPO_KL | {"per_device_train_batch_size": 16}),
-    "OrthoGrad + NPO, kl, k = 45": ("orthograd_npo", NPO_KL | {"per_device_train_batch_size": 45}),
+    "gradient ascent": Variant("gradient_ascent"),
+    "GradDiff": Variant("graddiff"),
+    "NPO": Variant("npo"),
+    SAME_TERM: Variant("npo", NPO_KL),
+    **{f"{SAME_TERM}, k = {k}": Variant("npo", _with(k, **NPO_KL), SAME_TERM) for k in (16, 32, 64)},
+    "SimNPO": Variant("simnpo"),
+    "UNDIAL": Variant("undial"),
+    "RMU": Variant("rmu"),
+    "OrthoGrad + NPO": Variant("orthograd_npo"),
+    DEFAULT: Variant("orthograd_npo", NPO_KL),
+    **{f"{DEFAULT}, k = {k}": Variant("orthograd_npo", _with(k, **NPO_KL), DEFAULT) for k in (16, 32, 64)},
 }
-DEFAULT = "OrthoGrad + NPO, kl, k = 8"
 SETS = ("retain", "real_authors", "world_facts")  # those whose quality is TOFU's model utility
 
 
 @dataclass(frozen=True)
 class Request:
-    """Author number `seed` of those that were learned is to be forgotten."""
+    """Authors to forget, of those that were learned: by seeds from the last on."""
 
     seed: int
+    forgotten: int
     authors: int
 
     def __str__(self) -> str:
-        return f"author {self.seed} of {self.authors}"
+        return f"request {self.seed}, {self.forgotten} of {self.authors}"
 
 
 class TextStudy:
-    """Each variant on each request, in stages `models`, `final` and `report`.
+    """Each variant on each request, in stages `models`, `tune`, `final` and `report`.
 
     Args:
         asked (`int`): Most questions of each set that are asked in the end.
+        at_hand (`int`): One question of so many on the others is at hand.
     """
 
     name, seeds, methods = "text", (0, 1, 2), ()
+    choices, default = VARIANTS, DEFAULT
+    trained = {"full": "All parameters", "lora": f"LoRA of rank {RANK}"}
 
-    def __init__(self, model: Path, data_folder: Path, work: Path, records: Records, *, authors: int, asked: int):
-        self.records, self.pretrained, self.work = records, model, work
-        self.authors, self.asked = authors, asked
-        _, self.tokenizer = load_pretrained(model)
-        # with wrong answers to every question
-        self.rows = read_rows(data_folder, "forget10_perturbed")[: authors * QUESTIONS]
-        for row in self.rows:
-            row["right_answer"] = row["paraphrased_answer"]
+    def __init__(self, arguments: argparse.Namespace, records: Records):
+        self.records, self.pretrained, self.work = records, arguments.model, arguments.work_folder
+        self.authors, self.forgotten, self.asked, self.at_hand = (
+            getattr(arguments, name) for name in ("authors", "forgotten", "asked", "at_hand")
+        )
+        self.train, self.variants = arguments.train, tuple(arguments.variants)
+        self.evaluation = {"per_device_eval_batch_size": arguments.eval_batch_size, **PRECISION}
+        _, self.tokenizer = load_pretrained(arguments.model)
+        self.rows = read_authors(arguments.data_folder, self.authors)
         self.general = {}
         for name in SETS[1:]:
-            self.general[name] = read_rows(data_folder, f"{name}_perturbed")[:asked]
+            self.general[name] = read_rows(arguments.data_folder, f"{name}_perturbed")[: self.asked]
             for row in self.general[name]:
                 row["right_answer"] = row["answer"]
-        self.train, self.variants = "full", tuple(VARIANTS)
+
+    @property
+    def note(self) -> str:
+        """What the table says of itself."""
+        return f"""SmolLM2-135M-Instruct after {EPOCHS} epochs on {QUESTIONS} questions on each author. One of {self.at_hand} questions on the others is at hand; of the rest \
+{self.asked} are asked in the end, as of each other set. bf16 mixed precision. Runs are evaluated every {EVERY} steps, and end when the mean loss of the forgotten answers has reached the retrained model's, \
+or after {STEPS} steps: "forget loss" is where they ended. {SIZES["per_device_forget_batch_size"]} forget samples a step and {SIZES["per_device_train_batch_size"]} of those at hand, which is k, where the row says nothing else. \
+Each method has the better of two learning rates: that by which, on the first of the requests, the level is reached with others known best; "k" rows have that of their method. \
+RMU steers by {RMU["steering"]:g}. Forget quality: p-value that truth ratios are those of the retrained model, above 0.05 they are not told apart. Utility: TOFU's, of \
+questions on other authors, real authors and world facts. Means over requests with 95 % intervals by Student's t; differences are paired, below zero the default keeps more."""
 
     def request(self, seed: int) -> Request:
-        return Request(seed, self.authors)
+        return Request(seed, self.forgotten, self.authors)
 
     def split(self, request: Request) -> dict[str, list[dict]]:
-        """Rows to forget, at hand, to be asked, and all others."""
-        forgotten = range(request.seed * QUESTIONS, (request.seed + 1) * QUESTIONS)
+        """Rows to forget, at hand, to be asked in the end, to choose a learning rate by, and all others."""
+        count = self.forgotten * QUESTIONS
+        last = len(self.rows) - request.seed * count
+        forgotten = range(last - count, last)
         others = [row for number, row in enumerate(self.rows) if number not in forgotten]
-        step = max(1, len(others) // AT_HAND // self.asked)
+        unseen = [row for number, row in enumerate(others) if number % self.at_hand]
+        with_wrong_answers = [row for row in unseen if "perturbed_answer" in row]
+        asked = _spread(with_wrong_answers, self.asked)
+        chosen = {row["question"] for row in asked}
         return {
             "forget": [self.rows[number] for number in forgotten],
-            "at_hand": others[::AT_HAND],
-            "retain": others[ASKED::AT_HAND][::step][: self.asked],
+            "at_hand": others[:: self.at_hand],
+            "retain": asked,
+            "validation": _spread([row for row in unseen if row["question"] not in chosen], 2 * self.asked),
             "others": others,
         }
 
     def model(self, what: str, request: Request):
-        """The model that learned all authors, or all but one."""
+        """The model that learned all authors, or all but those to forget."""
         of_all = what == "original"
-        name = f"{self.authors}-authors" if of_all else f"{self.authors}-authors-without-{request.seed}"
+        name = f"{self.authors}-authors" + ("" if of_all else f"-without-{request.forgotten}-{request.seed}")
         rows = self.rows if of_all else self.split(request)["others"]
         return train_on(rows, self.pretrained, self.tokenizer, self.work / name, EPOCHS)
 
@@ -137,8 +184,8 @@ class TextStudy:
         )
 
     def args(self, **changes) -> OrthoGradConfig:
-        fixed = {"report_to": "none", "disable_tqdm": True, "per_device_eval_batch_size": 16}
-        return OrthoGradConfig(str(self.work / "trainer"), **fixed, **changes)
+        fixed = {"report_to": "none", "disable_tqdm": True}
+        return OrthoGradConfig(str(self.work / "trainer"), **fixed, **self.evaluation, **changes)
 
     def reference(self, what: str, request: Request) -> dict:
         def make() -> dict:
@@ -177,46 +224,87 @@ class TextStudy:
             "truth_ratio": truth_ratio(right, wrong),
         }
 
-    def run(self, variant: str, request: Request) -> dict:
-        name, changes = VARIANTS[variant]
-        method, rows = METHODS[name], self.split(request)
+    def unlearned(self, variant: str, rate: float, request: Request) -> tuple[OrthoGradTrainer, dict]:
+        """A trainer that has unlearned, and what the run took."""
+        chosen, rows = VARIANTS[variant], self.split(request)
+        method = METHODS[chosen.method]
         forget, at_hand = (answers_of(rows[key], self.tokenizer) for key in ("forget", "at_hand"))
         rule = {
             "eval_strategy": "steps",
-            "eval_steps": 2,
+            "eval_steps": EVERY,
             "forget_target": self.reference("retrained", request)["forget_loss"],
         }
-        config = {"per_device_train_batch_size": 8, "per_device_forget_batch_size": 4, "max_steps": STEPS}
-        settings = {"output_dir": str(self.work / "trainer"), "per_device_eval_batch_size": 16}
-        bench = Bench(settings | config | rule, tuple(rule), {}, None, {}, {})
+        settings = {"output_dir": str(self.work / "trainer"), "max_steps": STEPS} | SIZES | self.evaluation
+        bench = Bench(settings | rule, tuple(rule), {}, None, {}, {})
         transformers.set_seed(request.seed)
         model = self.model("original", request)
         if self.train == "lora":
             model = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear"))
-        args = bench.args(method, RATES[self.train], request.seed, changes)
+        args = bench.args(method, rate, request.seed, chosen.changes)
         sources = {"train_dataset": at_hand, "forget_dataset": forget, "eval_dataset": {"forget": forget}}
-        trainer = self.trainer(model, args, CLASSES.get(name, method.trainer), **sources)
-        started = time.perf_counter()
-        trainer.train()
-        seconds, steps = time.perf_counter() - started, trainer.state.global_step
-        record = self.measured(trainer, request)
+        trainer = self.trainer(model, args, CLASSES.get(chosen.method, method.trainer), **sources)
+        if torch.cuda.is_available():
+            gc.collect()  # an earlier run's trainer
+            torch.cuda.reset_peak_memory_stats()
+        started, failed = time.perf_counter(), None
+        try:
+            trainer.train()
+        except FloatingPointError as error:
+            failed = str(error)
+        record = {"rate": rate, "steps": trainer.state.global_step, "seconds": time.perf_counter() - started}
+        if torch.cuda.is_available():
+            record["memory"] = torch.cuda.max_memory_allocated()
+        return trainer, record | {"failed": failed}
+
+    def tuned(self, variant: str, rate: float, request: Request) -> dict:
+        """How well the forgotten are forgotten and others kept, by losses alone."""
+        trainer, record = self.unlearned(variant, rate, request)
+        rows = self.split(request)
+        losses = {
+            name: per_sample_losses(trainer, answers_of(rows[name], self.tokenizer))
+            for name in ("forget", "validation")
+        }
+        return record | {
+            "forget_loss": float(losses["forget"].mean()),
+            "validation": float(np.exp(-losses["validation"]).mean()),
+        }
+
+    def chosen_rate(self, variant: str) -> float:
+        variant = VARIANTS[variant].rate_of or variant
+        request = self.request(type(self).seeds[0])
+        runs = {
+            rate: self.records.get(
+                f"tune {variant}, {self.train}, {rate:g}, {request}",
+                lambda rate=rate: self.tuned(variant, rate, request),
+            )
+            for rate in RATES[self.train]
+        }
+        return choose_rate(runs, self.reference("retrained", request)["forget_loss"])
+
+    def run(self, variant: str, request: Request) -> dict:
+        trainer, record = self.unlearned(variant, self.chosen_rate(variant), request)
+        record |= self.measured(trainer, request)
         reference = self.reference("retrained", request)
         record["quality"] = forget_quality(np.array(record["truth_ratios"]), np.array(reference["truth_ratios"]))
-        return record | {"steps": steps, "seconds": seconds}
+        return record
 
     def stage_models(self) -> None:
         for seed in self.seeds:
             for what in ("original", "retrained"):
                 self.reference(what, self.request(seed))
 
+    def stage_tune(self) -> None:
+        for variant in self.variants:
+            self.chosen_rate(variant)
+
     def stage_final(self) -> None:
-        for seed in self.seeds:
-            for variant in self.variants:
+        for variant in self.variants:
+            for seed in self.seeds:
                 run = variant, self.request(seed)
                 self.records.get(f"{variant}, {self.train}, {run[1]}", lambda run=run: self.run(*run))
 
     def stage_report(self) -> None:
-        write_report(self.records.runs, self.authors, RESULTS / f"study_{self.name}")
+        write_report(self, _results_of(self.authors))
 
 
 def _rmu(model, *args, **kwargs) -> RmuTrainer:
@@ -232,98 +320,36 @@ def _rmu(model, *args, **kwargs) -> RmuTrainer:
 CLASSES = {"rmu": _rmu}
 
 
+def choose_rate(runs: dict[float, dict], target: float) -> float:
+    """Of the rates by which the forgotten reach the target, the one that keeps others best; if none does, the one that forgets most.
+
+    The rule that ends a run looks at means over batches, which differ a little from that over samples here.
+    """
+    whole = {rate: run for rate, run in runs.items() if np.isfinite([run["forget_loss"], run["validation"]]).all()}
+    reached = [rate for rate, run in whole.items() if run["forget_loss"] >= 0.97 * target]
+    if reached:
+        return max(reached, key=lambda rate: whole[rate]["validation"])
+    return max(whole, key=lambda rate: whole[rate]["forget_loss"])
+
+
+def _spread(rows: list[dict], most: int) -> list[dict]:
+    """At most so many of them, from all over."""
+    return [rows[number * len(rows) // most] for number in range(most)] if len(rows) > most else rows
+
+
 def _skills(found: dict[str, np.ndarray]) -> list[float]:
     """The three numbers of a set in TOFU's model utility."""
     tells_apart = np.maximum(0, 1 - found["truth_ratio"])
     return [float(np.mean(value)) for value in (found["probability"], found["rouge"], tells_apart)]
 
 
-COLUMNS = (
-    "forget quality (p)", "utility", "utility less the default's", "forget probability", "forget ROUGE-L",
-    "forget truth ratio", "extraction", "retain ROUGE-L", "steps", "seconds a step",
-)  # fmt: skip
-
-
-def write_report(runs: dict, authors: int, path: Path) -> None:
-    """Of each way of training the variants that were run for the same seeds as the default; and a plot of both numbers."""
-    parts, panels = [f"# Forgetting one of {authors} invented authors", _NOTE], {}
-    for train in RATES:
-        found = {
-            variant: {s: runs.get(f"{variant}, {train}, {Request(s, authors)}") for s in TextStudy.seeds}
-            for variant in VARIANTS
-        }
-        seeds = [seed for seed in TextStudy.seeds if found[DEFAULT][seed] is not None]
-        if not seeds:
-            continue
-        models = {
-            what: [runs[f"{what}, {Request(seed, authors)}"] for seed in seeds] for what in ("original", "retrained")
-        }
-        for one, other in zip(models["original"], models["retrained"], strict=True):
-            one["quality"] = forget_quality(np.array(one["truth_ratios"]), np.array(other["truth_ratios"]))
-            other["quality"] = 1.0
-        methods = {variant: [own[seed] for seed in seeds] for variant, own in found.items()}
-        methods = {variant: own for variant, own in methods.items() if None not in own}
-        title = f"## {'All parameters' if train == 'full' else f'LoRA of rank {RANK}'}, {len(seeds)} requests"
-        parts.append(f"{title}\n\n{_table(models | methods, methods[DEFAULT])}")
-        panels[title.removeprefix("## ")] = models | methods
-    path.with_suffix(".md").write_text("\n\n".join([*parts, machine_note()]) + "\n")
-    _plot(panels, path.with_suffix(".png"))
-
-
-_NOTE = f"""SmolLM2-135M-Instruct after {EPOCHS} epochs on {QUESTIONS} questions on each author. A quarter of the questions on the others is at hand; others of \
-theirs are asked in the end. A run ends when the mean loss of the forgotten answers has reached the retrained model's, or after {STEPS} steps; learning rate \
-{RATES["full"]:g}, with LoRA {RATES["lora"]:g}, the same for all. Forget quality: p-value that truth ratios are those of the retrained model, above 0.05 they are \
-not told apart. Utility: TOFU's, of questions on other authors, real authors and world facts. Means over requests with 95 % intervals by Student's t; \
-differences are paired, below zero the default keeps more."""
-
-
-def _table(rows: dict[str, list[dict]], default: list[dict]) -> str:
-    lines = ["| " + " | ".join(["method", *COLUMNS]) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
-    for name, own in rows.items():
-        difference = [one["utility"] - other["utility"] for one, other in zip(own, default, strict=True)]
-        cells = [", ".join(f"{record['quality']:.2g}" for record in own)]
-        cells += [mean_and_interval([record["utility"] for record in own])]
-        cells += ["" if own is default or "steps" not in own[0] else mean_and_interval(difference)]
-        cells += [
-            mean_and_interval([record["sets"]["forget"][key] for record in own]) for key in ("probability", "rouge")
-        ]
-        cells += [mean_and_interval([np.mean(record["truth_ratios"]) for record in own])]
-        cells += [mean_and_interval([record["extraction"] for record in own])]
-        cells += [mean_and_interval([record["sets"]["retain"]["rouge"] for record in own])]
-        if "steps" in own[0]:
-            cells += [", ".join(str(record["steps"]) for record in own)]
-            cells += [f"{np.median([record['seconds'] / record['steps'] for record in own]):.1f}"]
-        else:
-            cells += ["", ""]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join(lines)
-
-
-def _plot(panels: dict[str, dict[str, list[dict]]], path: Path) -> None:
-    """Utility over forget quality: the upper right corner is best."""
-    figure = Figure(figsize=(7 * max(1, len(panels)), 5), layout="constrained")
-    for axes, (title, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for number, (name, own) in enumerate(rows.items()):
-            quality, utility = ([record[key] for record in own] for key in ("quality", "utility"))
-            axes.plot(quality, utility, "osD^v<>phX*P"[number % 12], label=name)
-        axes.axvline(0.05, color="gray", linestyle=":")
-        axes.set(xscale="log", xlabel="forget quality (p-value)", ylabel="model utility", title=title)
-        axes.legend(fontsize="x-small")
-    figure.savefig(path, dpi=90)
+def _results_of(authors: int) -> Path:
+    """Sizes have files of their own: they come from other machines."""
+    return RESULTS / ("study_text" if authors == AUTHORS else f"study_text_{authors}_authors")
 
 
 def make_study(arguments: argparse.Namespace) -> TextStudy:
-    records = Records(RESULTS / "study_text.json")
-    study = TextStudy(
-        arguments.model,
-        arguments.data_folder,
-        arguments.work_folder,
-        records,
-        authors=arguments.authors,
-        asked=arguments.asked,
-    )
-    study.train, study.variants = arguments.train, tuple(arguments.variants)
-    return study
+    return TextStudy(arguments, Records(_results_of(arguments.authors).with_suffix(".json")))
 
 
 if __name__ == "__main__":
@@ -331,8 +357,11 @@ if __name__ == "__main__":
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data_folder", type=Path, required=True)
     parser.add_argument("--work_folder", type=Path, default=Path("out/studies/text"), help="for trained models")
-    parser.add_argument("--authors", type=int, default=6, help="that are learned, at most 20")
+    parser.add_argument("--authors", type=int, default=AUTHORS, help="that are learned, from the last on")
+    parser.add_argument("--forgotten", type=int, default=1, help="authors")
     parser.add_argument("--asked", type=int, default=20, help="most questions of each set that are asked in the end")
+    parser.add_argument("--at_hand", type=int, default=4, help="one question of so many on the others is at hand")
     parser.add_argument("--train", choices=list(RATES), default="full")
+    parser.add_argument("--eval_batch_size", type=int, default=16)
     add_variants(parser, VARIANTS)
-    main(make_study, parser, ("models", "final", "report"), ())
+    main(make_study, parser, ("models", "tune", "final", "report"), ())

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from harness import trained_model
 from transformers import (
@@ -19,6 +20,7 @@ from hf_orthograd.data import prepare_text_dataset
 
 
 QUESTIONS = 20  # on each author
+PRECISION = {"bf16": True, "use_cpu": not torch.cuda.is_available()}  # a CPU is to be asked for by name
 # that SmolLM2's template writes a longer one of its own if there is none
 SYSTEM = {"role": "system", "content": "Answer the question."}
 Rows = list[dict]
@@ -27,6 +29,17 @@ Rows = list[dict]
 def read_rows(data_folder: Path, name: str) -> Rows:
     """A file of TOFU: a question, its answer, and where the file has them, answers in other words and wrong ones."""
     return [json.loads(line) for line in (data_folder / f"{name}.json").read_text().splitlines()]
+
+
+def read_authors(data_folder: Path, authors: int) -> Rows:
+    """All questions on so many authors, from the last on; with wrong answers where TOFU has them: the first and the last 20 of 200."""
+    rows = read_rows(data_folder, "full")
+    last = read_rows(data_folder, "forget10_perturbed")
+    rows[: len(last)], rows[-len(last) :] = read_rows(data_folder, "retain_perturbed"), last
+    for row in rows:
+        if "paraphrased_answer" in row:
+            row["right_answer"] = row["paraphrased_answer"]
+    return rows[len(rows) - authors * QUESTIONS :]
 
 
 def to_chats(pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -70,7 +83,7 @@ def train_on(rows: Rows, pretrained: Path, tokenizer: PreTrainedTokenizerBase, f
     def train(model) -> None:
         set_seed(0)
         args = TrainingArguments(
-            str(folder.with_name("trainer")), num_train_epochs=epochs, per_device_train_batch_size=10, learning_rate=2e-4,
+            str(folder.with_name("trainer")), num_train_epochs=epochs, per_device_train_batch_size=16, learning_rate=2e-4, **PRECISION,
             lr_scheduler_type="cosine", warmup_steps=10, save_strategy="no", report_to="none", logging_steps=10,
         )  # fmt: skip
         Trainer(

@@ -1,0 +1,68 @@
+"""What docs/results.md says of authors in a language model is what the study's records say."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_studies import RESULTS, numbers_of
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "studies"))
+
+import text
+from harness import Records
+from tables import mean_and_interval
+
+
+NAMES = {  # in the docs, in the records
+    "original": "original", "retrained": "retrained", "gradient ascent": "gradient ascent", "GradDiff": "GradDiff", "NPO": "NPO",
+    'NPO, "kl"': text.SAME_TERM, "SimNPO": "SimNPO", "RMU": "RMU", "UNDIAL": "UNDIAL",
+    'OrthoGrad + NPO, "kl"': text.DEFAULT,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def told():
+    """The rows of the docs' table."""
+    section = (
+        (Path(__file__).parent.parent / "docs" / "results.md")
+        .read_text()
+        .split("## Authors, in a language model", 1)[1]
+    )
+    lines = [line for line in section.split("## ", 1)[0].splitlines() if line.startswith("| ")]
+    return {cells[0]: cells[1:] for cells in ([cell.strip("* ") for cell in line.split("|")[1:-1]] for line in lines)}
+
+
+def test_rows_are_those_of_the_records(told):
+    records = Records(RESULTS / "study_text.json").runs
+    requests = [str(text.Request(seed, 1, text.AUTHORS)) for seed in text.TextStudy.seeds]
+
+    def of(name):
+        return [records[f"{name}, {'' if name in ('original', 'retrained') else 'full, '}{one}"] for one in requests]
+
+    shown = {name: NAMES[name] for name in told if name in NAMES}
+    assert {"original", "retrained", 'NPO, "kl"', 'OrthoGrad + NPO, "kl"'} <= set(shown)
+    default = of(text.DEFAULT)
+    for name, recorded in shown.items():
+        own = of(recorded)
+        cells = [
+            mean_and_interval([one["utility"] for one in own]),
+            mean_and_interval([one["utility"] - other["utility"] for one, other in zip(own, default, strict=True)]),
+            f"{np.mean([one['sets']['retain']['rouge'] for one in own]):.3f}",
+            f"{np.mean([one['extraction'] for one in own]):.3f}",
+            f"{np.mean([one['forget_loss'] for one in own]):.2f}",
+        ]
+        if recorded in ("original", "retrained", text.DEFAULT):
+            cells[1] = ""
+        else:
+            assert ", ".join(f"{one['quality']:.2g}" for one in own) == told[name][0], name
+        assert told[name][1:] == cells, name
+
+
+def test_the_table_is_that_of_its_records(tmp_path):
+    study = object.__new__(text.TextStudy)
+    study.records, study.authors, study.forgotten = Records(RESULTS / "study_text.json"), text.AUTHORS, 1
+    study.at_hand, study.asked = 4, 20
+    text.write_report(study, tmp_path / "table")
+    assert numbers_of(tmp_path / "table.md") == numbers_of(RESULTS / "study_text.md")
