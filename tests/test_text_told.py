@@ -60,6 +60,16 @@ def test_rows_are_those_of_the_records(told):
         assert told[name][1:] == cells, name
 
 
+def test_rmu_ends_short_of_the_level():
+    records = Records(RESULTS / "study_text.json").runs
+    losses = [
+        records[f"tune RMU, full, {rate:g}, {text.Request(0, 1, text.AUTHORS)}"]["forget_loss"]
+        for rate in text.RATES["full"]
+    ]
+    written = (Path(__file__).parent.parent / "docs" / "results.md").read_text()
+    assert f"the loss is {losses[0]:.2f} and {losses[1]:.2f}." in written
+
+
 def test_the_table_is_that_of_its_records(tmp_path):
     study = object.__new__(text.TextStudy)
     study.records, study.authors, study.forgotten = Records(RESULTS / "study_text.json"), text.AUTHORS, 1
