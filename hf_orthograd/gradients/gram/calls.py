@@ -96,7 +96,7 @@ class Call:
         return tuple(dict.fromkeys(name for source in self.sources for name in source.parameters))
 
     def as_computed(self, tensor: Tensor) -> Tensor:
-        """An argument of real numbers in the type in which the call computed with it."""
+        """An argument of real numbers, of any shape, in the type in which the call computed with it."""
         return tensor if self.autocast is None else tensor.to(self.autocast)
 
     @property
