@@ -18,7 +18,6 @@ from hf_orthograd.evaluation import (
     DetachAdapter,
     Quality,
     Quantization,
-    Refusals,
     Relearning,
     Tolerances,
     UnlearningReport,
@@ -91,15 +90,6 @@ def test_error_rates_of_utterances_sum_to_those_of_the_corpus():
         == WordErrorRate(keep_in_memory=True).compute(predictions=heard, references=spoken)["wer"]
     )
     assert CharacterErrors(lambda prediction: (heard, spoken)).counts(None)[1].tolist() == [11, 8, 19]
-
-
-def test_refusals_are_counted_whatever_the_labels_are():
-    logits = np.array([[0.0, 1.0, 5.0], [9.0, 1.0, 5.0], [0.0, 0.0, 0.1]])
-    for predictions in (logits, (logits, "hidden states")):
-        numerators, denominators = Refusals(2).counts(EvalPrediction(predictions, np.array([0, 0, 2])))
-        assert (numerators.tolist(), denominators.tolist()) == ([1, 0, 1], [1, 1, 1])
-    heard = EvalPrediction(["", "a word", ""], ["one", "two", "three"])
-    assert Refusals("", lambda prediction: prediction.predictions).counts(heard)[0].tolist() == [1, 0, 1]
 
 
 def test_interval_and_worst_group():

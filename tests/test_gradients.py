@@ -1,5 +1,4 @@
 import logging
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,10 +16,8 @@ from hf_orthograd.gradients import (
     PlainEngine,
     UnsupportedModelError,
     choose_engine,
-    products,
     register_rule,
 )
-from hf_orthograd.gradients.gram import accumulation
 from hf_orthograd.gradients.gram.forms import Dense, Outer
 from hf_orthograd.gradients.gram.rules import RULES
 from hf_orthograd.objectives import PerSampleLoss
@@ -137,41 +134,6 @@ def test_autocast_does_not_reach_the_inner_products(kind, engine_class, make_mod
     squared = sum(gradient.double().square().sum() for gradient in gradients)
     weights = torch.cat((torch.tensor([0.7]), weights)).double()
     torch.testing.assert_close(squared, weights @ step.gram @ weights, rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("pairwise", [False, True])
-@pytest.mark.parametrize("keeps", [False, True])
-@pytest.mark.parametrize("kind", ["whisper", "llama", "vit"])
-def test_halves_are_multiplied_as_they_are_where_a_device_sums_in_float32(
-    kind, keeps, pairwise, make_model, make_samples, monkeypatch
-):
-    """The device is played by float64 here: what it is given, and what becomes of that, is the same as of float32 copies."""
-    forget, retain = batch(make_samples(kind, 3, seed=2)), batch(make_samples(kind, 4, seed=1))
-    model, weights, given = make_model(kind).eval(), torch.linspace(-1, 1, 4), []
-    count = accumulation.count_cost
-    monkeypatch.setattr(
-        accumulation, "count_cost", lambda *args: replace(count(*args), pairwise=pairwise, keeps_gradients=keeps)
-    )
-
-    def product(left, right, out):
-        given.append((left.dtype, right.dtype))
-        result = (left.double() @ right.double()).float()
-        return result if out is None else out.copy_(result)
-
-    def run():
-        with torch.autocast("cpu", torch.bfloat16):
-            step = measure(GramEngine, model, PerSampleLoss(model), forget, retain)
-            combination = step.combine(weighed(0.7, 0.0, dict.fromkeys(step.parameters.projected, weights)))
-        gradients = torch.autograd.grad(combination, list(trainable(model).projected.values()), materialize_grads=True)
-        return step.gram, torch.cat([gradient.flatten() for gradient in gradients])
-
-    gram, update = run()
-    monkeypatch.setattr(products, "_sums_in_float32", lambda device, dtype: True)
-    monkeypatch.setattr(products, "_multiply_halves", product)
-    found, found_update = run()
-    assert len(given) > 10 and set(given) == {(torch.bfloat16, torch.bfloat16)}
-    assert relative_error(found, gram) <= 2e-6
-    assert (found_update - update).norm() <= 1e-5 * update.norm()
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -5,11 +5,12 @@ import pytest
 import torch
 from conftest import MODELS, Samples, make_example
 from equations import batch_of
-from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering
+from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering, EvalPrediction
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, project_orthogonal
 from hf_orthograd.baselines import GruTrainer, GuTrainer, WgaTrainer
+from hf_orthograd.evaluation import Refusals
 from hf_orthograd.objectives import PerSampleLoss
 
 
@@ -186,3 +187,12 @@ def test_methods_with_an_objective_of_their_own_say_so(tmp_path, make_model):
 def test_a_number_of_any_kind_is_a_label(tmp_path):
     args = OrthoGradConfig(str(tmp_path), report_to="none", forget_loss="refusal", refusal_labels=(np.int64(3), 4))
     assert args.refusal_labels == [3, 4] and all(type(label) is int for label in args.refusal_labels)
+
+
+def test_refusals_are_counted_whatever_the_labels_are():
+    logits = np.array([[0.0, 1.0, 5.0], [9.0, 1.0, 5.0], [0.0, 0.0, 0.1]])
+    for predictions in (logits, (logits, "hidden states")):
+        numerators, denominators = Refusals(2).counts(EvalPrediction(predictions, np.array([0, 0, 2])))
+        assert (numerators.tolist(), denominators.tolist()) == ([1, 0, 1], [1, 1, 1])
+    heard = EvalPrediction(["", "a word", ""], ["one", "two", "three"])
+    assert Refusals("", lambda prediction: prediction.predictions).counts(heard)[0].tolist() == [1, 0, 1]
