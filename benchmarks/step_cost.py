@@ -10,6 +10,8 @@
         --models wav2vec2-base-12s --repeats 4 --memory_methods  # more rounds
     python benchmarks/step_cost.py --results stored --samples 8 --train full --models vit-b-16 \\
         --methods graddiff gram gram_kl gram_kl_stored  # a classifier's starting predictions found once
+    python benchmarks/step_cost.py --results stored_tokens --samples 8 --train full --models llama-124m whisper-tiny \\
+        --methods graddiff gram gram_kl gram_kl_stored --memory_methods --repeats 5  # of tokens; Whisper had 3 rounds
     python benchmarks/step_cost.py --report              # table and plot from what was measured so far
 
 Methods of one model take turns within one process, and the median of their times is kept. Each peak of memory is that of
