@@ -21,6 +21,7 @@ REQUIRED = [
     "markupsafe>=2.1.3",
     "matplotlib>=3.9",
     "numpy>=2.0",
+    "psutil>=5.9",
     "rouge-score>=0.1.2",
     "scikit-learn>=1.5",
     "scipy>=1.15",

@@ -17,7 +17,7 @@ from hf_orthograd import OrthoGradTrainer
 from hf_orthograd.data import Batch
 from hf_orthograd.objectives import PerSampleLoss, kl_divergence
 from hf_orthograd.parallel import ALONE
-from hf_orthograd.preparation import StartingModel, StoredPredictions
+from hf_orthograd.preparation import StartingModel, StoredPredictions, stored_predictions
 
 
 KL = {"retain_loss": "kl", "alpha": 0.7, "learning_rate": 0.5}
@@ -156,6 +156,18 @@ def test_predictions_found_once_leave_no_starting_model(tmp_path, monkeypatch):
     assert usual.relative_time > found.relative_time
 
 
+def test_predictions_that_memory_has_no_room_for_are_refused_first(tmp_path, monkeypatch):
+    """Five classes, 4 bytes each, as they are found and in the table."""
+    rows = len(train(tmp_path, "vit", False, settings(8, **STORED, max_steps=1)).train_dataset)
+    needed = 2 * rows * 5 * 4
+    monkeypatch.setattr(stored_predictions, "free_memory", lambda device: needed)
+    train(tmp_path, "vit", False, settings(8, **STORED, max_steps=1))
+    monkeypatch.setattr(stored_predictions, "free_memory", lambda device: needed - 1)
+    monkeypatch.setattr(OrthoGradTrainer, "training_step", None)  # no step is made
+    with pytest.raises(ValueError, match=f"predictions on {rows} rows of `train_dataset` take about"):
+        train(tmp_path, "vit", False, settings(8, **STORED, max_steps=1))
+
+
 def _noting(method, noted):
     def noting(self, *args):
         noted.append(weakref.ref(self))
@@ -224,7 +236,7 @@ def test_rows_that_two_processes_read_otherwise_have_no_predictions():
     class Beside:
         """Another process that read the same rows, one label shorter."""
 
-        is_alone = False
+        is_alone, num_processes = False, 2
 
         def sum(self, tensor):
             return tensor + torch.tensor([[2, 5], [1, 1]]) if tensor.shape == (2, 2) else tensor

@@ -1,9 +1,11 @@
 """Which method makes Whisper-tiny forget a speaker as if it had never heard them?
 
     python benchmarks/studies/speech.py --model_folder <whisper-tiny.en> --data_folder <LibriSpeech as parquet>
+    ... --name speech_kl --seeds 0 1 2 3 --methods scrub npo orthograd_npo npo_kl orthograd_npo_kl --stages models tune final report
 
 On utterances of at most 8 s, so that it runs on two cores; each seed forgets another speaker. Resumable, as the image study. Every method
 has the same steps, batches, stopping rule and two learning rates to choose from, chosen on validation utterances with the first speaker.
+The second command is for the retain term "kl", with results of its own: all its models and runs are from one machine.
 """
 
 import argparse
@@ -96,7 +98,9 @@ class SpeechStudy(Study):
 
 def make_study(arguments: argparse.Namespace) -> SpeechStudy:
     folders = arguments.model_folder, arguments.data_folder, arguments.work_folder
-    return SpeechStudy(*folders, Records(RESULTS / "study_speech.json"))
+    study = SpeechStudy(*folders, Records(RESULTS / f"study_{arguments.name}.json"))
+    study.name = arguments.name
+    return study
 
 
 def add_folders(parser: argparse.ArgumentParser) -> None:
@@ -108,4 +112,5 @@ def add_folders(parser: argparse.ArgumentParser) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_folders(parser)
+    parser.add_argument("--name", default=SpeechStudy.name, help="of the files with the results")
     main(make_study, parser)

@@ -160,8 +160,8 @@ class Study:
 
     def stage_report(self) -> None:
         for kind in self.kinds:
-            finished = [f"final {kind}-{seed} {CHOSEN_AT} orthograd" in self.records.runs for seed in self.seeds]
-            seeds = [seed for seed, done in zip(self.seeds, finished, strict=True) if done]
+            started = {name.split(" ")[1] for name in self.records.runs if name.startswith("final ")}
+            seeds = [seed for seed in self.seeds if f"{kind}-{seed}" in started]
             path = RESULTS / f"study_{self.name}_{kind}"
             write_report(self.records.runs, path, kind, seeds, (CHOSEN_AT, *self.sizes), self.better)
 

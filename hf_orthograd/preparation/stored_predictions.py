@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import cast
 
+import psutil
 import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
@@ -61,7 +62,7 @@ class StoredPredictions:
             batches (`Iterable[Batch]`): Of this process, as many as in each other; together they hold each row, some more than once.
 
         Raises:
-            ValueError: A row that was read twice had another number of labels.
+            ValueError: A row that was read twice had another number of labels, or there is no room for so many predictions.
         """
         parts, counts = [], torch.zeros(2, num_rows, dtype=torch.long)
         for batch in batches:
@@ -70,6 +71,8 @@ class StoredPredictions:
             counts = counts.to(logits.device)
             counts[0, rows], counts[1, rows] = numbers, 1
             parts.append((rows, numbers, _compact(logits)))
+            if len(parts) == 1:
+                _check_room(parts[0][2], len(rows), num_rows, group)
         own, first = counts[0], parts[0][2]
         in_full = group.sum(torch.tensor(sum(part.dtype == torch.float32 for *_, part in parts), device=first.device))
         dtype = torch.float32 if in_full > 0 else first.dtype
@@ -104,3 +107,28 @@ def _compact(logits: Tensor) -> Tensor:
         if torch.equal(logits.to(dtype).float(), logits.float()):
             return logits.to(dtype)
     return logits.float()
+
+
+def _check_room(logits: Tensor, read: int, num_rows: int, group: ProcessGroup) -> None:
+    """Before most of the work: whether what `read` rows took, times all rows, fits into the free memory of the device.
+
+    Raises:
+        ValueError: It does not, in some process.
+    """
+    numbers = logits.numel() / read * num_rows
+    table = numbers * (logits.element_size() if group.is_alone else 4)
+    needed, free = table + numbers * logits.element_size() / group.num_processes, free_memory(logits.device)
+    if group.sum(torch.tensor(int(needed > free), device=logits.device)) > 0:
+        raise ValueError(
+            f"`precompute_ref_logits` is True, but the predictions on {num_rows} rows of `train_dataset` take about {needed / 2**30:.2g} GiB "
+            f"while they are found, and {free / 2**30:.2g} GiB of {logits.device.type} memory are free: {logits.shape[-1]} numbers for each of "
+            f"{numbers / logits.shape[-1]:.0f} labels. Leave it out, or take fewer or shorter rows."
+        )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device, or in the host's memory where that cannot be told."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserved
