@@ -203,6 +203,15 @@ def test_a_report_says_how_the_model_was_made(tmp_path, make_model, make_samples
     plain.train()
     assert run_settings(plain)["samples_per_step"] == 8 and "alpha" not in run_settings(plain)
 
+    class OwnRule(torch.optim.RMSprop):
+        pass
+
+    model = make_model("vit")
+    optimizers = OwnRule(model.parameters(), lr=3e-4), None
+    handed = Trainer(model, plain.args, train_dataset=plain.train_dataset, optimizers=optimizers)
+    handed.train()
+    assert run_settings(handed)["optim"] == "RMSprop" and run_settings(handed)["learning_rate"] == 3e-4
+
 
 def test_evaluation_that_is_not_a_number_is_outside_of_any_budget(tmp_path, make_model, make_samples):
     model = make_model("vit")

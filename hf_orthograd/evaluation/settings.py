@@ -9,12 +9,13 @@ from ..config import OrthoGradConfig
 def run_settings(trainer: Trainer) -> dict[str, str | float | int | None]:
     """Method, batches, optimizer and how the run ended, of any Trainer; nothing if it made no step.
 
-    None of it tells of what was forgotten: "ended" has no numbers, and a class of the user's own is given by the one it is made of.
+    None of it tells of what was forgotten: "ended" has no numbers, and a class of the user's own is given by the one it is made of,
+    also where an optimizer was handed over.
     """
     args, state = trainer.args, trainer.state
     if not state.global_step:
         return {}
-    name = _known_class(trainer)
+    name = _known_class(trainer, "hf_orthograd.", "transformers.")
     found: dict[str, str | float | int | None] = {"trainer": name}
     micro_batches = args.gradient_accumulation_steps * args.world_size
     size = (trainer._train_batch_size or args.train_batch_size) * micro_batches
@@ -29,15 +30,27 @@ def run_settings(trainer: Trainer) -> dict[str, str | float | int | None]:
     else:
         found["samples_per_step"] = size
     found["samples_at_hand"] = _length(trainer.train_dataset) if has_retain else 0
-    found |= {"learning_rate": args.learning_rate, "optim": str(getattr(args.optim, "value", args.optim))}
+    found |= _optimizer(trainer)
     found |= {"precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "that of the weights", "seed": args.seed}
     return found | {"ended": _end(trainer)}
 
 
-def _known_class(trainer: Trainer) -> str:
-    """The first of its classes that is this library's or transformers'."""
-    known = ("hf_orthograd.", "transformers.")
-    return next(one.__name__ for one in type(trainer).__mro__ if one.__module__.startswith(known))
+def _optimizer(trainer: Trainer) -> dict[str, str | float]:
+    """As the arguments say, unless an optimizer was handed over that has another class or rate."""
+    args, optimizer = trainer.args, getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
+    found = {"learning_rate": args.learning_rate, "optim": str(getattr(args.optim, "value", args.optim))}
+    if trainer.is_deepspeed_enabled:  # which has one of its own
+        return found
+    group = optimizer.param_groups[0]
+    found["learning_rate"] = group.get("initial_lr", group["lr"])  # before the scheduler
+    if not isinstance(optimizer, trainer.get_optimizer_cls_and_kwargs(args, trainer.model)[0]):
+        found["optim"] = _known_class(optimizer, "torch.")
+    return found
+
+
+def _known_class(one: object, *known: str) -> str:
+    """The first of its classes that is from one of these packages."""
+    return next(of.__name__ for of in type(one).__mro__ if of.__module__.startswith(known))
 
 
 def _end(trainer: Trainer) -> str:
