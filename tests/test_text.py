@@ -9,7 +9,7 @@ from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
 from hf_orthograd.data.text import prepare_text_dataset
 
 
-WORDS = "<pad> <unk> </s> <user> <bot> who was ann ? a painter bob drew".split()
+WORDS = "<pad> <unk> </s> <user> <bot> who was ann ? a painter bob drew <br>".split()
 TEMPLATE = (
     "{% for message in messages %}{{ '<user> ' if message.role == 'user' else '<bot> ' }}{{ message.content }} "
     "{% if message.role == 'assistant' %}</s> {% endif %}{% endfor %}{% if add_generation_prompt %}<bot> {% endif %}"
@@ -61,6 +61,15 @@ def test_of_a_chat_the_last_answer_is_learned(tokenizer):
         == "<user> who was bob ? <bot> a painter </s> <user> who was ann ? <bot> ann drew bob </s>"
     )
     assert words(row["labels"]) == "- " * 15 + "ann drew bob </s>"
+
+
+def test_what_a_template_writes_behind_the_end_is_not_learned(tokenizer):
+    """As ChatML's line break: generation stops before it."""
+    tokenizer.chat_template = TEMPLATE.replace("</s> ", "</s> <br> ")
+    rows = Dataset.from_dict({"q": ["who was ann ?"], "a": ["a painter"]})
+    (row,) = prepare_text_dataset(rows, tokenizer, prompt_column="q", answer_column="a")
+    assert words(row["input_ids"]) == "<user> who was ann ? <bot> a painter </s> <br>"
+    assert words(row["labels"]) == "- - - - - - a painter </s> -" and row["attention_mask"] == [1] * 10
 
 
 BAD = {

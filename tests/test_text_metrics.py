@@ -1,12 +1,14 @@
 """Metrics of text against numbers computed by hand, and generation batch by batch against one prompt at a time."""
 
+import copy
 import math
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BartConfig,
@@ -272,6 +274,55 @@ def test_decoding_is_greedy_whatever_the_model_would_do(taught):
         assert trainer.model.generation_config.num_beams == 3
     finally:
         trainer.model.generation_config.repetition_penalty, trainer.model.generation_config.num_beams = None, None
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_an_adapter_is_asked_as_its_model_is(taught, tokenizer, tmp_path, task_type):
+    trainer, known, unknown = taught
+    expected = {length: generate_answers(trainer, unknown, max_new_tokens=length) for length in (3, 30)}
+    assert expected[3] != expected[30]
+    base = copy.deepcopy(trainer.model)
+    base.generation_config.do_sample, base.generation_config.temperature = True, 5.0
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type=task_type))
+    asked = make_trainer(adapted, tokenizer, tmp_path)
+    for length, said in expected.items():
+        assert generate_answers(asked, unknown, max_new_tokens=length) == said
+        assert generate_answers(trainer, unknown, model=adapted, max_new_tokens=length) == said
+    assert adapted.generation_config.do_sample and base.generation_config.temperature == 5.0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_that_are_padded_already_are_asked_without_padding(taught, tokenizer, side):
+    trainer, known, unknown = taught
+    padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+
+    def pad(row):
+        more = {name: [value] * (40 - len(row[name])) for name, value in padding.items()}
+        return {name: more[name] + row[name] if side == "left" else row[name] + more[name] for name in padding}
+
+    for rows in (known, unknown):
+        assert generate_answers(trainer, rows.map(pad)) == generate_answers(trainer, rows)
+    assert verbatim_memorization(trainer, known.map(pad), prompt_length=4) == 1
+
+
+def test_inputs_that_would_be_left_out_are_refused(taught):
+    trainer, known, _ = taught
+    rows = known.map(lambda row: {"position_ids": list(range(len(row["input_ids"]))), "author": "ann"})
+    with pytest.raises(ValueError, match="LlamaForCausalLM is given `position_ids` in each row, too"):
+        generate_answers(trainer, rows)
+
+
+def test_of_each_text_as_much_counts_as_it_has_left(taught):
+    """The rest of the longer text is twice as long: a model that goes on rightly with both is right, whatever it says then."""
+    trainer, known, _ = taught
+    whole = known.map(lambda row: {"labels": row["input_ids"]})
+    cut = whole.select([0]).map(
+        lambda row: {name: row[name][:-3] for name in ("input_ids", "attention_mask", "labels")}
+    )
+    texts = concatenate_datasets([cut, whole.select([1, 2])])
+    assert verbatim_memorization(trainer, texts, prompt_length=2) == verbatim_memorization(
+        trainer, whole.select([0, 1, 2]), prompt_length=2
+    )
 
 
 def test_rows_without_a_prompt_or_a_trainer_without_a_tokenizer_are_refused(taught, tokenizer, tmp_path):

@@ -22,9 +22,9 @@ def prepare_text_dataset(
     """Turns rows into `input_ids`, `attention_mask` and `labels`, keeping the other columns.
 
     A row is plain text, all of which is learned. Or it is a prompt and its answer. Or it is the messages of a chat, as
-    `apply_chat_template` takes them, of which the last, the assistant's, is learned. Prompts have labels of -100. A
-    prompt and an answer become a chat where the tokenizer has a template for one. Pad with
-    [`~transformers.DataCollatorForSeq2Seq`], which pads labels by -100.
+    `apply_chat_template` takes them, of which the last, the assistant's, is learned. Prompts have labels of -100, as has
+    what a template writes behind the token that ends an answer. A prompt and an answer become a chat where the tokenizer
+    has a template for one. Pad with [`~transformers.DataCollatorForSeq2Seq`], which pads labels by -100.
 
     Args:
         text_column, prompt_column, answer_column, messages_column (`str`, *optional*): One of the three forms.
@@ -68,6 +68,8 @@ def prepare_text_dataset(
                 "the length."
             )
         inputs = prompt if is_encoder_decoder else prompt + answer
+        if not is_encoder_decoder and form != "text":
+            answer = _to_its_end(answer, tokenizer)
         labels = answer if is_encoder_decoder else [IGNORED_LABEL] * len(prompt) + answer
         return {"input_ids": inputs, "attention_mask": [1] * len(inputs), "labels": labels}
 
@@ -116,6 +118,15 @@ def _ended(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """With the token that ends a text, which a model has to learn to stop at."""
     end = tokenizer.eos_token_id
     return tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
+
+
+def _to_its_end(answer: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Without a label on what a chat's template writes behind the token at which generation stops, as a line break."""
+    end = tokenizer.eos_token_id
+    if end not in answer:
+        return answer
+    said = answer.index(end) + 1
+    return answer[:said] + [IGNORED_LABEL] * (len(answer) - said)
 
 
 def _without_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

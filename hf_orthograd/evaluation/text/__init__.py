@@ -1,6 +1,7 @@
 """What a language model still knows: from the probabilities of answers, and from what it says when it is asked."""
 
-from .generation import generate_answers, knowledge_memorization, rouge_l, verbatim_memorization
+from .generation import generate_answers
+from .memorization import knowledge_memorization, rouge_l, verbatim_memorization
 from .scores import (
     AnswerProbability,
     ExactAnswers,
