@@ -92,10 +92,26 @@ def test_random_labels(vit_trainer):
 
 def test_random_labels_of_tokens_leave_padding_alone(vit_trainer):
     trainer = vit_trainer(RandomLabelTrainer)
-    trainer.model.config.vocab_size = 11
+    trainer._count = 11
     labels = torch.tensor([3, 4, 5, -100])
     drawn = trainer._wrong(labels, 0)
     assert drawn[3] == -100 and (drawn[:3] != labels[:3]).all() and (drawn[:3] >= 0).all() and (drawn[:3] < 11).all()
+
+
+def test_random_labels_are_of_classes_alone(vit_trainer, make_model):
+    """Of several labels, or a number, there is no other class."""
+    trainer = vit_trainer(RandomLabelTrainer)
+    trainer.model.config.problem_type = "multi_label_classification"
+    trainer.forget_dataset.examples = [
+        {**example, "labels": torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0])} for example in trainer.forget_dataset.examples
+    ]
+    trainer.train_dataset.examples = [
+        {**example, "labels": torch.zeros(5)} for example in trainer.train_dataset.examples
+    ]
+    with pytest.raises(
+        ValueError, match="another class for each label, but those of ViT.* 'multi_label_classification'"
+    ):
+        trainer.train()
 
 
 def test_salun_trains_the_salient_half(vit_trainer):

@@ -188,6 +188,12 @@ def test_rmu_steers_hidden_states(make_model, make_samples, tmp_path):
     with pytest.raises(ValueError, match="`layer` is 'model.layers.9', but the model has no module"):
         RmuTrainer(model, args, layer="model.layers.9", **sets)
     trainer = RmuTrainer(model, args, layer="model.layers.0", steering=2.0, retain_weight=3.0, **sets)
+    with pytest.raises(ValueError, match="do not change what `layer` 'model.layers.0' puts out, model.layers.1"):
+        trainer.refuse_idle_parameters()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("model.layers.0."))
+    trainer.refuse_idle_parameters()
+    model.requires_grad_(True)
     batch = batch_of(sets["forget_dataset"])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     states = model(**inputs, output_hidden_states=True).hidden_states[1]

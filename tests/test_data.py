@@ -38,6 +38,17 @@ def test_classes_by_name_or_number():
         split_forget_retain(rows, "label", ["bee", "dog"])
 
 
+def test_numbers_by_their_digits(corpus):
+    """As a command line gives them."""
+    by_digits = split_forget_retain(corpus, "number", ["3", "12"])
+    assert by_digits["forget"]["number"] == [3, 12]
+    assert present_values(corpus, "number", ["12", "120"]) == ["12"]
+    with pytest.raises(
+        ValueError, match=r"\['99x'\] do not occur in column 'number', which has 99, 0, .* and 50 more"
+    ):
+        split_forget_retain(corpus, "number", ["99x"])
+
+
 def test_retain_size_and_seed(corpus):
     def rows(**settings):
         return list(split_forget_retain(corpus, "speaker", "a", retain_size=9, **settings)["retain"]["number"])

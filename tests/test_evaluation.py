@@ -251,7 +251,7 @@ def test_model_that_never_unlearned_fails_privacy_and_relearning(planted, traine
     assert report.membership["unlearned"]["test"].auc > 0.75
     assert report.summary["average_gap"] > 0.1
     assert set(report.models["unlearned"]["test"].groups) == {"0", "1", "2", "3", "4"}
-    assert report.hardest_hit["test"].before == report.hardest_hit["test"].after  # by nothing
+    assert report.hardest_hit == {}  # nothing was lost
     assert "| MIA AUC |" in report.to_markdown() and "peak_memory_gib | not measured" in report.to_markdown()
     report.save(tmp_path / "report")
     assert UnlearningReport.load(tmp_path / "report") == report

@@ -89,6 +89,14 @@ def test_answer_that_is_never_right_has_no_extraction_strength():
     assert ExtractionStrength().of(np.array([1, 2]), np.zeros(2), np.array([1, 3])) == 0
 
 
+def test_row_without_a_label_is_named():
+    labels = np.array([[-100, 4], [-100, -100]])
+    scores = EvalPrediction((np.zeros((2, 2)), np.zeros((2, 2))), labels)
+    for metric in (ExactAnswers(), TokenLoss()):
+        with pytest.raises(ValueError, match="All labels are -100 in row 1"):
+            metric.counts(scores)
+
+
 def test_logits_are_refused_and_the_way_out_named():
     with pytest.raises(ValueError, match="preprocess_logits_for_metrics=answer_scores"):
         ExactAnswers().counts(EvalPrediction(np.zeros((2, 3, 4)), np.zeros((2, 3))))

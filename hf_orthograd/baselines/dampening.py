@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from ..data import Batch
@@ -48,10 +49,10 @@ def dampen_synapses(
 
 
 def _importances(model: nn.Module, trained: list[Tensor], batches: Iterable[Mapping]) -> list[Tensor]:
-    per_sample_loss, count = PerSampleLoss(model), 0
+    per_sample_loss, count, device = PerSampleLoss(model), 0, trained[0].device
     total = [torch.zeros_like(parameter) for parameter in trained]
     for batch in batches:
-        for sample in split_samples([Batch.of(batch)], 1):
+        for sample in split_samples([Batch.of(send_to_device(batch, device))], 1):
             gradients = torch.autograd.grad(per_sample_loss(model, sample.inputs).sum(), trained, allow_unused=True)
             for sums, gradient in zip(total, gradients, strict=True):
                 if gradient is not None:

@@ -14,7 +14,7 @@ from .base import BaselineTrainer
 class RandomLabelTrainer(BaselineTrainer):
     """Random labels (arXiv 2010.10981): trains on the retain set and on forget samples with labels that are wrong.
 
-    Each label is drawn once from all others; with token labels, each position. With `saliency` it is SalUn
+    Each label is drawn once from all others; with token labels, each position. Samples have one class, or tokens. With `saliency` it is SalUn
     (arXiv 2310.12508, equations 3 and 5): only weights whose gradient of the forget loss, under the original model, is
     among the largest are trained. (Weight decay is not masked.)
 
@@ -22,14 +22,15 @@ class RandomLabelTrainer(BaselineTrainer):
         saliency (`float`, *optional*): Share of the weights that is trained; the paper takes 0.5. All by default.
 
     Raises:
-        ValueError: `saliency` out of (0, 1], or with it a run that is resumed: its masks are of the original model.
+        ValueError: `saliency` out of (0, 1], or with it a run that is resumed: its masks are of the original model. Or, from
+            `train()`, labels that are no classes.
     """
 
     def __init__(self, *args: Any, saliency: float | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if saliency is not None and not 0 < saliency <= 1:
             raise ValueError(f"`saliency` must lie in (0, 1], but is {saliency}.")
-        self._saliency, self._masks = saliency, []
+        self._saliency, self._masks, self._count = saliency, [], 0
 
     def forget_loss(self, model: nn.Module, batch: Batch) -> Tensor | None:
         rows = batch.rows.tolist()
@@ -39,13 +40,13 @@ class RandomLabelTrainer(BaselineTrainer):
     def _wrong(self, labels: Tensor, row: int) -> Tensor:
         # by seed and row, so that a sample has one wrong label however often it comes, on any process
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + row)
-        config = self.accelerator.unwrap_model(self.model).config
-        count = config.vocab_size if labels.ndim else config.num_labels
+        count = self._count = self._count or self._classes()
         drawn = torch.randint(1, count, labels.shape, generator=generator).to(labels.device)
         return torch.where(labels == IGNORED_LABEL, labels, (labels + drawn) % count)
 
     def begin_unlearning(self) -> None:
         super().begin_unlearning()
+        self._count = self._classes()  # refused before the first step
         for mask in self._masks:
             mask.remove()
         self._masks = []
@@ -67,6 +68,20 @@ class RandomLabelTrainer(BaselineTrainer):
                 total = [t if g is None else t + g for t, g in zip(total, gradients, strict=True)]
         for parameter, mask in zip(trained, saliency_masks(total, self._saliency), strict=True):
             self._masks.append(parameter.register_hook(lambda gradient, mask=mask: gradient * mask))
+
+    def _classes(self) -> int:
+        """How many values a label may have."""
+        labels, config = self.first_batch("forget_dataset", 1).inputs.get("labels"), self.per_sample_loss.model.config
+        count = self.per_sample_loss.num_classes
+        if count is None and labels is not None:  # with a loss of the user's own
+            count = config.get_text_config().vocab_size if labels.ndim > 1 else config.num_labels
+        kind = None if labels is None else self.per_sample_loss.problem(labels)
+        if labels is None or labels.is_floating_point() or kind in ("regression", "multi_label_classification"):
+            raise ValueError(
+                f"{type(self).__name__} draws another class for each label, but those of {type(self.per_sample_loss.model).__name__} are "
+                f"none: `labels` are {'missing' if labels is None else labels.dtype}, `problem_type` is {kind!r}. Use another method."
+            )
+        return count
 
 
 def saliency_masks(gradients: list[Tensor], share: float) -> list[Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Batch
+from ..trials import preserved_random_state
 from .teachers import TeacherTrainer
 
 
@@ -23,7 +24,8 @@ class RmuTrainer(TeacherTrainer):
         steering, retain_weight (`float`): The paper's c and alpha.
 
     Raises:
-        ValueError: The model has no module of the name `layer`.
+        ValueError: The model has no module of the name `layer`. Or, with several processes from `train()`, a trainable parameter
+            that the layer's output does not depend on: DDP would wait for its gradient.
     """
 
     def __init__(self, *args: Any, layer: str, steering: float = 6.5, retain_weight: float = 1200.0, **kwargs: Any):
@@ -32,6 +34,25 @@ class RmuTrainer(TeacherTrainer):
             raise ValueError(f"`layer` is {layer!r}, but the model has no module of that name.")
         self._layer, self._steering, self._retain_weight = layer, steering, retain_weight
         self._direction: Tensor | None = None
+
+    def begin_unlearning(self) -> None:
+        super().begin_unlearning()
+        if self.args.world_size > 1:
+            self.refuse_idle_parameters()
+
+    def refuse_idle_parameters(self) -> None:
+        """Raises `ValueError` where a trainable parameter gets no gradient from the layer's output."""
+        plain = self.accelerator.unwrap_model(self.model)
+        trained = {name: own for name, own in plain.named_parameters() if own.requires_grad}
+        with preserved_random_state():
+            states = self._states(plain, self.first_batch("forget_dataset", 1))
+        gradients = torch.autograd.grad(states.float().sum(), list(trained.values()), allow_unused=True)
+        idle = [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
+        if idle:
+            raise ValueError(
+                f"{len(idle)} trainable parameters do not change what `layer` {self._layer!r} puts out, {idle[0]} for one: processes would wait "
+                "for their gradients. Freeze them by `requires_grad_(False)`; the paper trains the MLPs of that layer and the two before."
+            )
 
     def forget_loss(self, model: nn.Module, batch: Batch) -> Tensor | None:
         states = self._states(model, batch)

@@ -1,5 +1,6 @@
 """Splits of a data set into what is forgotten and what is kept."""
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ def split_forget_retain(
     Args:
         dataset (`datasets.Dataset`): The training data.
         column (`str`): Column that says whose or what a row is.
-        values: The value, or a list of the values, whose rows are forgotten; of a `ClassLabel` column numbers or names.
+        values: The value, or a list of the values, whose rows are forgotten; of a `ClassLabel` column numbers or names, and of
+            whole numbers also their digits, as a command line gives them.
         retain_size (`int` or `float`, *optional*): Rows of the rest that are still at hand: a number, or a fraction
             below 1. All by default.
         seed (`int`, *optional*, defaults to 0): Of the draw of those rows.
@@ -43,10 +45,9 @@ def split_forget_retain(
     present = dataset.unique(column)
     missing = [value for value, own in zip(values, stored, strict=True) if own not in present]
     if missing or not values:
-        names = getattr(dataset.features[column], "names", None)
-        shown = [names[value] if names and value is not None and value >= 0 else value for value in present]
-        listed = ", ".join(repr(value) for value in sorted(shown, key=str)[:50])
-        raise ValueError(f"`values` {missing or values} do not occur in column {column!r}, which has {listed}.")
+        raise ValueError(
+            f"`values` {missing or values} do not occur in column {column!r}, which has {_listed(dataset, column, present, missing)}."
+        )
     forgotten = np.array([value in stored for value in dataset.with_format(None)[column]])
     rest = np.flatnonzero(~forgotten)
     count = _retain_count(retain_size, len(rest))
@@ -75,11 +76,28 @@ def present_values(dataset: Dataset, column: str, values: Any) -> list:
 
 
 def _as_stored(dataset: Dataset, column: str, values: Any) -> tuple[list, list]:
-    """Values as a list, and as rows hold them: of a `ClassLabel` column numbers."""
+    """Values as a list, and as rows hold them: of a `ClassLabel` column numbers, of a column of whole numbers those."""
     values = values.tolist() if isinstance(values, np.ndarray) else values
     values = list(values) if isinstance(values, (list, tuple, set)) else [values]
+    feature = dataset.features[column]
+    names, dtype = getattr(feature, "names", None), str(getattr(feature, "dtype", ""))
+    if names:
+        return values, [names.index(value) if value in names else value for value in values]
+    if not dtype.startswith(("int", "uint")):
+        return values, values
+    return values, [
+        int(value) if isinstance(value, str) and value.removeprefix("-").isdecimal() else value for value in values
+    ]
+
+
+def _listed(dataset: Dataset, column: str, present: list, missing: list) -> str:
+    """What a column holds, those first that look like what was asked for, and 50 at most."""
     names = getattr(dataset.features[column], "names", None)
-    return values, [names.index(value) if names and value in names else value for value in values]
+    shown = [names[value] if names and value is not None and value >= 0 else value for value in present]
+    near = {match for value in missing for match in difflib.get_close_matches(str(value), list(map(str, shown)))}
+    shown = sorted(shown, key=lambda value: (str(value) not in near, str(value)))
+    more = f" and {len(shown) - 50} more" if len(shown) > 50 else ""
+    return ", ".join(map(repr, shown[:50])) + more
 
 
 def check_corpus(corpus: Mapping, columns: Mapping[str, str], splits: Sequence[str] = ("train", "test")) -> None:

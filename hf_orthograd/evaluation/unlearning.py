@@ -290,14 +290,15 @@ def _summarize(report: UnlearningReport) -> None:
 
 
 def _hardest_hit(report: UnlearningReport) -> dict[str, HardestHit]:
-    """Of the retained sets, the group that lost most."""
+    """Of the retained sets, the group that lost most, if any lost."""
     sign, found = 1 if report.greater_is_better else -1, {}
     for name in ("retain", "test"):
         pair = [report.models.get(model, {}).get(name) for model in ("original", "unlearned")]
         if None not in pair and all(one.groups for one in pair):
             before, after = (one.groups for one in pair)
             group = max(before, key=lambda group: sign * (before[group] - after[group]))
-            found[name] = HardestHit(group, before[group], after[group])
+            if sign * (before[group] - after[group]) > 0:
+                found[name] = HardestHit(group, before[group], after[group])
     return found
 
 

@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 
 # below the first the projection gained next to nothing in the ablations, below the second little, so that Trainer's
 # default batch is said to be small, but is no mistake (docs/choosing_settings.md)
-TOO_FEW_RETAIN_SAMPLES, FEW_RETAIN_SAMPLES = 8, 16
+FEW_RETAIN_SAMPLES = 16
 
 
 def check_arguments(args: OrthoGradConfig) -> None:
@@ -105,8 +105,7 @@ def check_steps(args: OrthoGradConfig, batch_size: int, retain: TrainDataset) ->
             f"A step was to protect {number} retain samples, but `train_dataset` has {length}: it protects these."
         )
     if args.projection == "orthogonal" and number < min(FEW_RETAIN_SAMPLES, length or FEW_RETAIN_SAMPLES):
-        logger.log(
-            logging.WARNING if number < TOO_FEW_RETAIN_SAMPLES else logging.INFO,
+        logger.warning(
             f"Each step protects the gradients of only {number} retain samples. With fewer than {FEW_RETAIN_SAMPLES} the "
             "projection gained little in the library's studies. Raise `per_device_train_batch_size`, or "
             "`gradient_accumulation_steps`, which gives the same projection in less memory.",

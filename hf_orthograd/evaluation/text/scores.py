@@ -64,6 +64,10 @@ def _answers(prediction: EvalPrediction):
             "trainer."
         )
     for row, asked in enumerate((labels != IGNORED_LABEL) & ~np.isnan(found[1])):
+        if not asked.any():
+            raise ValueError(
+                f"All labels are {IGNORED_LABEL} in row {row} of a set that is evaluated: nothing is asked there. Remove it."
+            )
         yield found[0][row][asked], found[1][row][asked], labels[row][asked]
 
 
