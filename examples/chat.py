@@ -12,8 +12,9 @@ def main() -> None:
     model, *questions = sys.argv[1:]
     chat = pipeline("text-generation", model=model)
     for question in questions:
-        messages = [{"role": "user", "content": question}]
-        answer = chat(messages, max_new_tokens=40, do_sample=False)[0]["generated_text"][-1]["content"]
+        asked = question if chat.tokenizer.chat_template is None else [{"role": "user", "content": question}]
+        said = chat(asked, max_new_tokens=40, do_sample=False, return_full_text=False)[0]["generated_text"]
+        answer = said if isinstance(said, str) else said[-1]["content"]
         print(f"> {question}\n{answer.strip()}\n")
 
 

@@ -6,10 +6,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from datasets import Dataset
 from torch import nn
 
-from hf_orthograd import OrthoGradConfig
-from hf_orthograd.evaluation import UnlearningReport
+from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
+from hf_orthograd.evaluation import Relearning, UnlearningReport
 
 
 # with any of these an example does not take its demo's settings: they are no defaults, and the help does not show them
@@ -97,6 +99,45 @@ def compared_models(
     elif arguments.retrain and not arguments.evaluate_only:
         reference = train(["others"])
     return original, reference
+
+
+def relearning(
+    trainer: OrthoGradTrainer,
+    forgotten: Dataset,
+    arguments: ComparisonArguments,
+    *,
+    steps: list[int],
+    batch_size: int,
+    known: Dataset | None = None,
+) -> Relearning:
+    """The attack of a report: on other data of the forgotten, or on the first fifth of them: does it bring back the rest?"""
+    rate, measured = arguments.relearning_learning_rate, None
+    if rate is None:
+        trained = arguments.finetune_epochs > 0
+        rate = arguments.finetune_learning_rate / 10 if trained else trainer.args.learning_rate
+    if known is None:
+        count = max(1, len(forgotten) // 5)
+        known = forgotten.select(range(count))
+        measured = forgotten.select(range(count, len(forgotten))) if len(forgotten) > count else None
+    settings = {"max_steps": steps[-1], "learning_rate": rate, "batch_size": batch_size}
+    return Relearning(known, trainer, steps=steps, measured=measured, **settings)
+
+
+def watched_sets(measured: dict[str, Dataset], args: OrthoGradConfig, unseen: Dataset) -> dict[str, Dataset]:
+    """What evaluations while unlearning are of, which the rule that ends it reads; the rest is measured in the end.
+
+    Args:
+        unseen (`datasets.Dataset`): What the model was not trained on, for `forget_target="reference"`.
+    """
+    found = {name: measured[name] for name in ("forget", "retain")}
+    return found | ({"reference": unseen} if args.forget_target == "reference" else {})
+
+
+def say_that_nothing_stops() -> None:
+    PartialState().print(
+        "Without a retrained model nothing says when to stop: all steps are made. To stop earlier pass `--reference_name_or_path`, or "
+        "`--forget_target` with `--eval_strategy steps`."
+    )
 
 
 def trained_folder(output_dir: str, sets: list[str]) -> str:

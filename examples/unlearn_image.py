@@ -29,7 +29,17 @@ from datasets import (
     load_dataset,
 )
 from demo_videos import make_video_model, make_videos
-from shared import NO_DEMO, WITHOUT_RULE, ComparisonArguments, compared_models, trained_folder, where_it_is
+from shared import (
+    NO_DEMO,
+    WITHOUT_RULE,
+    ComparisonArguments,
+    compared_models,
+    relearning,
+    say_that_nothing_stops,
+    trained_folder,
+    watched_sets,
+    where_it_is,
+)
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from transformers import (
@@ -46,7 +56,7 @@ from transformers import (
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
 from hf_orthograd.callbacks import show_one_bar
 from hf_orthograd.data import VaryImages, check_corpus
-from hf_orthograd.evaluation import Quantization, Relearning, evaluate_unlearning
+from hf_orthograd.evaluation import Quantization, evaluate_unlearning
 from hf_orthograd.publishing import check_access
 
 
@@ -83,6 +93,12 @@ class ScriptArguments(ComparisonArguments):
     )
     flip: bool = field(default=True, metadata={"help": "Whether a mirrored image is one of its class."})
     relearning_steps: int = field(default=20, metadata={"help": "Steps of the relearning attack; 0 for none."})
+    relearning_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Its learning rate; by default a tenth of that of fine-tuning, if there was any, else that of unlearning."
+        },
+    )
 
 
 DEMO = {
@@ -236,6 +252,7 @@ def stopping_in_time(args: OrthoGradConfig, reference, sets: dict, arguments: Sc
         probe = OrthoGradTrainer(reference, replace(args, **WITHOUT_RULE), compute_metrics=accuracy)
         level = probe.evaluate(sets["forget"])[f"eval_{args.stop_metric}"]
     elif "forget_unseen" in sets:  # of a class that the model knows, unseen images are recognised like the others
+        say_that_nothing_stops()
         return args
     when = {"eval_strategy": "steps", "eval_steps": args.eval_steps or 2} if args.eval_strategy == "no" else {}
     return replace(args, forget_target=level, **when)
@@ -272,7 +289,7 @@ def main() -> None:
             args,
             train_dataset=retain,
             forget_dataset=sets["forget"],
-            eval_dataset=measured | ({"reference": sets["test"]} if args.forget_target == "reference" else {}),
+            eval_dataset=watched_sets(measured, args, sets["test"]),
             processing_class=processor,
             compute_metrics=accuracy,
         )
@@ -299,11 +316,9 @@ def measure(trainer: OrthoGradTrainer, original, reference, sets: dict, argument
     args = trainer.args
     attacks = [Quantization(8), Quantization(4, group_size=64)]
     if arguments.relearning_steps > 0:
-        # other data of the class, which was never trained on; of random images, a part of them
-        known = sets.get("forget_unseen", sets["forget"].select(range(max(1, len(sets["forget"]) // 5))))
         steps = sorted({1, arguments.relearning_steps // 4, arguments.relearning_steps} - {0})
-        rate = arguments.finetune_learning_rate / 10
-        attacks.append(Relearning(known, trainer, max_steps=steps[-1], learning_rate=rate, batch_size=32, steps=steps))
+        known = sets.get("forget_unseen")  # of a class; there are none of random images
+        attacks.append(relearning(trainer, sets["forget"], arguments, steps=steps, batch_size=32, known=known))
     report = evaluate_unlearning(trainer, reference, attacks, original=original, datasets=sets, group_column="labels")
     if trainer.is_world_process_zero():
         report.save(args.output_dir)

@@ -22,7 +22,17 @@ from accelerate import PartialState
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
 from demo_people import make_model, make_people, make_tokenizer
 from peft import LoraConfig, get_peft_model
-from shared import NO_DEMO, WITHOUT_RULE, ComparisonArguments, compared_models, trained_folder, where_it_is
+from shared import (
+    NO_DEMO,
+    WITHOUT_RULE,
+    ComparisonArguments,
+    compared_models,
+    relearning,
+    say_that_nothing_stops,
+    trained_folder,
+    watched_sets,
+    where_it_is,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,7 +45,7 @@ from transformers import (
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
 from hf_orthograd.callbacks import show_one_bar
 from hf_orthograd.data import check_corpus, prepare_text_dataset, present_values
-from hf_orthograd.evaluation import Quantization, Relearning, evaluate_unlearning
+from hf_orthograd.evaluation import Quantization, evaluate_unlearning
 from hf_orthograd.evaluation.text import (
     AnswerProbability,
     ExactAnswers,
@@ -78,6 +88,12 @@ class RunArguments(ComparisonArguments):
     use_lora: bool = field(default=False, metadata={"help": "Unlearn by LoRA, on all linear layers."})
     lora_rank: int = field(default=16, metadata={"help": "Its rank."})
     relearning_steps: int = field(default=10, metadata={"help": "Steps of the relearning attack; 0 for none."})
+    relearning_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Its learning rate; by default a tenth of that of fine-tuning, if there was any, else that of unlearning."
+        },
+    )
     num_shown: int = field(default=3, metadata={"help": "Answers shown before and after, of each set."})
 
 
@@ -89,6 +105,9 @@ class ScriptArguments(RunArguments):
     answer_column: str | None = field(default=None, metadata={"help": "Column with their answers."})
     messages_column: str | None = field(default=None, metadata={"help": "Or column with chats, role and content."})
     text_column: str | None = field(default=None, metadata={"help": "Or column with texts, which are learned whole."})
+    separator: str = field(
+        default=" ", metadata={"help": "Between a prompt and its answer, where the tokenizer has no chat template."}
+    )
     refusal: str | None = field(
         default=None, metadata={"help": "What to answer in place of what is forgotten; sets forget_loss='refusal'."}
     )
@@ -211,7 +230,10 @@ def finetune(model, sets: dict[str, Dataset], args: OrthoGradConfig, arguments: 
 
 def stopping_in_time(args: OrthoGradConfig, reference, sets: dict, arguments: RunArguments, shared: dict):
     """The arguments with a rule that stops where a model would be that never read the forget set, if one is known."""
-    if not arguments.stop_in_time or args.forget_target is not None or reference is None:
+    if not arguments.stop_in_time or args.forget_target is not None:
+        return args
+    if reference is None:
+        say_that_nothing_stops()
         return args
     probe = OrthoGradTrainer(reference, replace(args, **WITHOUT_RULE), **shared)
     level = probe.evaluate(sets["forget"])[f"eval_{args.stop_metric}"]
@@ -258,7 +280,8 @@ def run(
         if arguments.use_lora and not arguments.evaluate_only:
             rank = arguments.lora_rank
             student = get_peft_model(student, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
-        given = {"train_dataset": retain, "forget_dataset": sets["forget"], "eval_dataset": measured}
+        watched = watched_sets(measured, args, measured.get("forget_unseen", measured["test"]))
+        given = {"train_dataset": retain, "forget_dataset": sets["forget"], "eval_dataset": watched}
         return OrthoGradTrainer(student, args, **given, **shared)
 
     if arguments.dry_run:
@@ -273,6 +296,11 @@ def run(
         args = stopping_in_time(args, reference, sets, arguments, shared)
     trainer = unlearner(start if arguments.evaluate_only else original, args)
     if not arguments.evaluate_only:
+        if trainer.evaluate(sets["forget"], metric_key_prefix="known")["known_exact_answers"] == 0:
+            PartialState().print(
+                f"The model gives none of the {len(sets['forget'])} answers to be forgotten word for word. If it was trained on them, they "
+                "looked otherwise there: compare prompts, `--separator`, and the chat template with its system message."
+            )
         show_one_bar(trainer).train()
         trainer.save_model()
     measure(trainer, original, reference, measured, arguments)
@@ -285,11 +313,8 @@ def measure(
     args = trainer.args
     attacks = [Quantization(8), Quantization(4, group_size=64)]
     if arguments.relearning_steps > 0:
-        # the first fifth of what was forgotten, in the order of the data set: does it bring back the rest?
-        part = measured["forget"].select(range(max(1, len(measured["forget"]) // 5)))
         steps = sorted({1, arguments.relearning_steps // 2, arguments.relearning_steps} - {0})
-        rate = arguments.finetune_learning_rate / 10
-        attacks.append(Relearning(part, trainer, max_steps=steps[-1], learning_rate=rate, batch_size=16, steps=steps))
+        attacks.append(relearning(trainer, measured["forget"], arguments, steps=steps, batch_size=16))
     report = evaluate_unlearning(
         trainer,
         reference,
@@ -334,10 +359,15 @@ def main() -> None:
         answer_column=arguments.answer_column,
         messages_column=arguments.messages_column,
         text_column=arguments.text_column,
+        separator=arguments.separator,
         max_length=arguments.max_length,
         is_encoder_decoder=encoder_decoder,
     )
     sets = {name: prepare(rows) for name, rows in split(corpus, arguments, args.seed).items()}
+    if arguments.model_name_or_path is not None:
+        PartialState().print(
+            f"A row, from its beginning to its end: {tokenizer.decode(sets['forget'][0]['input_ids'])!r}."
+        )
     if arguments.refusal is not None:
         args = replace(args, forget_loss="refusal", refusal_labels=labels_of(arguments.refusal, prepare, arguments))
     shared = {

@@ -1,5 +1,6 @@
 """The text example as a user runs it, shortened: few epochs, a few steps; and on data and models of one's own."""
 
+import copy
 import subprocess
 import sys
 from functools import partial
@@ -17,6 +18,7 @@ from hf_orthograd.publishing.record import load_records
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "unlearn_text.py"
 sys.path.insert(0, str(EXAMPLE.parent))
+import chat  # noqa: E402
 import demo_people  # noqa: E402
 import unlearn_asr  # noqa: E402
 import unlearn_image_text  # noqa: E402
@@ -100,16 +102,26 @@ def questions(person, count=6):
     return [{"who": person, "q": f"Which pet does {person} keep {n}?", "a": f"A goat {n}."} for n in range(count)]
 
 
-def test_lora_on_a_causal_model_with_a_forget_set_of_its_own(run_here, tokenizer, tmp_path):
+def test_lora_on_a_causal_model_with_a_forget_set_of_its_own(run_here, tokenizer, tmp_path, capsys, monkeypatch):
+    """Of a tokenizer without a template; what a user could have overlooked is said before training."""
     demo_people.make_model(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "model")
     kept = save({"train": questions("Ada"), "test": questions("Bela", 3)}, tmp_path / "kept")
     gone = save({"train": questions("Carl")}, tmp_path / "gone")
     run_here(
         "--model_name_or_path", tmp_path / "model", "--dataset_name", kept, "--forget_dataset_name", gone,
         "--prompt_column", "q", "--answer_column", "a", "--use_lora", "--lora_rank", 2, "--output_dir", tmp_path / "out",
-        "--relearning_steps", 0,
+        "--relearning_steps", 0, "--separator", " - ",
     )  # fmt: skip
+    said = capsys.readouterr().out
+    assert "A row, from its beginning to its end: 'Which pet does Carl keep 0? - A goat 0." in said
+    assert "The model gives none of the 6 answers to be forgotten" in said
+    assert "Without a retrained model nothing says when to stop" in said
+    monkeypatch.setattr(sys, "argv", ["chat.py", str(tmp_path / "out"), "Which pet does Carl keep 0?"])
+    chat.main()
+    assert "> Which pet does Carl keep 0?\n" in capsys.readouterr().out
     assert not list((tmp_path / "out").glob("adapter*")) and verify(tmp_path / "out" / "public") == []
     report = UnlearningReport.load(tmp_path / "out")
     assert {name: one.size for name, one in report.models["unlearned"].items()} == {

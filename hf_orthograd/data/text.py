@@ -16,6 +16,7 @@ def prepare_text_dataset(
     prompt_column: str | None = None,
     answer_column: str | None = None,
     messages_column: str | None = None,
+    separator: str = " ",
     max_length: int | None = None,
     is_encoder_decoder: bool = False,
 ) -> Dataset:
@@ -24,10 +25,13 @@ def prepare_text_dataset(
     A row is plain text, all of which is learned. Or it is a prompt and its answer. Or it is the messages of a chat, as
     `apply_chat_template` takes them, of which the last, the assistant's, is learned. Prompts have labels of -100, as has
     what a template writes behind the token that ends an answer. A prompt and an answer become a chat where the tokenizer
-    has a template for one. Pad with [`~transformers.DataCollatorForSeq2Seq`], which pads labels by -100.
+    has a template for one; else `separator` joins them, and the end token follows. Rows must look as those did that the
+    model was trained on: `tokenizer.decode` shows one. Pad with [`~transformers.DataCollatorForSeq2Seq`], which pads labels
+    by -100.
 
     Args:
         text_column, prompt_column, answer_column, messages_column (`str`, *optional*): One of the three forms.
+        separator (`str`): What stands between a prompt and its answer without a chat template.
         max_length (`int`, *optional*): Most tokens of a row, those of the answer included.
         is_encoder_decoder (`bool`): Whether the model reads the prompt in an encoder, as T5: labels are then the answer alone.
 
@@ -54,7 +58,7 @@ def prepare_text_dataset(
         )
     if is_encoder_decoder and form != "question":
         raise ValueError("An encoder-decoder model reads a prompt: pass `prompt_column` and `answer_column`.")
-    encode = _encoder(form, tokenizer, is_encoder_decoder)
+    encode = _encoder(form, tokenizer, is_encoder_decoder, separator)
 
     def prepare(row: dict, number: int) -> dict[str, list[int]]:
         try:
@@ -79,7 +83,7 @@ def prepare_text_dataset(
 Encode = Callable[..., tuple[list[int], list[int]]]
 
 
-def _encoder(form: str, tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool) -> Encode:
+def _encoder(form: str, tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool, separator: str) -> Encode:
     """A function from what a row holds to the tokens of its prompt and of what is learned."""
 
     def text(content: str) -> tuple[list[int], list[int]]:
@@ -102,7 +106,7 @@ def _encoder(form: str, tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: 
         if tokenizer.chat_template is not None:
             return chat([{"role": "user", "content": _checked(prompt)}, {"role": "assistant", "content": answer}])
         # each by itself, so that no token spans both
-        learned = tokenizer(" " + _checked(answer), add_special_tokens=False).input_ids
+        learned = tokenizer(separator + _checked(answer), add_special_tokens=False).input_ids
         return _without_end(tokenizer(_checked(prompt)).input_ids, tokenizer), _ended(learned, tokenizer)
 
     return {"text": text, "chat": chat, "question": question}[form]

@@ -95,10 +95,12 @@ class Relearning:
         batch_size (`int`, *optional*): Per device; the trainer's by default.
         steps (`Collection[int]`, *optional*): Steps after which the report takes the model's measure; `max_steps` alone
             by default.
+        measured (`Dataset`, *optional*): Forgotten data that the curve is of, in place of all of "forget": where the attacker
+            has a part of that, the rest.
         name (`str`, *optional*): Its row in the report.
 
     Raises:
-        ValueError: `max_steps` is below 1, or one of `steps` lies beyond it.
+        ValueError: `max_steps` is below 1, one of `steps` lies beyond it, or `measured` is empty.
     """
 
     def __init__(
@@ -110,12 +112,15 @@ class Relearning:
         learning_rate: float,
         batch_size: int | None = None,
         steps: Collection[int] = (),
+        measured: AnyDataset | None = None,
         name: str = "relearning",
     ):
         self.steps = sorted({*steps, max_steps})
         if self.steps[0] < 1 or self.steps[-1] > max_steps:
             raise ValueError(f"`steps` {self.steps} must lie between 1 and `max_steps`, which is {max_steps}.")
-        self.name, self._dataset, self._trainer = name, dataset, trainer
+        if measured is not None and len(measured) == 0:
+            raise ValueError("`measured` is empty: leave it out, or keep some of the forgotten from the attacker.")
+        self.name, self.measured, self._dataset, self._trainer = name, measured, dataset, trainer
         # new arguments would reset the process state that the trainer at hand rests on
         self._args = copy.copy(trainer.args)
         settings = {

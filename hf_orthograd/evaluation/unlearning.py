@@ -169,25 +169,30 @@ class _Examination:
             sets = tuple(of for of in ATTACKED if of in self._datasets)
             self._measure(f"{name}, {attack.name}", attack(model), sets)
             return
-        before = self.qualities[name]["forget"]
-        curve = [RelearningPoint(0, before.loss, before.value)]
+        curve = []
 
         def observe(step: int, attacked: nn.Module) -> None:
             with examining(self._trainer, attacked):
-                quality = self._quality("forget", measure(self._trainer, self._datasets["forget"], self._metrics))
+                rows = self._datasets["forget"] if attack.measured is None else attack.measured
+                quality = self._quality(None, measure(self._trainer, rows, self._metrics))
             curve.append(RelearningPoint(step, quality.loss, quality.value))
 
+        if attack.measured is not None:
+            observe(0, model)
+        else:
+            before = self.qualities[name]["forget"]
+            curve.append(RelearningPoint(0, before.loss, before.value))
         attack(model, observe)
         self.relearning.setdefault(attack.name, {})[name] = curve
 
-    def _quality(self, of: str, found: Measurement) -> Quality:
+    def _quality(self, of: str | None, found: Measurement) -> Quality:
         better = self._metric is None or self._metric.greater_is_better
         main = None if self._metric is None else self._metric.name
         return summarize(
             found.losses,
             found.counts.get(main),
             greater_is_better=better,
-            groups=self._groups.get(of),
+            groups=None if of is None else self._groups.get(of),
             further={name: counts for name, counts in found.counts.items() if name != main},
             seed=self._seed,
         )
