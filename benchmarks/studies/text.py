@@ -8,6 +8,9 @@ SmolLM2-135M learns 20 questions on each of the invented authors; each seed forg
 the rest at hand. A run ends when the mean loss of the forgotten answers has reached that of a model trained without them, or after
 the most steps: methods are compared at the same forgetting. Each method's learning rate is chosen from the same two, on one request.
 Resumable, and several processes may share the work, each with variants or seeds of its own.
+
+The records of 8 authors are of answers whose labels went on to the line break that a chat's template writes behind the end token, and were cut
+at 48 tokens when they were generated. Neither is so now, and nothing is added to those records: move study_text.json away first.
 """
 
 import argparse
@@ -50,6 +53,7 @@ from hf_orthograd.evaluation.text import (
     rouge_l,
     truth_ratio,
 )
+from hf_orthograd.objectives import IGNORED_LABEL
 
 
 AUTHORS = 8  # by default
@@ -64,6 +68,7 @@ RMU = {
     "retain_weight": 1.0,
 }  # those of open-unlearning; the paper's, 6.5 and 1200, moved nothing here
 NPO_KL = {"retain_loss": "kl"}
+LABELS = "labels end at the end token"  # a record of its own, in files where they do
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,12 @@ questions on other authors, real authors and world facts. Means over requests wi
         rows = self.rows if of_all else self.split(request)["others"]
         return train_on(rows, self.pretrained, self.tokenizer, self.work / name, EPOCHS)
 
+    def check_labels(self) -> None:
+        """Refuses to add to records whose answers ended elsewhere."""
+        if self.records.runs and LABELS not in self.records.runs:
+            raise ValueError(f"The records in {_results_of(self.authors)}.json have other labels. Move the file away.")
+        self.records.get(LABELS, dict)
+
     def trainer(self, model, args: OrthoGradConfig, make: Callable = OrthoGradTrainer, **sources):
         return make(
             model,
@@ -189,6 +200,7 @@ questions on other authors, real authors and world facts. Means over requests wi
 
     def reference(self, what: str, request: Request) -> dict:
         def make() -> dict:
+            self.check_labels()
             trainer = self.trainer(self.model(what, request), self.args())
             return self.measured(trainer, request)
 
@@ -217,7 +229,8 @@ questions on other authors, real authors and world facts. Means over requests wi
         answers = answers_of(rows, self.tokenizer)
         known, right = probabilities(answers), probabilities(answers_of(rows, self.tokenizer, "right_answer"))
         wrong = probabilities(wrong_answers_of(rows, self.tokenizer)).reshape(len(rows), -1)
-        said = generate_answers(trainer, answers, max_new_tokens=48)
+        longest = max(sum(label != IGNORED_LABEL for label in labels) for labels in answers["labels"])
+        said = generate_answers(trainer, answers, max_new_tokens=longest)
         return {
             "probability": choice_probability(known, wrong) if is_choice else known,
             "rouge": rouge_l(said, [row["answer"] for row in rows])[0],
@@ -226,6 +239,7 @@ questions on other authors, real authors and world facts. Means over requests wi
 
     def unlearned(self, variant: str, rate: float, request: Request) -> tuple[OrthoGradTrainer, dict]:
         """A trainer that has unlearned, and what the run took."""
+        self.check_labels()
         chosen, rows = VARIANTS[variant], self.split(request)
         method = METHODS[chosen.method]
         forget, at_hand = (answers_of(rows[key], self.tokenizer) for key in ("forget", "at_hand"))
