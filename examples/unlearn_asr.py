@@ -65,7 +65,9 @@ class ScriptArguments(ComparisonArguments):
     )
     forget_column: str = field(default="speaker", metadata={"help": "Column that says whose an utterance is."})
     forget_values: list[str] = field(default_factory=list, metadata={"help": "Values of that column to forget."})
-    retain_size: int | None = field(default=None, metadata={"help": "Utterances of the others still at hand."})
+    retain_size: float | None = field(
+        default=None, metadata={"help": "Utterances of the others still at hand: a number, or a fraction below 1."}
+    )
     audio_column: str = field(default="audio", metadata={"help": "Column with the audio."})
     text_column: str = field(default="text", metadata={"help": "Column with the transcript."})
     finetune_learning_rate: float = field(default=2e-5, metadata={"help": "Its learning rate."})

@@ -75,7 +75,9 @@ class ScriptArguments(ComparisonArguments):
     label_column: str = field(default="label", metadata={"help": "Column with the classes."})
     forget_values: list[str] = field(default_factory=list, metadata={"help": "Classes to forget, by name."})
     forget_fraction: float = field(default=0.0, metadata={"help": "Or the share of random training images to forget."})
-    retain_size: int | None = field(default=None, metadata={"help": "Other training images still at hand."})
+    retain_size: float | None = field(
+        default=None, metadata={"help": "Other training images still at hand: a number, or a fraction below 1."}
+    )
     finetune_learning_rate: float = field(default=1e-3, metadata={"help": "Its learning rate."})
     finetune_batch_size: int = field(default=64, metadata={"help": "Its batch size per device."})
     stop_in_time: bool = field(

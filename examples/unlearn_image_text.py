@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from datasets import Array3D, Dataset, DatasetDict, Features, Sequence, Value, load_dataset
+from datasets import Array3D, Dataset, DatasetDict, Features, Sequence, Value
 from demo_digits import make_captioner, make_captions
 from transformers import AutoModelForImageTextToText, AutoProcessor, DataCollatorForSeq2Seq
 from unlearn_text import DEMO as TEXT_DEMO
-from unlearn_text import RunArguments, exact_answers, parse, run, split
+from unlearn_text import RunArguments, exact_answers, load_corpus, parse, run, split
 
-from hf_orthograd.data import VaryImages, check_corpus
+from hf_orthograd.data import VaryImages
 from hf_orthograd.evaluation.text import answer_scores
 from hf_orthograd.objectives import IGNORED_LABEL
 
@@ -52,10 +52,8 @@ def load(arguments: ScriptArguments):
     if arguments.model_name_or_path is None:
         corpus = make_captions()
         return *make_captioner(corpus), corpus
-    corpus = load_dataset(arguments.dataset_name)
-    check_corpus(corpus, {"--image_column": arguments.image_column, "--caption_column": arguments.caption_column})
-    if arguments.forget_dataset_name is not None:
-        corpus["forget"] = load_dataset(arguments.forget_dataset_name, split="train")
+    columns = {"--image_column": arguments.image_column, "--caption_column": arguments.caption_column}
+    corpus = load_corpus(arguments.dataset_name, columns, arguments)
     model = AutoModelForImageTextToText.from_pretrained(arguments.model_name_or_path, dtype=torch.float32)
     return model, AutoProcessor.from_pretrained(arguments.model_name_or_path), corpus
 

@@ -44,7 +44,7 @@ from transformers import (
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
 from hf_orthograd.callbacks import show_one_bar
-from hf_orthograd.data import check_corpus, prepare_text_dataset, present_values
+from hf_orthograd.data import check_corpus, prepare_text_dataset, present_values, retain_count
 from hf_orthograd.evaluation import Quantization, evaluate_unlearning
 from hf_orthograd.evaluation.text import (
     AnswerProbability,
@@ -76,7 +76,9 @@ class RunArguments(ComparisonArguments):
         default=False,
         metadata={"help": "Whether test rows of the forgotten ask in other words for what was trained on."},
     )
-    retain_size: int | None = field(default=None, metadata={"help": "Other training rows still at hand."})
+    retain_size: float | None = field(
+        default=None, metadata={"help": "Other training rows still at hand: a number, or a fraction below 1."}
+    )
     finetune_learning_rate: float = field(default=2e-5, metadata={"help": "Its learning rate."})
     finetune_batch_size: int = field(default=16, metadata={"help": "Its batch size per device."})
     stop_in_time: bool = field(
@@ -166,10 +168,7 @@ def load(arguments: ScriptArguments):
         name: getattr(arguments, name) for name in ("prompt_column", "answer_column", "messages_column", "text_column")
     }
     columns = {f"--{name}": column for name, column in names.items() if column is not None}
-    corpus = load_dataset(arguments.dataset_name)
-    check_corpus(corpus, columns)
-    if arguments.forget_dataset_name is not None:
-        corpus["forget"] = load_dataset(arguments.forget_dataset_name, split="train")
+    corpus = load_corpus(arguments.dataset_name, columns, arguments)
     config = AutoConfig.from_pretrained(arguments.model_name_or_path)
     model_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = model_class.from_pretrained(arguments.model_name_or_path, dtype=torch.float32)
@@ -177,6 +176,22 @@ def load(arguments: ScriptArguments):
     if tokenizer.pad_token is None:  # padding is masked: which token it is makes no difference
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer, corpus
+
+
+def load_corpus(name: str, columns: dict[str, str], arguments: RunArguments) -> DatasetDict:
+    """Rows with splits train and test, and forget if it is a data set of its own, which has these columns by their flags."""
+    if Path(name).is_file():
+        raise ValueError(
+            f"`--dataset_name` is the file {name}. Pass its folder, with one file for each of train and test."
+        )
+    corpus = load_dataset(name)
+    own = {} if arguments.forget_column is None else {"--forget_column": arguments.forget_column}
+    check_corpus(corpus, columns | own)
+    if arguments.forget_dataset_name is not None:
+        forgotten = load_dataset(arguments.forget_dataset_name)
+        check_corpus(forgotten, columns, ("train",), flag="--forget_dataset_name")
+        corpus["forget"] = forgotten["train"]
+    return corpus
 
 
 def split(corpus: DatasetDict, arguments: RunArguments, seed: int) -> dict[str, Dataset]:
@@ -189,7 +204,7 @@ def split(corpus: DatasetDict, arguments: RunArguments, seed: int) -> dict[str, 
         )
     train, test = corpus["train"], corpus["test"]
     if column is None:
-        at_hand = train.shuffle(seed=seed).select(range(len(train) if size is None else size))
+        at_hand = train.shuffle(seed=seed).select(range(retain_count(size, len(train))))
         return {"forget": corpus["forget"], "retain": at_hand, "others": train, "test": test}
     everyone = split_forget_retain(train, column, values)
     at_hand = split_forget_retain(train, column, values, retain_size=size, seed=seed)

@@ -286,7 +286,7 @@ CALLS = {
     "a corpus in one piece": (lambda: check_corpus(ROWS, {}), "is one Dataset, but must have the splits"),
     "a flag that names no column": (
         lambda: check_corpus(DatasetDict(train=ROWS, test=ROWS), {"--label_column": "label"}),
-        "`--label_column` is 'label', but the split 'train' has the columns speaker, text",
+        "`--label_column` is 'label', but the split 'train' of `--dataset_name` has the columns speaker, text",
     ),
     "gradients of unlike lengths": (
         lambda: project_orthogonal(torch.ones(3), torch.ones(2, 4)),

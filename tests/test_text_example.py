@@ -179,6 +179,23 @@ def test_bad_input_is_named_before_training(run_here, tmp_path, arguments, messa
         run_here("--output_dir", tmp_path, *arguments)
 
 
+def test_a_corpus_is_a_folder_and_a_part_of_it_a_fraction(tmp_path):
+    folder = save({"train": questions("Ada") + questions("Carl"), "test": questions("Bela", 3)}, tmp_path / "rows")
+    columns = {"--prompt_column": "q"}
+    of = partial(unlearn_text.ScriptArguments, forget_values=["Carl"])
+    with pytest.raises(ValueError, match="`--dataset_name` is the file .* Pass its folder"):
+        unlearn_text.load_corpus(str(folder / "train-00000-of-00001.parquet"), columns, of())
+    with pytest.raises(
+        ValueError, match="`--forget_column` is 'client', but the split 'train' of `--dataset_name` has"
+    ):
+        unlearn_text.load_corpus(str(folder), columns, of(forget_column="client"))
+    corpus = unlearn_text.load_corpus(str(folder), columns, of(forget_column="who"))
+    assert len(unlearn_text.split(corpus, of(forget_column="who", retain_size=0.5), 0)["retain"]) == 3
+    whole = unlearn_text.ScriptArguments(forget_dataset_name="x", retain_size=13)
+    with pytest.raises(ValueError, match="`retain_size` is 13, but 12 rows are not forgotten"):
+        unlearn_text.split(corpus, whole, 0)
+
+
 def test_captioner_forgets_a_kind_of_image(monkeypatch, tmp_path):
     own = (
         "--finetune_epochs",

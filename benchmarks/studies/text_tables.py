@@ -12,7 +12,8 @@ from hf_orthograd.evaluation.text import forget_quality
 
 COLUMNS = (
     "forget quality (p)", "utility", "utility less the default's", "forget probability", "forget ROUGE-L",
-    "forget truth ratio", "forget loss", "extraction", "retain ROUGE-L", "learning rate", "steps",
+    "forget truth ratio", "forget loss", "extraction", "retain ROUGE-L", "retain ROUGE-L less the default's",
+    "retain probability", "retain probability less the default's", "learning rate", "steps",
     "seconds a step, evaluations included", "peak memory (GiB)",
 )  # fmt: skip
 
@@ -61,7 +62,10 @@ def _table(rows: dict[str, list[dict]], default: list[dict]) -> str:
         cells += [mean_and_interval([np.mean(record["truth_ratios"]) for record in own])]
         cells += [mean_and_interval([record["forget_loss"] for record in own])]
         cells += [mean_and_interval([record["extraction"] for record in own])]
-        cells += [mean_and_interval([record["sets"]["retain"]["rouge"] for record in own])]
+        for key in ("rouge", "probability"):
+            values, others = ([record["sets"]["retain"][key] for record in rows] for rows in (own, default))
+            less = "" if own is default or "steps" not in own[0] else mean_and_interval(np.subtract(values, others))
+            cells += [mean_and_interval(values), less]
         if "steps" in own[0]:
             cells += [", ".join(sorted({f"{record['rate']:g}" for record in own}))]
             cells += [", ".join(str(record["steps"]) for record in own)]

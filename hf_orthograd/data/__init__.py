@@ -1,7 +1,7 @@
 """What goes in: splits, batches that know their rows, the two streams of a step, speech, text, variation."""
 
 from .batches import Batch, ChangingCollator, PairedBatches, RowSource
-from .splits import check_corpus, present_values, split_forget_retain
+from .splits import check_corpus, present_values, retain_count, split_forget_retain
 from .streams import ForgetStream, fill_last_batch, load_batches
 from .text import prepare_text_dataset
 from .variation import VaryImages, VarySpeech
@@ -20,5 +20,6 @@ __all__ = [
     "load_batches",
     "prepare_text_dataset",
     "present_values",
+    "retain_count",
     "split_forget_retain",
 ]

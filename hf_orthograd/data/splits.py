@@ -50,7 +50,7 @@ def split_forget_retain(
         )
     forgotten = np.array([value in stored for value in dataset.with_format(None)[column]])
     rest = np.flatnonzero(~forgotten)
-    count = _retain_count(retain_size, len(rest))
+    count = retain_count(retain_size, len(rest))
     if count < len(rest):
         groups = None if stratify_by is None else np.array(dataset.select(rest)[stratify_by], dtype=object).astype(str)
         rest = rest[np.sort(_draw(len(rest), count, groups, np.random.default_rng(seed)))]
@@ -100,36 +100,49 @@ def _listed(dataset: Dataset, column: str, present: list, missing: list) -> str:
     return ", ".join(map(repr, shown[:50])) + more
 
 
-def check_corpus(corpus: Mapping, columns: Mapping[str, str], splits: Sequence[str] = ("train", "test")) -> None:
+def check_corpus(
+    corpus: Mapping,
+    columns: Mapping[str, str],
+    splits: Sequence[str] = ("train", "test"),
+    *,
+    flag: str = "--dataset_name",
+) -> None:
     """Checks that a corpus has the splits and columns that a script was told of.
 
     Args:
         corpus (`datasets.DatasetDict`): As `load_dataset` returns it.
         columns (`Mapping[str, str]`): For each flag of the script, the column that it names.
         splits (`Sequence[str]`): Which are needed.
+        flag (`str`): That names the corpus.
 
     Raises:
         ValueError: One is missing; the message names the flag and lists what there is.
     """
     if not isinstance(corpus, Mapping):
-        raise ValueError(
-            f"`--dataset_name` is one {type(corpus).__name__}, but must have the splits {', '.join(splits)}."
-        )
+        raise ValueError(f"`{flag}` is one {type(corpus).__name__}, but must have the splits {', '.join(splits)}.")
     missing = [name for name in splits if name not in corpus]
     if missing:
         raise ValueError(
-            f"`--dataset_name` has no split {' and '.join(missing)}, only {', '.join(corpus)}. What was never trained on is "
+            f"`{flag}` has no split {' and '.join(missing)}, only {', '.join(corpus)}. What was never trained on is "
             "measured beside the rest: split some rows off with `train_test_split`, and save both."
         )
-    for flag, column in columns.items():
+    for name, column in columns.items():
         for split in splits:
             if column not in corpus[split].column_names:
                 raise ValueError(
-                    f"`{flag}` is {column!r}, but the split {split!r} has the columns {', '.join(corpus[split].column_names)}."
+                    f"`{name}` is {column!r}, but the split {split!r} of `{flag}` has the columns {', '.join(corpus[split].column_names)}."
                 )
 
 
-def _retain_count(retain_size: int | float | None, available: int) -> int:
+def retain_count(retain_size: int | float | None, available: int) -> int:
+    """How many rows that is, of those that are not forgotten.
+
+    Args:
+        retain_size (`int` or `float`, *optional*): A number, or a fraction below 1; all by default.
+
+    Raises:
+        ValueError: None, or more than there are.
+    """
     if retain_size is None:
         return available
     count = round(retain_size * available) if isinstance(retain_size, float) and retain_size < 1 else retain_size
