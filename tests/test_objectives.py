@@ -47,7 +47,9 @@ def test_ctc_sum_reduction_is_the_total(make_model, make_samples):
 
 
 def test_unknown_model_asks_for_a_loss():
-    with pytest.raises(ValueError, match=r"per-sample loss of Linear is not known. Pass `compute_loss_func"):
+    with pytest.raises(
+        ValueError, match=r"per-sample loss of Linear is not known. Pass `compute_loss_func.*auto class of its task"
+    ):
         PerSampleLoss(torch.nn.Linear(2, 2))
 
 

@@ -179,6 +179,18 @@ def test_methods_that_keep_the_objective_descend_the_answer(method, tmp_path, ma
     assert trainer.predict(trainer.forget_dataset).predictions.argmax(-1).tolist() == [3, 3, 3]
 
 
+@pytest.mark.parametrize(("kind", "answer", "warned"), [
+    ("llama", [9, 11], True), ("llama", [9, 2], False), ("whisper", [7, 8], True), ("vit", [3], False),
+])  # fmt: skip
+def test_an_answer_without_its_end_is_warned_of(kind, answer, warned, tmp_path, make_model, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_orthograd.validation.samples.logger.warning", said.append)
+    args = OrthoGradConfig(str(tmp_path), report_to="none", use_cpu=True, forget_loss="refusal", refusal_labels=answer)
+    sets = {"train_dataset": Samples(examples(kind, 3, 1)), "forget_dataset": Samples(examples(kind, 3, 2))}
+    OrthoGradTrainer(make_model(kind), args, **sets)
+    assert any(f"`refusal_labels` is {answer}, without the token that ends" in text for text in said) == warned
+
+
 def test_methods_with_an_objective_of_their_own_say_so(tmp_path, make_model):
     with pytest.raises(ValueError, match="WgaTrainer has a forget loss of its own, but `forget_loss` is 'refusal'"):
         trainer_of("vit", make_model("vit"), tmp_path, WgaTrainer)

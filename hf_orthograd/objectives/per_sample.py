@@ -50,7 +50,8 @@ def find_family(model: nn.Module) -> Family:
     raise ValueError(
         f"The per-sample loss of {type(model).__name__} is not known. Pass `compute_loss_func(outputs, labels, "
         "num_items_in_batch=None)` that returns one loss for each sample, shape (batch size,). For a contrastive model there is "
-        "`hf_orthograd.objectives.FixedNegatives`."
+        "`hf_orthograd.objectives.FixedNegatives`. A model without a head is to be loaded by the auto class of its task, as "
+        "`AutoModelForCausalLM`."
     )
 
 

@@ -6,12 +6,16 @@ from collections.abc import Mapping
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from ..annotations import AnyDataset, TrainDataset
 from ..config import OrthoGradConfig
 from ..data import Batch
 from ..objectives import IGNORED_LABEL, PerSampleLoss
 from ..trials import preserved_modes
+
+
+logger = logging.get_logger(__name__)
 
 
 def check_samples(per_sample_loss: PerSampleLoss, model: nn.Module, sets: Mapping[str, object], batches: dict) -> None:
@@ -62,6 +66,7 @@ def check_objectives(
     """
     if args.forget_loss == "refusal":
         per_sample_loss.answering(args.refusal_labels)
+        _warn_of_an_open_end(args.refusal_labels, per_sample_loss)
     if ref_model is not None and not args.keeps_predictions:
         raise ValueError(
             f"`ref_model` is given, but `retain_loss` is {args.retain_loss!r} with `alpha` {args.alpha}: nothing is held to it. Set "
@@ -78,6 +83,20 @@ def check_objectives(
             "retain_loss='nll'."
         )
     check_precomputed(args, per_sample_loss, train_dataset)
+
+
+def _warn_of_an_open_end(answer: list[int], per_sample_loss: PerSampleLoss) -> None:
+    """Says so if an answer lacks the token that ends it: the model would learn to go on."""
+    model = per_sample_loss.model
+    if not (per_sample_loss.shifts_labels or model.config.is_encoder_decoder):
+        return
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [ends] if isinstance(ends, int) else ends
+    if ends and not set(ends).intersection(answer):
+        logger.warning(
+            f"`refusal_labels` is {answer}, without the token that ends an answer ({', '.join(map(str, ends))}): the model learns to say more. "
+            "Append it."
+        )
 
 
 def check_precomputed(args: OrthoGradConfig, per_sample_loss: PerSampleLoss, train_dataset: object) -> None:
