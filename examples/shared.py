@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from torch import nn
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
+from hf_orthograd.data import check_corpus
 from hf_orthograd.evaluation import Relearning, UnlearningReport
 
 
@@ -99,6 +100,22 @@ def compared_models(
     elif arguments.retrain and not arguments.evaluate_only:
         reference = train(["others"])
     return original, reference
+
+
+def load_corpus(name: str, columns: dict[str, str], arguments: ComparisonArguments) -> DatasetDict:
+    """Rows with splits train and test, and forget if it is a data set of its own, which has these columns by their flags."""
+    if Path(name).is_file():
+        raise ValueError(
+            f"`--dataset_name` is the file {name}. Pass its folder, with one file for each of train and test."
+        )
+    corpus = load_dataset(name)
+    own = {} if arguments.forget_column is None else {"--forget_column": arguments.forget_column}
+    check_corpus(corpus, columns | own)
+    if arguments.forget_dataset_name is not None:
+        forgotten = load_dataset(arguments.forget_dataset_name)
+        check_corpus(forgotten, columns, ("train",), flag="--forget_dataset_name")
+        corpus["forget"] = forgotten["train"]
+    return corpus
 
 
 def relearning(

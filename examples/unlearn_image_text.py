@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from datasets import Array3D, Dataset, DatasetDict, Features, Sequence, Value
 from demo_digits import make_captioner, make_captions
+from shared import load_corpus
 from transformers import AutoModelForImageTextToText, AutoProcessor, DataCollatorForSeq2Seq
 from unlearn_text import DEMO as TEXT_DEMO
-from unlearn_text import RunArguments, exact_answers, load_corpus, parse, run, split
+from unlearn_text import RunArguments, exact_answers, parse, run, split
 
 from hf_orthograd.data import VaryImages
 from hf_orthograd.evaluation.text import answer_scores

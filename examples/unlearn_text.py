@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from demo_people import make_model, make_people, make_tokenizer
 from peft import LoraConfig, get_peft_model
 from shared import (
@@ -27,6 +27,7 @@ from shared import (
     WITHOUT_RULE,
     ComparisonArguments,
     compared_models,
+    load_corpus,
     relearning,
     say_that_nothing_stops,
     trained_folder,
@@ -44,7 +45,7 @@ from transformers import (
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer, split_forget_retain
 from hf_orthograd.callbacks import show_one_bar
-from hf_orthograd.data import check_corpus, prepare_text_dataset, present_values, retain_count
+from hf_orthograd.data import prepare_text_dataset, present_values, retain_count
 from hf_orthograd.evaluation import Quantization, evaluate_unlearning
 from hf_orthograd.evaluation.text import (
     AnswerProbability,
@@ -178,22 +179,6 @@ def load(arguments: ScriptArguments):
     return model, tokenizer, corpus
 
 
-def load_corpus(name: str, columns: dict[str, str], arguments: RunArguments) -> DatasetDict:
-    """Rows with splits train and test, and forget if it is a data set of its own, which has these columns by their flags."""
-    if Path(name).is_file():
-        raise ValueError(
-            f"`--dataset_name` is the file {name}. Pass its folder, with one file for each of train and test."
-        )
-    corpus = load_dataset(name)
-    own = {} if arguments.forget_column is None else {"--forget_column": arguments.forget_column}
-    check_corpus(corpus, columns | own)
-    if arguments.forget_dataset_name is not None:
-        forgotten = load_dataset(arguments.forget_dataset_name)
-        check_corpus(forgotten, columns, ("train",), flag="--forget_dataset_name")
-        corpus["forget"] = forgotten["train"]
-    return corpus
-
-
 def split(corpus: DatasetDict, arguments: RunArguments, seed: int) -> dict[str, Dataset]:
     """Training rows to forget, still at hand and lost; test rows of others and of the forgotten."""
     column, values, size = arguments.forget_column, arguments.forget_values, arguments.retain_size
@@ -288,6 +273,9 @@ def run(
         vary (`Callable`, *optional*): A transform of retain rows, which makes each anew whenever it is read.
     """
     measured = {name: rows for name, rows in sets.items() if name != "others"}
+    has_answers = (
+        sets["forget"][0]["labels"][0] == IGNORED_LABEL or start.config.is_encoder_decoder
+    )  # of texts none is said word for word
     retain = sets["retain"] if vary is None else sets["retain"].with_transform(vary)
 
     def unlearner(model, args: OrthoGradConfig) -> OrthoGradTrainer:
@@ -311,7 +299,7 @@ def run(
         args = stopping_in_time(args, reference, sets, arguments, shared)
     trainer = unlearner(start if arguments.evaluate_only else original, args)
     if not arguments.evaluate_only:
-        if trainer.evaluate(sets["forget"], metric_key_prefix="known")["known_exact_answers"] == 0:
+        if has_answers and trainer.evaluate(sets["forget"], metric_key_prefix="known")["known_exact_answers"] == 0:
             PartialState().print(
                 f"The model gives none of the {len(sets['forget'])} answers to be forgotten word for word. If it was trained on them, they "
                 "looked otherwise there: compare prompts, `--separator`, and the chat template with its system message."

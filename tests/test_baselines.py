@@ -114,6 +114,14 @@ def test_random_labels_are_of_classes_alone(vit_trainer, make_model):
         trainer.train()
 
 
+def test_random_labels_leave_pixels_alone_that_do_not_count(vit_trainer, monkeypatch):
+    trainer = vit_trainer(RandomLabelTrainer)
+    trainer._count = 3
+    monkeypatch.setattr(type(trainer.per_sample_loss), "ignored_label", 255)  # as a segmenter's
+    drawn = trainer._wrong(torch.tensor([255, 0, 1, 255]), 0)
+    assert drawn[[0, 3]].tolist() == [255, 255] and drawn[1] in (1, 2) and drawn[2] in (0, 2)
+
+
 def test_salun_trains_the_salient_half(vit_trainer):
     trainer = vit_trainer(RandomLabelTrainer, options={"saliency": 0.5})
     forget, retain = batch_of(trainer.forget_dataset), batch_of(trainer.train_dataset)

@@ -46,5 +46,16 @@ def test_the_curve_is_of_what_the_attacker_has_not(make_model, make_samples, tmp
             per_sample_losses(OrthoGradTrainer(model, args), rows).mean() for model in (trainer.model, attacked)
         )
         assert (curves[name][0].loss, curves[name][-1].loss) == pytest.approx((before, after), rel=1e-5)
+    models = {"original": trainer.model, "reference": make_model("vit"), "datasets": {"forget": forgotten}}
+    report = evaluate_unlearning(trainer, attacks=attacks, **models)
+    known = {
+        name: [curve[m][0].value for m in ("unlearned", "reference")] for name, curve in report.relearning.items()
+    }
+    for name, (start, end) in known.items():  # the original is the unlearned one here: nothing was forgotten
+        half = (start + end) / 2
+        steps = {
+            m: next((p.step for p in curve if p.value >= half), None) for m, curve in report.relearning[name].items()
+        }
+        assert report.recovery_steps[name] == steps
     with pytest.raises(ValueError, match="`measured` is empty"):
         Relearning(forgotten, trainer, **settings, measured=[])

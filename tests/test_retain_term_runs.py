@@ -157,14 +157,14 @@ def test_predictions_found_once_leave_no_starting_model(tmp_path, monkeypatch):
 
 
 def test_predictions_that_memory_has_no_room_for_are_refused_first(tmp_path, monkeypatch):
-    """Five classes, 4 bytes each, as they are found and in the table."""
+    """A table of five classes, 4 bytes each, beside what has been found."""
     rows = len(train(tmp_path, "vit", False, settings(8, **STORED, max_steps=1)).train_dataset)
-    needed = 2 * rows * 5 * 4
+    needed = rows * 5 * 4
     monkeypatch.setattr(stored_predictions, "free_memory", lambda device: needed)
     train(tmp_path, "vit", False, settings(8, **STORED, max_steps=1))
     monkeypatch.setattr(stored_predictions, "free_memory", lambda device: needed - 1)
     monkeypatch.setattr(OrthoGradTrainer, "training_step", None)  # no step is made
-    with pytest.raises(ValueError, match=f"predictions on {rows} rows of `train_dataset` take about"):
+    with pytest.raises(ValueError, match=f"the table of {rows} labels that were read so far takes"):
         train(tmp_path, "vit", False, settings(8, **STORED, max_steps=1))
 
 

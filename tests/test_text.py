@@ -51,7 +51,10 @@ def test_a_separator_stands_between_prompt_and_answer(tokenizer):
     rows = Dataset.from_dict({"q": ["who was ann ?"], "a": ["a painter"]})
     (row,) = prepare_text_dataset(rows, tokenizer, prompt_column="q", answer_column="a", separator=" <br> ")
     assert words(row["input_ids"]) == "who was ann ? <br> a painter </s>"
-    assert words(row["labels"]) == "- - - - <br> a painter </s>"
+    assert words(row["labels"]) == "- - - - - a painter </s>"
+    (row,) = prepare_text_dataset(rows, tokenizer, prompt_column="q", answer_column="a", separator="</s>")
+    assert words(row["input_ids"]) == "who was ann ? </s> a painter </s>"
+    assert words(row["labels"]) == "- - - - - a painter </s>"
 
 
 def test_of_a_chat_the_last_answer_is_learned(tokenizer):

@@ -1,12 +1,20 @@
 """Rows that a language model has no embedding or no position for are named before the first step."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     BloomConfig,
     BloomForCausalLM,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -20,7 +28,7 @@ from transformers import (
 )
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
-from hf_orthograd.validation.samples import check_tokens
+from hf_orthograd.validation import check_tokens
 
 
 SMALL = {
@@ -57,21 +65,54 @@ def test_rows_are_as_long_as_there_are_positions(kind):
         return
     longer = Dataset.from_dict({"input_ids": [[3, 4], [5] * (limit + 1)]})
     with pytest.raises(
-        ValueError, match=f"Row 1 of `train_dataset` has {limit + 1} tokens, but .* has {limit} positions"
+        ValueError,
+        match=f"Row 1 of `train_dataset` has {limit + 1} tokens in `input_ids`, but .* has {limit} positions",
     ):
         check_tokens(longer, "train_dataset", model)
     with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=longer.with_format("torch")[1]["input_ids"][None])
 
 
-def test_tokens_of_another_vocabulary_are_refused_before_the_first_step(tmp_path):
+def test_tokens_of_another_vocabulary_are_refused_before_anything_runs(tmp_path):
     rows = {"input_ids": [[3, 4, 5]] * 5, "attention_mask": [[1, 1, 1]] * 5, "labels": [[3, 4, 5]] * 5}
-    retain = Dataset.from_dict({**rows, "input_ids": [[6, 4, 5]] * 4 + [[3, 20, 5]]})
-    trainer = OrthoGradTrainer(
-        MODELS["gpt2"][0](),
-        OrthoGradConfig(str(tmp_path), use_cpu=True, report_to="none", per_device_train_batch_size=2),
-        train_dataset=retain,
-        forget_dataset=Dataset.from_dict(rows),
-    )
-    with pytest.raises(ValueError, match="Row 4 of `train_dataset` has the token 20 in `input_ids`, but .* knows 20"):
-        trainer.train()
+    retain = Dataset.from_dict({**rows, "input_ids": [[], *[[6, 4, 5]] * 3, [3, 20, 5]]})
+    args = OrthoGradConfig(str(tmp_path), use_cpu=True, report_to="none", per_device_train_batch_size=2)
+    sets = {"train_dataset": retain, "forget_dataset": Dataset.from_dict(rows)}
+    with pytest.raises(
+        ValueError, match="Row 4 of `train_dataset` has the token 20 in `input_ids`, but .* knows 0 to 19"
+    ):
+        OrthoGradTrainer(MODELS["gpt2"][0](), args, **sets)
+
+
+@pytest.mark.parametrize("target", ["wte", "wpe"])
+def test_tables_are_found_under_an_adapter(target):
+    adapted = get_peft_model(MODELS["gpt2"][0](), LoraConfig(r=2, target_modules=[target]))
+    for tokens, problem in (([-1, 3], "has the token -1"), ([3] * 11, "has 11 tokens in `input_ids`")):
+        with pytest.raises(ValueError, match=f"Row 1 of `forget_dataset` {problem}"):
+            check_tokens(Dataset.from_dict({"input_ids": [None, tokens]}), "forget_dataset", adapted)
+
+
+def test_a_decoder_has_positions_for_its_labels():
+    config = BartConfig(vocab_size=20, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, **TEN)  # fmt: skip
+    rows = Dataset.from_dict({"input_ids": [[3, 4]], "labels": [[3, -100] * 6]})
+    with pytest.raises(
+        ValueError, match="Row 0 of `train_dataset` has 12 tokens in `labels`, but .* has 10 positions"
+    ):
+        check_tokens(rows, "train_dataset", BartForConditionalGeneration(config))
+
+
+def test_what_is_known_otherwise_is_left_to_the_model():
+    """A model of several parts, or of another kind; rows that a transform makes, or that are no lists."""
+    long = Dataset.from_dict({"input_ids": [[3, 99] * 20]})
+    parts = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**SMALL), BertConfig(**SMALL, **TEN))
+    check_tokens(long, "train_dataset", EncoderDecoderModel(parts))
+    plain = torch.nn.Linear(2, 2)
+    plain.config = SimpleNamespace(max_position_embeddings=10)
+    check_tokens(long, "train_dataset", plain)
+    for rows in (
+        long.with_transform(lambda batch: batch),
+        Dataset.from_dict({"input_ids": ["text"]}),
+        [{"input_ids": [99]}],
+    ):
+        check_tokens(rows, "train_dataset", MODELS["gpt2"][0]())

@@ -161,7 +161,7 @@ class RetentionStudy(ImageStudy):
                     self.records.get(f"attacked {request} {variant}", lambda run=run: self.run(*run))
 
     def stage_report(self) -> None:
-        write_report(self.records.runs, RESULTS / f"study_{self.name}.md", [*ImageStudy.kinds], self.seeds)
+        write_report(self.records.runs, RESULTS / f"study_{self.name}.md", [*ImageStudy.kinds], type(self).seeds)
 
 
 def write_report(runs: dict, path: Path, kinds: list[str], seeds: tuple[int, ...]) -> None:
@@ -170,7 +170,7 @@ def write_report(runs: dict, path: Path, kinds: list[str], seeds: tuple[int, ...
     for kind in kinds:
         for retain in (CHOSEN_AT, *RetentionStudy.sizes):
             what = "a proxy retain set" if retain == "proxy" else f"{float(retain):.0%} of the retain set at hand"
-            for own_seeds in (tuple(seeds), LATER_SEEDS, (*seeds, *LATER_SEEDS)):
+            for own_seeds in dict.fromkeys((tuple(seeds), LATER_SEEDS, (*range(LATER_SEEDS[0]), *LATER_SEEDS))):
                 records = {
                     variant: [runs.get(f"final {kind}-{seed} {retain} {variant}") for seed in own_seeds]
                     for variant in VARIANTS

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Batch
-from ..objectives import IGNORED_LABEL
 from ..trials import preserved_modes, preserved_random_state
 from .base import BaselineTrainer
 
@@ -42,7 +41,7 @@ class RandomLabelTrainer(BaselineTrainer):
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + row)
         count = self._count = self._count or self._classes()
         drawn = torch.randint(1, count, labels.shape, generator=generator).to(labels.device)
-        return torch.where(labels == IGNORED_LABEL, labels, (labels + drawn) % count)
+        return torch.where(labels == self.per_sample_loss.ignored_label, labels, (labels + drawn) % count)
 
     def begin_unlearning(self) -> None:
         super().begin_unlearning()

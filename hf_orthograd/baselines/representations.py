@@ -46,8 +46,10 @@ class RmuTrainer(TeacherTrainer):
         trained = {name: own for name, own in plain.named_parameters() if own.requires_grad}
         with preserved_random_state():
             states = self._states(plain, self.first_batch("forget_dataset", 1))
-        gradients = torch.autograd.grad(states.float().sum(), list(trained.values()), allow_unused=True)
-        idle = [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
+        if states.requires_grad:
+            states.float().sum().backward()  # not `autograd.grad`, which reentrant checkpointing cannot follow
+        idle = [name for name, parameter in trained.items() if parameter.grad is None]
+        plain.zero_grad(set_to_none=True)
         if idle:
             raise ValueError(
                 f"{len(idle)} trainable parameters do not change what `layer` {self._layer!r} puts out, {idle[0]} for one: processes would wait "

@@ -94,7 +94,8 @@ def _listed(dataset: Dataset, column: str, present: list, missing: list) -> str:
     """What a column holds, those first that look like what was asked for, and 50 at most."""
     names = getattr(dataset.features[column], "names", None)
     shown = [names[value] if names and value is not None and value >= 0 else value for value in present]
-    near = {match for value in missing for match in difflib.get_close_matches(str(value), list(map(str, shown)))}
+    words = list(map(str, shown[:10_000]))  # a comparison with each takes its time
+    near = {match for value in missing[:3] for match in difflib.get_close_matches(str(value), words)}
     shown = sorted(shown, key=lambda value: (str(value) not in near, str(value)))
     more = f" and {len(shown) - 50} more" if len(shown) > 50 else ""
     return ", ".join(map(repr, shown[:50])) + more

@@ -62,7 +62,7 @@ def prepare_text_dataset(
 
     def prepare(row: dict, number: int) -> dict[str, list[int]]:
         try:
-            prompt, answer = encode(*(row[name] for name in forms[form]))
+            prompt, answer, learned = encode(*(row[name] for name in forms[form]))
         except ValueError as error:
             raise ValueError(f"Row {number}: {error}") from error
         length = len(prompt) + len(answer)
@@ -72,42 +72,49 @@ def prepare_text_dataset(
                 "the length."
             )
         inputs = prompt if is_encoder_decoder else prompt + answer
-        if not is_encoder_decoder and form != "text":
-            answer = _to_its_end(answer, tokenizer)
-        labels = answer if is_encoder_decoder else [IGNORED_LABEL] * len(prompt) + answer
+        labels = answer[:learned] + [IGNORED_LABEL] * (len(answer) - learned)
+        labels = labels if is_encoder_decoder else [IGNORED_LABEL] * len(prompt) + labels
         return {"input_ids": inputs, "attention_mask": [1] * len(inputs), "labels": labels}
 
     return dataset.map(prepare, with_indices=True, remove_columns=list(forms[form]), desc="Tokenizing")
 
 
-Encode = Callable[..., tuple[list[int], list[int]]]
+Encode = Callable[..., tuple[list[int], list[int], int]]
 
 
 def _encoder(form: str, tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool, separator: str) -> Encode:
-    """A function from what a row holds to the tokens of its prompt and of what is learned."""
+    """A function from what a row holds to the tokens of its prompt, those of its answer, and how many of these are learned."""
 
-    def text(content: str) -> tuple[list[int], list[int]]:
-        return [], _ended(tokenizer(_checked(content)).input_ids, tokenizer)
+    def whole(prompt: list[int], answer: list[int]) -> tuple[list[int], list[int], int]:
+        return prompt, answer, len(answer)
 
-    def chat(messages: Sequence[dict]) -> tuple[list[int], list[int]]:
+    def text(content: str) -> tuple[list[int], list[int], int]:
+        return whole([], _ended(tokenizer(_checked(content)).input_ids, tokenizer))
+
+    def chat(messages: Sequence[dict]) -> tuple[list[int], list[int], int]:
         if not messages or messages[-1]["role"] != "assistant":
             raise ValueError("the chat does not end with a message of the assistant, which would be learned.")
         _checked(messages[-1]["content"])
         template = {"tokenize": True, "return_dict": False}
-        whole = tokenizer.apply_chat_template(list(messages), **template)
+        written = tokenizer.apply_chat_template(list(messages), **template)
         prompt = tokenizer.apply_chat_template(list(messages[:-1]), add_generation_prompt=True, **template)
-        if whole[: len(prompt)] != prompt:
+        if written[: len(prompt)] != prompt:
             raise ValueError("the template writes the messages before the answer differently when there is none yet.")
-        return prompt, whole[len(prompt) :]
+        answer = written[len(prompt) :]
+        return prompt, answer, _to_its_end(answer, tokenizer)
 
-    def question(prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    def question(prompt: str, answer: str) -> tuple[list[int], list[int], int]:
         if is_encoder_decoder:
-            return tokenizer(_checked(prompt)).input_ids, tokenizer(text_target=_checked(answer)).input_ids
+            return whole(tokenizer(_checked(prompt)).input_ids, tokenizer(text_target=_checked(answer)).input_ids)
         if tokenizer.chat_template is not None:
             return chat([{"role": "user", "content": _checked(prompt)}, {"role": "assistant", "content": answer}])
-        # each by itself, so that no token spans both
-        learned = tokenizer(separator + _checked(answer), add_special_tokens=False).input_ids
-        return _without_end(tokenizer(_checked(prompt)).input_ids, tokenizer), _ended(learned, tokenizer)
+        # each by itself, so that no token spans both; a blank is part of the word behind it
+        between = separator.rstrip(" ")
+        learned = tokenizer(separator[len(between) :] + _checked(answer), add_special_tokens=False).input_ids
+        read = _without_end(tokenizer(_checked(prompt)).input_ids, tokenizer)
+        if between:
+            read = read + tokenizer(between, add_special_tokens=False).input_ids
+        return whole(read, _ended(learned, tokenizer))
 
     return {"text": text, "chat": chat, "question": question}[form]
 
@@ -124,13 +131,10 @@ def _ended(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
 
 
-def _to_its_end(answer: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Without a label on what a chat's template writes behind the token at which generation stops, as a line break."""
+def _to_its_end(answer: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens a chat's answer has, without what the template writes behind the end at which generation stops, as a line break."""
     end = tokenizer.eos_token_id
-    if end not in answer:
-        return answer
-    said = answer.index(end) + 1
-    return answer[:said] + [IGNORED_LABEL] * (len(answer) - said)
+    return len(answer) - answer[::-1].index(end) if end in answer else len(answer)
 
 
 def _without_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -39,10 +39,10 @@ def _optimizer(trainer: Trainer) -> dict[str, str | float]:
     """As the arguments say, unless an optimizer was handed over that has another class or rate."""
     args, optimizer = trainer.args, getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
     found = {"learning_rate": args.learning_rate, "optim": str(getattr(args.optim, "value", args.optim))}
-    if trainer.is_deepspeed_enabled:  # which has one of its own
+    if trainer.is_deepspeed_enabled or not getattr(optimizer, "param_groups", None):  # one of its own, or let go since
         return found
     group = optimizer.param_groups[0]
-    found["learning_rate"] = group.get("initial_lr", group["lr"])  # before the scheduler
+    found["learning_rate"] = float(group.get("initial_lr", group["lr"]))  # before the scheduler
     if not isinstance(optimizer, trainer.get_optimizer_cls_and_kwargs(args, trainer.model)[0]):
         found["optim"] = _known_class(optimizer, "torch.")
     return found
@@ -50,7 +50,7 @@ def _optimizer(trainer: Trainer) -> dict[str, str | float]:
 
 def _known_class(one: object, *known: str) -> str:
     """The first of its classes that is from one of these packages."""
-    return next(of.__name__ for of in type(one).__mro__ if of.__module__.startswith(known))
+    return next((of.__name__ for of in type(one).__mro__ if of.__module__.startswith(known)), "another one")
 
 
 def _end(trainer: Trainer) -> str:

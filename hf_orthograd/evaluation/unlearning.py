@@ -85,7 +85,7 @@ def evaluate_unlearning(
     models = {"unlearned": trainer.model, "original": original, "reference": reference}
     examination.examine_all(models, attacks)
     report = examination.report(goal, _costs(trainer, cost or {}))
-    _summarize(report)
+    _summarize(report, examination.levels)
     report.hardest_hit = _hardest_hit(report)
     report.checks = check_report(report, tolerances or Tolerances(), names)
     return report
@@ -143,6 +143,7 @@ class _Examination:
         self.measurements: dict[str, dict[str, Measurement]] = {}
         self.qualities: dict[str, dict[str, Quality]] = {}
         self.relearning: dict[str, dict[str, list[RelearningPoint]]] = {}
+        self.levels: dict[str, float | None] = {}  # of the original, on what each curve of relearning is of
 
     def examine_all(self, models: Mapping[str, nn.Module | None], attacks: Sequence[Attack]) -> None:
         """Measures each model that there is, and the attacked ones of those that attacks are made on."""
@@ -153,6 +154,8 @@ class _Examination:
             for name in ("unlearned", "reference"):
                 if name in given:
                     self.attack(attack, name, given[name])
+            if isinstance(attack, Relearning) and "original" in given:
+                self.levels[attack.name] = self._before(attack, "original", given["original"]).value
 
     def examine(self, name: str, model: nn.Module) -> None:
         self.measurements[name] = self._measure(name, model, tuple(self._datasets))
@@ -169,21 +172,24 @@ class _Examination:
             sets = tuple(of for of in ATTACKED if of in self._datasets)
             self._measure(f"{name}, {attack.name}", attack(model), sets)
             return
-        curve = []
+        before = self._before(attack, name, model)
+        curve = [RelearningPoint(0, before.loss, before.value)]
 
         def observe(step: int, attacked: nn.Module) -> None:
-            with examining(self._trainer, attacked):
-                rows = self._datasets["forget"] if attack.measured is None else attack.measured
-                quality = self._quality(None, measure(self._trainer, rows, self._metrics))
+            quality = self._relearned(attack, attacked)
             curve.append(RelearningPoint(step, quality.loss, quality.value))
 
-        if attack.measured is not None:
-            observe(0, model)
-        else:
-            before = self.qualities[name]["forget"]
-            curve.append(RelearningPoint(0, before.loss, before.value))
         attack(model, observe)
         self.relearning.setdefault(attack.name, {})[name] = curve
+
+    def _before(self, attack: Relearning, name: str, model: nn.Module) -> Quality:
+        """What the curve begins with; all of "forget" has been measured already."""
+        return self.qualities[name]["forget"] if attack.measured is None else self._relearned(attack, model)
+
+    def _relearned(self, attack: Relearning, model: nn.Module) -> Quality:
+        rows = self._datasets["forget"] if attack.measured is None else attack.measured
+        with examining(self._trainer, model):
+            return self._quality(None, measure(self._trainer, rows, self._metrics))
 
     def _quality(self, of: str | None, found: Measurement) -> Quality:
         better = self._metric is None or self._metric.greater_is_better
@@ -266,7 +272,8 @@ def _rates(report: UnlearningReport, model: str) -> dict[str, float]:
     return rates | ({"auc": auc} if (auc := main_auc(report, model)) is not None else {})
 
 
-def _summarize(report: UnlearningReport) -> None:
+def _summarize(report: UnlearningReport, levels: Mapping[str, float]) -> None:
+    """Args: levels (`Mapping`): Of the original, what each curve of relearning would begin with."""
     report.summary = dict.fromkeys(("tug_of_war", "average_gap", "unlearning_impact_score"))
     if report.metric is None:
         return
@@ -287,11 +294,11 @@ def _summarize(report: UnlearningReport) -> None:
                 original_test, test, forget, erased=report.goal == "erased"
             )
     if "original" in report.models and "reference" in report.models:
-        half = (report.models["original"]["forget"].value + report.models["reference"]["forget"].value) / 2
-        report.recovery_steps = {
-            attack: {model: _first_back(curve, half, report.greater_is_better) for model, curve in curves.items()}
-            for attack, curves in report.relearning.items()
-        }
+        for attack, curves in report.relearning.items():
+            half = (levels[attack] + curves["reference"][0].value) / 2
+            report.recovery_steps[attack] = {
+                model: _first_back(curve, half, report.greater_is_better) for model, curve in curves.items()
+            }
 
 
 def _hardest_hit(report: UnlearningReport) -> dict[str, HardestHit]:

@@ -182,6 +182,13 @@ class ClassHead(Family):
         return getattr(config, "num_labels", None)
 
 
+class TokenClasses(AlignedTokens):
+    """Token classifiers: a class for each token."""
+
+    def num_classes(self, config: PreTrainedConfig) -> int | None:
+        return config.num_labels
+
+
 class Spans(Family):
     """Extractive question answering: where the answer starts and ends; outside the text, as after cutting, not counted."""
 

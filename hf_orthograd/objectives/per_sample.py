@@ -10,7 +10,7 @@ from transformers.models.auto import modeling_auto as auto
 from transformers.utils import ModelOutput
 
 from .answers import after_prompts, with_class, with_labels
-from .families import IGNORED_LABEL, AlignedTokens, CausalTokens, ClassHead, Ctc, Family, Pixels, Spans
+from .families import IGNORED_LABEL, AlignedTokens, CausalTokens, ClassHead, Ctc, Family, Pixels, Spans, TokenClasses
 
 
 # maps (model, inputs) to the losses of the batch's samples, shape (B,)
@@ -23,7 +23,7 @@ _FAMILIES: list[tuple[Mapping, Family]] = [
     (auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, AlignedTokens()),
     (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, AlignedTokens()),
     (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, AlignedTokens()),
-    (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, AlignedTokens()),
+    (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, TokenClasses()),
     (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, CausalTokens()),
     (auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, ClassHead()),
     (auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES, ClassHead()),

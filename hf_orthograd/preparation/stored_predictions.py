@@ -71,8 +71,7 @@ class StoredPredictions:
             counts = counts.to(logits.device)
             counts[0, rows], counts[1, rows] = numbers, 1
             parts.append((rows, numbers, _compact(logits)))
-            if len(parts) == 1:
-                _check_room(parts[0][2], len(rows), num_rows, group)
+            _check_room(sum(part.numel() for *_, part in parts), parts[0][2], group)
         own, first = counts[0], parts[0][2]
         in_full = group.sum(torch.tensor(sum(part.dtype == torch.float32 for *_, part in parts), device=first.device))
         dtype = torch.float32 if in_full > 0 else first.dtype
@@ -109,20 +108,24 @@ def _compact(logits: Tensor) -> Tensor:
     return logits.float()
 
 
-def _check_room(logits: Tensor, read: int, num_rows: int, group: ProcessGroup) -> None:
-    """Before most of the work: whether what `read` rows took, times all rows, fits into the free memory of the device.
+def _check_room(numbers: int, logits: Tensor, group: ProcessGroup) -> None:
+    """Whether a table of what all processes have found so far fits beside it into the free memory of each.
+
+    Args:
+        numbers (`int`): That this process has found.
+        logits (`torch.Tensor`): Some of them, (N, V).
 
     Raises:
         ValueError: It does not, in some process.
     """
-    numbers = logits.numel() / read * num_rows
-    table = numbers * (logits.element_size() if group.is_alone else 4)
-    needed, free = table + numbers * logits.element_size() / group.num_processes, free_memory(logits.device)
-    if group.sum(torch.tensor(int(needed > free), device=logits.device)) > 0:
+    device = logits.device
+    total = int(group.sum(torch.tensor(numbers, device=device)))
+    needed, free = total * (logits.element_size() if group.is_alone else 4), free_memory(device)
+    if group.sum(torch.tensor(int(needed > free), device=device)) > 0:
         raise ValueError(
-            f"`precompute_ref_logits` is True, but the predictions on {num_rows} rows of `train_dataset` take about {needed / 2**30:.2g} GiB "
-            f"while they are found, and {free / 2**30:.2g} GiB of {logits.device.type} memory are free: {logits.shape[-1]} numbers for each of "
-            f"{numbers / logits.shape[-1]:.0f} labels. Leave it out, or take fewer or shorter rows."
+            f"`precompute_ref_logits` is True, but there is no room for the predictions on `train_dataset`: the table of {total / logits.shape[-1]:.0f} "
+            f"labels that were read so far takes {needed / 2**30:.2g} GiB, {logits.shape[-1]} numbers each. {free / 2**30:.2g} GiB of {device.type} "
+            "memory are free in this process. Leave it out, or take fewer or shorter rows."
         )
 
 

@@ -22,6 +22,7 @@ from .launch import (
     warn_of_half_precision,
 )
 from .samples import check_objectives, check_per_sample, check_precomputed, check_prompts, check_samples
+from .tokens import check_tokens
 
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "check_prompts",
     "check_samples",
     "check_steps",
+    "check_tokens",
     "find_parameters",
     "freeze_batch_norm",
     "is_empty",

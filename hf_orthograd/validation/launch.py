@@ -14,8 +14,7 @@ from ..parallel import Parameters
 
 logger = logging.get_logger(__name__)
 
-# below the first the projection gained next to nothing in the ablations, below the second little, so that Trainer's
-# default batch is said to be small, but is no mistake (docs/choosing_settings.md)
+# below it the projection gained little in the ablations; Trainer's default batch lies below (docs/choosing_settings.md)
 FEW_RETAIN_SAMPLES = 16
 
 

@@ -1,6 +1,5 @@
 """A few samples of each set: their labels, and whether the loss is one number for each, of that sample alone."""
 
-import re
 from collections.abc import Mapping
 
 import torch
@@ -33,7 +32,6 @@ def check_samples(per_sample_loss: PerSampleLoss, model: nn.Module, sets: Mappin
     for name, (pair, *_) in batches.items():
         check_batch(pair, name, per_sample_loss)
         check_label_column(sets[name], name, per_sample_loss)
-        check_tokens(sets[name], name, model)
     pair, *alone = batches["forget_dataset"]
     check_losses(per_sample_loss, model, pair, alone[0])
     if not per_sample_loss.label_names:  # a loss of the user's own
@@ -231,58 +229,6 @@ def check_label_column(dataset: TrainDataset, name: str, per_sample_loss: PerSam
             raise ValueError(f"Row {row} of `{name}` has no label (None). Remove it, or label it.")
         if isinstance(labels, (list, int, float)) and labels != []:
             check_labels(torch.as_tensor(labels)[None], name, per_sample_loss, [row])
-
-
-def check_tokens(dataset: TrainDataset, name: str, model: nn.Module) -> None:
-    """Checks that the model knows every token of a data set that holds them ready-made, and has a position for it.
-
-    Raises:
-        ValueError: A row has a token beyond the vocabulary, or more tokens than there are learned positions; on an accelerator
-            either would end the process without a word of which row.
-    """
-    if (
-        not isinstance(dataset, Dataset)
-        or "input_ids" not in dataset.column_names
-        or dataset.format["type"] == "custom"
-    ):
-        return
-    rows = dataset.with_format(None)["input_ids"]
-    if not len(rows) or not isinstance(rows[0], list) or not rows[0] or not isinstance(rows[0][0], int):
-        return
-    known, positions = _tokens_known(model), _positions_learned(model)
-    for row, tokens in enumerate(rows):
-        if known is not None and tokens and max(tokens) >= known:
-            raise ValueError(
-                f"Row {row} of `{name}` has the token {max(tokens)} in `input_ids`, but {type(model).__name__} knows {known}. Use the "
-                "tokenizer of this model, or enlarge it by `resize_token_embeddings`."
-            )
-        if positions is not None and len(tokens) > positions:
-            raise ValueError(
-                f"Row {row} of `{name}` has {len(tokens)} tokens, but {type(model).__name__} has {positions} positions. Cut or split the row; "
-                "`prepare_text_dataset(..., max_length=...)` and the examples' `--max_length` refuse longer ones."
-            )
-
-
-def _tokens_known(model: nn.Module) -> int | None:
-    try:
-        return getattr(model.get_input_embeddings(), "num_embeddings", None)
-    except (AttributeError, NotImplementedError):  # a model of another kind: its own loss says what it reads
-        return None
-
-
-def _positions_learned(model: nn.Module) -> int | None:
-    """How many a table of positions holds that are added to what is read; None where positions are turned or told apart otherwise."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if config is not None else None
-    limit = getattr(text, "max_position_embeddings", None)
-    tables = [  # RoBERTa counts from behind the padding token's number
-        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and re.search(r"(^|\.)(wpe|\w*position\w*)$", name)
-    ]
-    # some tables have two rows more, which none of the tokens gets
-    found = [min(limit, rows) for rows in tables if limit is not None and limit - 4 <= rows <= limit + 2]
-    return min(found, default=None)
 
 
 def check_prompts(dataset: AnyDataset, per_sample_loss: PerSampleLoss) -> None:

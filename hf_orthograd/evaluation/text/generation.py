@@ -19,7 +19,9 @@ from ..measure import trainers_precision
 
 
 # what stands in a row and goes to `generate()`, or is not asked for there
-_CARRIED = frozenset({"input_ids", "attention_mask", "labels", "pixel_values"})
+_CARRIED = frozenset(
+    {"input_ids", "attention_mask", "labels", "pixel_values", "decoder_input_ids", "decoder_attention_mask"}
+)
 
 
 def generate_answers(
@@ -68,23 +70,27 @@ def generate_tokens(
     prompts = [_prompt_of(dataset[row], row, prompt_length, base.config) for row in range(len(dataset))]
     has_images = "pixel_values" in dataset[0]
     device, size, place = trainer.args.device, trainer.args.per_device_eval_batch_size, next(model.parameters()).device
-    model.to(device)
     found = []
     quiet = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
-    with trainer.accelerator.split_between_processes(list(enumerate(prompts))) as own, preserved_modes(model):
-        model.eval()
-        own = sorted(own, key=lambda numbered: len(numbered[1]))  # little padding
-        for start in tqdm(range(0, len(own), size), desc="Generating", disable=quiet, leave=False):
-            rows, batch = zip(*own[start : start + size], strict=True)
-            # an encoder may count positions from the left, padding or not
-            side = "right" if base.config.is_encoder_decoder else "left"
-            inputs = tokenizer.pad({"input_ids": list(batch)}, padding_side=side, return_tensors="pt")
-            if has_images:
-                inputs["pixel_values"] = torch.stack([torch.as_tensor(dataset[row]["pixel_values"]) for row in rows])
-            with _greedy(model, base, tokenizer, max_new_tokens), trainers_precision(trainer, model):
-                said = _generate(model, base, inputs.to(device), trainer)
-            found += zip(rows, said, strict=True)
-    model.to(place)  # two models need not be on the device at once
+    try:
+        model.to(device)
+        with trainer.accelerator.split_between_processes(list(enumerate(prompts))) as own, preserved_modes(model):
+            model.eval()
+            own = sorted(own, key=lambda numbered: len(numbered[1]))  # little padding
+            for start in tqdm(range(0, len(own), size), desc="Generating", disable=quiet, leave=False):
+                rows, batch = zip(*own[start : start + size], strict=True)
+                # an encoder may count positions from the left, padding or not
+                side = "right" if base.config.is_encoder_decoder else "left"
+                inputs = tokenizer.pad({"input_ids": list(batch)}, padding_side=side, return_tensors="pt")
+                if has_images:
+                    inputs["pixel_values"] = torch.stack(
+                        [torch.as_tensor(dataset[row]["pixel_values"]) for row in rows]
+                    )
+                with _greedy(model, base, tokenizer, max_new_tokens), trainers_precision(trainer, model):
+                    said = _generate(model, base, inputs.to(device), trainer)
+                found += zip(rows, said, strict=True)
+    finally:
+        model.to(place)  # two models need not be on the device at once
     return [said for _, said in sorted(dict(gather_object(found)).items())]  # a process without rows was lent one
 
 

@@ -31,7 +31,7 @@ def knowledge_memorization(trainer: Trainer, dataset: AnyDataset, *, max_new_tok
     cuts at a blank line. Rows may hold such a prompt; nothing is cut here.
     """
     said = generate_answers(trainer, dataset, max_new_tokens=max_new_tokens)
-    return float(rouge_l(said, decode(trainer, _labels(dataset)), use_stemmer=False)[1].mean())
+    return float(rouge_l(said, decode(trainer, _labels(trainer, dataset)), use_stemmer=False)[1].mean())
 
 
 def verbatim_memorization(
@@ -56,18 +56,18 @@ def verbatim_memorization(
             f"`prompt_length` is {prompt_length}, but a text has {min(lengths)} tokens: nothing is left to say."
         )
     most = max(lengths) - prompt_length if max_new_tokens is None else max_new_tokens
-    rests = _labels(dataset, prompt_length, prompt_length + most)
+    rests = _labels(trainer, dataset, prompt_length, prompt_length + most)
     said = generate_tokens(trainer, dataset, prompt_length=prompt_length, max_new_tokens=most)
     cut = [own[: len(rest)] for own, rest in zip(said, rests, strict=True)]
     return float(rouge_l(decode(trainer, cut), decode(trainer, rests), use_stemmer=False)[1].mean())
 
 
-def _labels(dataset: AnyDataset, start: int = 0, stop: int | None = None) -> list[list[int]]:
+def _labels(trainer: Trainer, dataset: AnyDataset, start: int = 0, stop: int | None = None) -> list[list[int]]:
     """The labels of each row between two of its tokens, padding left out."""
-    found = []
+    found, is_one_text = [], not trainer.accelerator.unwrap_model(trainer.model).config.is_encoder_decoder
     for row in dataset:
         labels = torch.as_tensor(row["labels"])
-        if len(labels) == len(row.get("attention_mask", ())):  # of an encoder-decoder model they are another text
+        if is_one_text and "attention_mask" in row:
             labels = labels[torch.as_tensor(row["attention_mask"]).bool()]
         labels = labels[start:stop]
         found.append(labels[labels != IGNORED_LABEL].tolist())
