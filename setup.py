@@ -22,6 +22,7 @@ REQUIRED = [
     "matplotlib>=3.9",
     "numpy>=2.0",
     "psutil>=5.9",
+    "pyarrow>=21.0",
     "rouge-score>=0.1.2",
     "scikit-learn>=1.5",
     "scipy>=1.15",

@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -12,6 +15,7 @@ from ..config import OrthoGradConfig
 from ..data import Batch
 from ..objectives import IGNORED_LABEL, PerSampleLoss
 from ..trials import preserved_modes
+from .tokens import holds_lists, parts_of
 
 
 logger = logging.get_logger(__name__)
@@ -222,13 +226,38 @@ def find_unlabelled_rows(labels: Tensor, shifted: bool) -> list[int]:
 
 def check_label_column(dataset: TrainDataset, name: str, per_sample_loss: PerSampleLoss) -> None:
     """The same for every row of a data set that holds its labels ready-made."""
-    if not isinstance(dataset, Dataset) or "labels" not in dataset.column_names or dataset.format["type"] == "custom":
+    if not isinstance(dataset, Dataset):
         return
-    for row, labels in enumerate(dataset.with_format(None)["labels"]):
-        if labels is None:
-            raise ValueError(f"Row {row} of `{name}` has no label (None). Remove it, or label it.")
-        if isinstance(labels, (list, int, float)) and labels != []:
-            check_labels(torch.as_tensor(labels)[None], name, per_sample_loss, [row])
+    for start, part in parts_of(dataset, "labels"):
+        if _all_count(part, per_sample_loss):
+            continue
+        for row, labels in enumerate(part.to_pylist(), start):
+            if labels is None:
+                raise ValueError(f"Row {row} of `{name}` has no label (None). Remove it, or label it.")
+            if isinstance(labels, (list, int, float)) and labels != []:
+                check_labels(torch.as_tensor(labels)[None], name, per_sample_loss, [row])
+
+
+def _all_count(part: pa.Array, per_sample_loss: PerSampleLoss) -> bool:
+    """Whether all labels of a part of a column are classes of the model, and each row has one, seen at a glance; if not, look again."""
+    count, is_list = per_sample_loss.num_classes, holds_lists(part)
+    if part.null_count or count is None or not (is_list or pa.types.is_integer(part.type)):
+        return False
+    if is_list != (per_sample_loss.problem(torch.zeros(1, dtype=torch.long)) is None) or not len(part):
+        return False
+    flat = (pc.list_flatten(part) if is_list else part).to_numpy(zero_copy_only=False)
+    counted = flat != per_sample_loss.ignored_label if is_list else np.ones(len(flat), dtype=bool)
+    if flat.dtype.kind != "i" or ((flat < 0) | (flat >= count))[counted].any():
+        return False
+    if not is_list:
+        return True
+    lengths = pc.list_value_length(part).to_numpy()
+    firsts = np.cumsum(lengths) - lengths
+    if not lengths.all():
+        return False
+    if per_sample_loss.shifts_labels:
+        counted[firsts] = False
+    return bool((np.add.reduceat(counted.astype(np.int64), firsts) > 0).all())
 
 
 def check_prompts(dataset: AnyDataset, per_sample_loss: PerSampleLoss) -> None:

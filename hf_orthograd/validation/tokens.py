@@ -36,7 +36,9 @@ def check_tokens(dataset: TrainDataset | None, name: str, model: nn.Module) -> N
     known, positions = _tokens_known(model), _positions_learned(model, config)
     columns = ["input_ids", "labels"] if config.is_encoder_decoder else ["input_ids"]
     for column in columns:
-        for start, lists in _lists_of(dataset, column):
+        for start, lists in parts_of(dataset, column):
+            if not holds_lists(lists):
+                break
             lengths, tokens = pc.list_value_length(lists), pc.list_flatten(lists)
             span = pc.min_max(tokens).as_py()
             if (
@@ -59,17 +61,19 @@ def check_tokens(dataset: TrainDataset | None, name: str, model: nn.Module) -> N
                 )
 
 
-def _lists_of(dataset: Dataset, column: str) -> Iterator[tuple[int, pa.Array]]:
-    """A column of lists of whole numbers, some rows at a time, each part with the number of its first row; else nothing."""
+def parts_of(dataset: Dataset, column: str) -> Iterator[tuple[int, pa.Array]]:
+    """A column as it is stored, some rows at a time, each part with the number of its first row; nothing if a transform makes it."""
     if column not in dataset.column_names or dataset.format["type"] == "custom":
         return
     rows = dataset.select_columns([column]).with_format("arrow")
     for start in range(0, len(rows), _ROWS):
-        part = rows[start : start + _ROWS][column].combine_chunks()
-        is_list = pa.types.is_list(part.type) or pa.types.is_large_list(part.type)
-        if not is_list or not pa.types.is_integer(part.type.value_type):
-            return
-        yield start, part
+        yield start, rows[start : start + _ROWS][column].combine_chunks()
+
+
+def holds_lists(part: pa.Array) -> bool:
+    """Whether each row is a list of whole numbers."""
+    is_list = pa.types.is_list(part.type) or pa.types.is_large_list(part.type)
+    return is_list and pa.types.is_integer(part.type.value_type)
 
 
 def _first(lists: pa.Array, is_wrong) -> tuple[int, int]:
