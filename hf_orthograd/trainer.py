@@ -112,8 +112,7 @@ class OrthoGradTrainer(AnyArgumentsTrainer):
         validation.find_parameters(model, args)
         self.per_sample_loss = PerSampleLoss(model, self.per_sample_loss_func, self.divergence_func)
         validation.check_objectives(args, self.per_sample_loss, self.ref_model, model, self.train_dataset)
-        for name in ("forget_dataset", "train_dataset"):
-            validation.check_tokens(getattr(self, name), name, model)
+        validation.check_tokens({name: getattr(self, name) for name in ("forget_dataset", "train_dataset")}, model)
         if args.check_overlap and self.has_retain and self.is_world_process_zero():
             validation.check_overlap(self.forget_dataset, self.train_dataset, self.per_sample_loss.model)
         self._observers = watching.set_callbacks(self)

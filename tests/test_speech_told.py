@@ -20,13 +20,12 @@ def rows_of(runs):
     """The guide's table: error rates in percent, the AUC, the average gap, and by how much it is larger than SCRUB's."""
     references = [runs[f"retrained speaker-{seed}"] for seed in SEEDS]
     found = {name: [runs[f"final speaker-{seed} 0.05 {method}"] for seed in SEEDS] for name, method in NAMES.items()}
-    gaps = {
-        name: np.array([gap(*pair) for pair in zip(own, references, strict=True)]) for name, own in found.items()
-    }
+    gaps = {name: np.array([gap(*pair) for pair in zip(own, references, strict=True)]) for name, own in found.items()}
     lines = []
     for name, own in {"retrained": references, **found}.items():
         rates = [
-            f"{100 * np.mean([record['quality'][of][0] for record in own]):.1f} %" for of in ("forget", "retain", "test")
+            f"{100 * np.mean([record['quality'][of][0] for record in own]):.1f} %"
+            for of in ("forget", "retain", "test")
         ]
         cells = [*rates, f"{np.mean([record['auc']['test'] for record in own]):.3f}"]
         cells += [mean_and_interval(gaps[name]) if name in gaps else "0"]

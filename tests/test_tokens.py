@@ -58,7 +58,7 @@ def test_rows_are_as_long_as_there_are_positions(kind):
     make, limit = MODELS[kind]
     model, longest = make(), limit or 40
     rows = Dataset.from_dict({"input_ids": [[3, 4], [5] * longest]})
-    check_tokens(rows, "train_dataset", model)
+    check_tokens({"train_dataset": rows}, model)
     known = {"input_ids": rows.with_format("torch")[1]["input_ids"][None]}
     model(**known, labels=known["input_ids"])
     if limit is None:
@@ -68,7 +68,7 @@ def test_rows_are_as_long_as_there_are_positions(kind):
         ValueError,
         match=f"Row 1 of `train_dataset` has {limit + 1} tokens in `input_ids`, but .* has {limit} positions",
     ):
-        check_tokens(longer, "train_dataset", model)
+        check_tokens({"train_dataset": longer}, model)
     with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=longer.with_format("torch")[1]["input_ids"][None])
 
@@ -89,7 +89,7 @@ def test_tables_are_found_under_an_adapter(target):
     adapted = get_peft_model(MODELS["gpt2"][0](), LoraConfig(r=2, target_modules=[target]))
     for tokens, problem in (([-1, 3], "has the token -1"), ([3] * 11, "has 11 tokens in `input_ids`")):
         with pytest.raises(ValueError, match=f"Row 1 of `forget_dataset` {problem}"):
-            check_tokens(Dataset.from_dict({"input_ids": [None, tokens]}), "forget_dataset", adapted)
+            check_tokens({"forget_dataset": Dataset.from_dict({"input_ids": [None, tokens]})}, adapted)
 
 
 def test_a_decoder_has_positions_for_its_labels():
@@ -99,20 +99,20 @@ def test_a_decoder_has_positions_for_its_labels():
     with pytest.raises(
         ValueError, match="Row 0 of `train_dataset` has 12 tokens in `labels`, but .* has 10 positions"
     ):
-        check_tokens(rows, "train_dataset", BartForConditionalGeneration(config))
+        check_tokens({"train_dataset": rows}, BartForConditionalGeneration(config))
 
 
 def test_what_is_known_otherwise_is_left_to_the_model():
     """A model of several parts, or of another kind; rows that a transform makes, or that are no lists."""
     long = Dataset.from_dict({"input_ids": [[3, 99] * 20]})
     parts = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**SMALL), BertConfig(**SMALL, **TEN))
-    check_tokens(long, "train_dataset", EncoderDecoderModel(parts))
+    check_tokens({"train_dataset": long}, EncoderDecoderModel(parts))
     plain = torch.nn.Linear(2, 2)
     plain.config = SimpleNamespace(max_position_embeddings=10)
-    check_tokens(long, "train_dataset", plain)
+    check_tokens({"train_dataset": long}, plain)
     for rows in (
         long.with_transform(lambda batch: batch),
         Dataset.from_dict({"input_ids": ["text"]}),
         [{"input_ids": [99]}],
     ):
-        check_tokens(rows, "train_dataset", MODELS["gpt2"][0]())
+        check_tokens({"train_dataset": rows}, MODELS["gpt2"][0]())

@@ -1,7 +1,7 @@
 """Whether a language model knows the tokens of a data set, and has positions for them: looked up before anything is run."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -16,14 +16,13 @@ from ..annotations import TrainDataset
 _ROWS = 10_000  # at a time
 
 
-def check_tokens(dataset: TrainDataset | None, name: str, model: nn.Module) -> None:
-    """Checks that the model knows every token of a data set that holds them ready-made, and has a position for it.
+def check_tokens(datasets: Mapping[str, TrainDataset | None], model: nn.Module) -> None:
+    """Checks that the model knows every token of data sets that hold them ready-made, and has a position for it.
 
     Models made of several, as of images and text, are left out: they have tokens for what is no text.
 
     Args:
-        dataset (`Dataset`): Those of datasets are looked at, unless a transform makes their rows.
-        name (`str`): Its argument.
+        datasets (`Mapping`): By their arguments. Those of the library datasets are looked at, unless a transform makes rows.
         model (`torch.nn.Module`): Unwrapped, with an adapter or without.
 
     Raises:
@@ -31,34 +30,42 @@ def check_tokens(dataset: TrainDataset | None, name: str, model: nn.Module) -> N
             either would end the process without a word of which row.
     """
     config = getattr(model, "config", None)
-    if not isinstance(config, PreTrainedConfig) or config.sub_configs or not isinstance(dataset, Dataset):
+    if not isinstance(config, PreTrainedConfig) or config.sub_configs:
         return
     known, positions = _tokens_known(model), _positions_learned(model, config)
     columns = ["input_ids", "labels"] if config.is_encoder_decoder else ["input_ids"]
-    for column in columns:
-        for start, lists in parts_of(dataset, column):
-            if not holds_lists(lists):
-                break
-            lengths, tokens = pc.list_value_length(lists), pc.list_flatten(lists)
-            span = pc.min_max(tokens).as_py()
-            if (
-                column == "input_ids"
-                and known is not None
-                and span["max"] is not None
-                and not 0 <= span["min"] <= span["max"] < known
-            ):
-                row, token = _first(lists, lambda tokens: (tokens < 0) | (tokens >= known))
-                raise ValueError(
-                    f"Row {start + row} of `{name}` has the token {token} in `input_ids`, but {type(model).__name__} knows 0 to {known - 1}. "
-                    "Use the tokenizer of this model, or enlarge it by `resize_token_embeddings`."
-                )
-            longest = pc.max(lengths).as_py()
-            if positions is not None and longest is not None and longest > positions:
-                row = pc.index(lengths, longest).as_py()
-                raise ValueError(
-                    f"Row {start + row} of `{name}` has {longest} tokens in `{column}`, but {type(model).__name__} has {positions} positions. "
-                    "Cut or split the row; `prepare_text_dataset(..., max_length=...)` and the examples' `--max_length` refuse longer ones."
-                )
+    for name, dataset in datasets.items():
+        for column in columns if isinstance(dataset, Dataset) else []:
+            for start, lists in parts_of(dataset, column):
+                if not holds_lists(lists):
+                    break
+                if column == "input_ids" and known is not None:
+                    _check_known(lists, start, name, known, model)
+                if positions is not None:
+                    _check_lengths(lists, start, (name, column), positions, model)
+
+
+def _check_known(lists: pa.Array, start: int, name: str, known: int, model: nn.Module) -> None:
+    span = pc.min_max(pc.list_flatten(lists)).as_py()
+    if span["max"] is None or 0 <= span["min"] <= span["max"] < known:
+        return
+    row, token = _first(lists, lambda tokens: (tokens < 0) | (tokens >= known))
+    raise ValueError(
+        f"Row {start + row} of `{name}` has the token {token} in `input_ids`, but {type(model).__name__} knows 0 to {known - 1}. Use the tokenizer "
+        "of this model, or enlarge it by `resize_token_embeddings`."
+    )
+
+
+def _check_lengths(lists: pa.Array, start: int, where: tuple[str, str], positions: int, model: nn.Module) -> None:
+    lengths = pc.list_value_length(lists)
+    longest = pc.max(lengths).as_py()
+    if longest is None or longest <= positions:
+        return
+    row, (name, column) = start + pc.index(lengths, longest).as_py(), where
+    raise ValueError(
+        f"Row {row} of `{name}` has {longest} tokens in `{column}`, but {type(model).__name__} has {positions} positions. Cut or "
+        "split the row; `prepare_text_dataset(..., max_length=...)` and the examples' `--max_length` refuse longer ones."
+    )
 
 
 def parts_of(dataset: Dataset, column: str) -> Iterator[tuple[int, pa.Array]]:
