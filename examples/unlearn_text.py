@@ -273,9 +273,8 @@ def run(
         vary (`Callable`, *optional*): A transform of retain rows, which makes each anew whenever it is read.
     """
     measured = {name: rows for name, rows in sets.items() if name != "others"}
-    has_answers = (
-        sets["forget"][0]["labels"][0] == IGNORED_LABEL or start.config.is_encoder_decoder
-    )  # of texts none is said word for word
+    # plain texts have none, and none of them is said word for word
+    has_answers = sets["forget"][0]["labels"][0] == IGNORED_LABEL or start.config.is_encoder_decoder
     retain = sets["retain"] if vary is None else sets["retain"].with_transform(vary)
 
     def unlearner(model, args: OrthoGradConfig) -> OrthoGradTrainer:

@@ -1,7 +1,7 @@
 """Which method makes Whisper-tiny forget a speaker as if it had never heard them?
 
     python benchmarks/studies/speech.py --model_folder <whisper-tiny.en> --data_folder <LibriSpeech as parquet>
-    ... --name speech_kl --seeds 0 1 2 3 --methods scrub npo orthograd_npo npo_kl orthograd_npo_kl --stages models tune final report
+    ... --name speech_kl --seeds 0 1 2 --methods scrub npo_kl orthograd_npo_kl --stages models tune final report
 
 On utterances of at most 8 s, so that it runs on two cores; each seed forgets another speaker. Resumable, as the image study. Every method
 has the same steps, batches, stopping rule and two learning rates to choose from, chosen on validation utterances with the first speaker.

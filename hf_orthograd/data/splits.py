@@ -140,9 +140,10 @@ def retain_count(retain_size: int | float | None, available: int) -> int:
 
     Args:
         retain_size (`int` or `float`, *optional*): A number, or a fraction below 1; all by default.
+        available (`int`): How many rows are not forgotten.
 
     Raises:
-        ValueError: None, or more than there are.
+        ValueError: That is none, more than there are, or no whole number.
     """
     if retain_size is None:
         return available

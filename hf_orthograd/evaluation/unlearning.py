@@ -273,7 +273,7 @@ def _rates(report: UnlearningReport, model: str) -> dict[str, float]:
 
 
 def _summarize(report: UnlearningReport, levels: Mapping[str, float]) -> None:
-    """Args: levels (`Mapping`): Of the original, what each curve of relearning would begin with."""
+    """Fills in what sums the report up; `levels` are the original's, where each curve of relearning would begin."""
     report.summary = dict.fromkeys(("tug_of_war", "average_gap", "unlearning_impact_score"))
     if report.metric is None:
         return
