@@ -3,6 +3,7 @@
 They are forked from one process that has imported everything, once for a whole test run: to import it in each takes longer than to train.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -66,6 +67,7 @@ def _check(processes: list, folder: Path) -> None:
 def _enter(environment: dict[str, str], output: Path, module: str, name: str, arguments: tuple) -> None:
     """The function goes by its name: unpickled, it would import what was to be there already."""
     os.environ.update(environment)
+    gc.freeze()  # what was imported is not walked over whenever a run begins
     with output.open("w") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
