@@ -105,6 +105,7 @@ def patches(count, seed):
 
 
 # a run of a ViT (or another model) that differs from a good one in what is given
+RAGGED = [{"input_ids": own, "attention_mask": [1] * len(own), "labels": own} for own in ([1, 2], [3])]
 REFUSAL = {"forget_loss": "refusal", "refusal_labels": [3]}
 RUNS = {
     "a refusal by a class that is none": (
@@ -126,6 +127,10 @@ RUNS = {
     "a refusal by CTC's blank": (
         {"kind": "wav2vec2", "settings": REFUSAL | {"refusal_labels": [1, 0]}},
         "`refusal_labels` is [1, 0], but 0 is the blank of CTC",
+    ),
+    "rows of several lengths and no collator that pads": (
+        {"kind": "llama", "train_dataset": Dataset.from_list(RAGGED)},
+        "`data_collator` cannot make a batch of the first 2 rows of `train_dataset`: expected sequence of length 2",
     ),
     "a refusal of batches without labels": (
         {"settings": REFUSAL, "forget_dataset": without("vit", 2, "labels"), "train_dataset": without("vit", 1, "labels")},

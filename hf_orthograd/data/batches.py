@@ -160,7 +160,13 @@ class RowSource:
             examples = list(islice(self.dataset, start, start + count))
         if not examples:
             raise ValueError(f"`{self._name}` is a stream that gave no rows. Check where it reads from.")
-        return self.collator(examples)
+        try:
+            return self.collator(examples)
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"`data_collator` cannot make a batch of the first {len(examples)} rows of `{self._name}`: {error} If rows differ in "
+                "length, pass one that pads, as `DataCollatorForSeq2Seq(tokenizer)` does with text and its labels."
+            ) from error
 
 
 class PairedBatches(dict):
