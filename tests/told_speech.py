@@ -1,0 +1,69 @@
+"""The tables of the docs on speech, made from the records of the studies: `{page: tables}`, each a list of lines."""
+
+import json
+
+import numpy as np
+from test_studies import RESULTS
+from told_images import SEEDS, rows, runs_of
+
+
+ERASURE, SPEAKERS = runs_of("speech") | runs_of("erasure"), runs_of("speakers")
+
+
+def rate(name: str, of: str, digits: int = 1) -> str:
+    return f"{100 * np.mean([ERASURE[name.format(seed)]['quality'][of][0] for seed in SEEDS]):.{digits}f} %"
+
+
+def others_pay() -> list[str]:
+    few = [
+        rate(f"{method} speaker-{{}} 0.05", "test")
+        for method in ("OrthoGrad + NPO", "NPO", "SCRUB", "GradDiff", "OrthoGrad, ascent")
+    ]
+    every = [
+        rate(f"{method} speaker-{{}} 1", "test") for method in ("OrthoGrad + NPO, k = 32", "NPO, 32 retain samples")
+    ]
+    return [f"| 7 utterances | {' | '.join(few)} |", f"| all, k = 32 | {' | '.join(every)} | | | |"]
+
+
+def unseen_of_the_speaker() -> list[str]:
+    shown = ("original speaker-{}", "retrained speaker-{}", "OrthoGrad + NPO, k = 32 speaker-{} 1")
+    return [f"| | {' | '.join(rate(name, 'forget_unseen', 0) for name in shown)} |"]
+
+
+def four_at_a_time() -> list[str]:
+    """Where the loss on the forgotten has reached 1 nat, between two evaluations."""
+    cells = {}
+    for label, variant, seed in (
+        ("first", "kl", 0),
+        ("second", "kl", 1),
+        ("first, utterances at hand varied", "kl, varied", 0),
+    ):
+        runs = [SPEAKERS[f"{method}, {variant} speakers-{seed} 0.05"] for method in ("OrthoGrad + NPO", "NPO")]
+        ends = [f"{100 * run['quality']['test'][0]:.0f} %" for run in runs]
+        cells[label] = [*ends, *(f"{loss_at(run['path'], 1.0):.2f}" for run in runs)]
+    return rows(cells)
+
+
+def loss_at(path: list[dict], level: float) -> float:
+    for before, after in zip(path, path[1:], strict=False):
+        if before["forget_loss"] < level <= after["forget_loss"]:
+            share = (level - before["forget_loss"]) / (after["forget_loss"] - before["forget_loss"])
+            return before["test_loss"] + share * (after["test_loss"] - before["test_loss"])
+    raise LookupError(f"The loss never came to {level}.")
+
+
+def rises() -> list[str]:
+    lines = []
+    for run in json.loads((RESULTS / "retain_rises.json").read_text()):
+        steps = [one for one in run["logs"] if "retain_rises" in one]
+        rose = sum(one["retain_rises"] > 0 for one in steps)
+        share = 100 * np.mean([one["retain_rises"] for one in steps])
+        largest = np.mean([one["largest_retain_rise"] for one in steps])
+        lines.append((run["alpha"], run["target"], rose, len(steps), share, largest))
+    return [
+        f'| {alpha:g} | "{target}" | {rose} of {count} | {share:.1f} % | {largest:.2g} nats |'
+        for alpha, target, rose, count, share, largest in lines
+    ]
+
+
+TABLES = {"docs/results.md": [others_pay, unseen_of_the_speaker, four_at_a_time, rises]}
