@@ -17,6 +17,9 @@ MADE = [
     for page, own in told.TABLES.items()
     for make in own
 ]
+SAID = [
+    (page, say) for told in (told_images, told_costs, told_speech) for page, own in told.SAID.items() for say in own
+]
 # tables by the beginnings of their heads: the test that compares their rows with records, or why there are none
 ELSEWHERE = {
     "README.md": {"| WER / CER (%) | Lena": "made by `make demo` on the machine named below it"},
@@ -69,6 +72,11 @@ def tables_in(page: str) -> list[tuple[str, str]]:
 def test_a_table_is_that_of_the_records(page, make):
     bodies = [body for _, body in tables_in(page)]
     assert "\n".join(make()) in bodies
+
+
+@pytest.mark.parametrize(("page", "say"), SAID, ids=[f"{page} {say.__name__}" for page, say in SAID])
+def test_a_sentence_is_that_of_the_records(page, say):
+    assert say() in " ".join(lines_of(page).split())
 
 
 def test_something_holds_each_table():

@@ -106,6 +106,37 @@ def on_paper() -> list[str]:
     return [line for line in written if line.startswith("| ")][1:]
 
 
+def an_adapter() -> str:
+    found = step_cost.collect(step_cost.read(RESULTS / "smollm2_cost_cpu.jsonl"))[("smollm2-135m", True, 16)]
+    time, memory = (found["gram"][of] / found["graddiff"][of] for of in ("seconds", "bytes"))
+    return f"takes {time:.2f} times the time of GradDiff's and {memory:.2f} times its memory"
+
+
+def a_retain_term_by_lora() -> str:
+    found = step_cost.collect(step_cost.read(RESULTS / "retain_term_cost_cpu.jsonl"))[("vit-b-16", True, 8)]
+    return f"With LoRA a ViT-B takes {found['gram_kl']['seconds'] / found['gram']['seconds']:.2f} times the time of"
+
+
+def stored_predictions() -> str:
+    found = step_cost.collect(step_cost.read(RESULTS / "stored_cpu.jsonl"))[("vit-b-16", False, 8)]
+    less = (found["gram_kl"]["bytes"] - found["gram_kl_stored"]["bytes"]) / 2**30
+    return f"A step of a ViT-B takes {less:.1f} GiB less."
+
+
+def one_summed_loss() -> str:
+    ratios = {
+        name: statistics.median(step_cost.to_two_passes(PASSES, (name, False, 8), "graddiff"))
+        for name in ("wav2vec2-base-12s", "vit-b-16", "llama-124m")
+    }
+    assert all(abs(ratios[name] - 1) < 0.05 for name in ("vit-b-16", "llama-124m"))
+    return f"One summed loss takes {ratios['wav2vec2-base-12s']:.1f} times as long as two passes on 12 s of speech, and as long on"
+
+
+SAID = {
+    "docs/modalities.md": [an_adapter],
+    "docs/choosing_settings.md": [a_retain_term_by_lora, stored_predictions],
+    "docs/cost.md": [one_summed_loss],
+}
 TABLES = {
     "README.md": [a_step_in_short],
     "docs/cost.md": [a_step, over_two_passes, other_ways],

@@ -120,12 +120,13 @@ def _check_room(numbers: int, logits: Tensor, group: ProcessGroup) -> None:
     """
     device = logits.device
     total = int(group.sum(torch.tensor(numbers, device=device)))
-    needed, free = total * (logits.element_size() if group.is_alone else 4), free_memory(device)
-    if group.sum(torch.tensor(int(needed > free), device=device)) > 0:
+    needed = total * (logits.element_size() if group.is_alone else 4)
+    free = min(own for (own,) in group.gather_numbers(free_memory(device), device=device))
+    if needed > free:
         raise ValueError(
             f"`precompute_ref_logits` is True, but there is no room for the predictions on `train_dataset`: the table of {total / logits.shape[-1]:.0f} "
             f"labels that were read so far takes {needed / 2**30:.2g} GiB, {logits.shape[-1]} numbers each. {free / 2**30:.2g} GiB of {device.type} "
-            "memory are free in this process. Leave it out, or take fewer or shorter rows."
+            f"memory are free{'' if group.is_alone else ' in the process that has least'}. Leave it out, or take fewer or shorter rows."
         )
 
 

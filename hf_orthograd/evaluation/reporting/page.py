@@ -52,7 +52,10 @@ CAPTIONS = {
         "Share of samples by loss. In the unlearned model they should lie as they do in the retrained one.",
     ),
     "groups": ("Who was hit", "Each group of retained samples, unseen, before and after."),
-    "relearning": ("Learned again", "The forget set while an attacker trains on a part of it."),
+    "relearning": (
+        "Learned again",
+        "What comes back while an attacker trains on a part of the forget set, or on its kind.",
+    ),
     "cost": ("Cost", "Of unlearning, and of what was measured beside it."),
 }
 LIMITS = (
@@ -75,12 +78,13 @@ def report_as_html(report: "UnlearningReport", audience: str, goal: str) -> str:
     tables = (
         (
             "Privacy",
-            "How well a threshold on the loss tells the forget set from samples never trained on; 0.5 is chance.",
+            "How well a threshold on the loss tells the forget set from samples never trained on; 0.5 is chance. Far below "
+            "it, the forgotten stand out by losses that are too high.",
         )
         + membership_table(report),
         ("Distance to the reference", "Between the losses of both models on a set; 0 is the same.")
         + distances_table(report),
-        ("Relearning", "The forget set after so many steps of an attack.") + relearning_table(report),
+        ("Relearning", "What is back after so many steps of an attack.") + relearning_table(report),
         ("Summary and cost", "Each number here hides something: read it beside what it is made of.")
         + summary_table(report),
         *([("Run", "How the model was made.") + settings_table(report)] if report.settings else []),
