@@ -63,6 +63,13 @@ def with_unlearning(args: TrainingArguments) -> OrthoGradConfig:
     return combined
 
 
+def forgetting_alone(args: OrthoGradConfig) -> OrthoGradConfig:
+    """A copy for a run without a retain set, whose batches of training are those of the forget set."""
+    alone = copy.copy(args)
+    alone.per_device_train_batch_size = args.per_device_forget_batch_size
+    return alone
+
+
 @cache
 def _combined_class(arguments_class: type) -> type:
     if issubclass(OrthoGradConfig, arguments_class):

@@ -15,7 +15,7 @@ from transformers.trainer_utils import TrainOutput
 from . import callbacks as watching
 from . import checkpoints, evaluation, parallel, preparation, publishing, trials, validation, verbosity
 from .annotations import AnyDataset, EvalDatasets, NumItems, Processor, TrainDataset
-from .any_arguments import AnyArgumentsTrainer, with_unlearning
+from .any_arguments import AnyArgumentsTrainer, forgetting_alone, with_unlearning
 from .config import OrthoGradConfig
 from .data import Batch, ForgetStream, PairedBatches, RowSource, fill_last_batch, load_batches
 from .gradients import ForgetBatch, GradientEngine, check_finite, mean_retain_term, summarize_step, value_of
@@ -87,13 +87,13 @@ class OrthoGradTrainer(AnyArgumentsTrainer):
         self.forget_dataset, self.has_retain = forget_dataset, not validation.is_empty(train_dataset)
         # kept from Trainer, which would take its loss as already scaled for accumulation
         self.per_sample_loss_func = compute_loss_func if unlearns else None
-        compute_loss_func = None if unlearns else compute_loss_func
         self.divergence_func, self.ref_model, self.retain_term = compute_divergence_func, ref_model, None
-        train_dataset = train_dataset if self.has_retain or not unlearns else forget_dataset
+        if unlearns and not self.has_retain:
+            train_dataset, args = forget_dataset, forgetting_alone(args)
         given = model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init
-        given += compute_loss_func, compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs
+        given += None if unlearns else compute_loss_func, compute_metrics, callbacks, optimizers
         # past Seq2SeqTrainer's own constructor, which knows no `optimizer_cls_and_kwargs` and no arguments but its own
-        super(Seq2SeqTrainer, self).__init__(*given, preprocess_logits_for_metrics)
+        super(Seq2SeqTrainer, self).__init__(*given, optimizer_cls_and_kwargs, preprocess_logits_for_metrics)
         if isinstance(args, Seq2SeqTrainingArguments) and args.generation_config is not None:
             self.model.generation_config = self.load_generation_config(args.generation_config)
         self.group = parallel.ProcessGroup(self.accelerator.num_processes, self.accelerator.process_index)
@@ -286,12 +286,12 @@ class OrthoGradTrainer(AnyArgumentsTrainer):
         **gen_kwargs: Any,
     ) -> dict[str, float]:
         """As in Trainer; while training under a stopping rule, the forget set is evaluated too, and the rule judges."""
-        evaluate = self._parent.evaluate
-        metrics = evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
+        metrics = self._parent.evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
         rule = watching.find_callback(self.callback_handler, watching.StoppingRule)
         if rule is not None and self.is_in_train and eval_dataset is None and metric_key_prefix == "eval":
-            evaluate_forget = partial(evaluate, self.forget_dataset, ignore_keys, "eval_forget", **gen_kwargs)
-            rule.take_evaluation(metrics, evaluate_forget, self.state, self.control)
+            again = partial(self._parent.evaluate, self.forget_dataset, ignore_keys, "eval_forget", **gen_kwargs)
+            with trials.replaced(self, "get_eval_dataloader", self.get_test_dataloader):  # not one that was kept
+                rule.take_evaluation(metrics, again, self.state, self.control)
         return metrics
 
     # ---- What is saved ----

@@ -72,7 +72,7 @@ def test_bad_teacher_draws_an_incompetent_model(vit_trainer):
 
 def wrong_labels(trainer):
     labels = batch_of(trainer.forget_dataset)["labels"]
-    return torch.stack([trainer._wrong(label, row) for row, label in enumerate(labels)])
+    return trainer._wrong(labels, range(len(labels)))
 
 
 def test_random_labels(vit_trainer):
@@ -94,7 +94,7 @@ def test_random_labels_of_tokens_leave_padding_alone(vit_trainer):
     trainer = vit_trainer(RandomLabelTrainer)
     trainer._count = 11
     labels = torch.tensor([3, 4, 5, -100])
-    drawn = trainer._wrong(labels, 0)
+    drawn = trainer._wrong(labels[None], [0])[0]
     assert drawn[3] == -100 and (drawn[:3] != labels[:3]).all() and (drawn[:3] >= 0).all() and (drawn[:3] < 11).all()
 
 
@@ -118,7 +118,7 @@ def test_random_labels_leave_pixels_alone_that_do_not_count(vit_trainer, monkeyp
     trainer = vit_trainer(RandomLabelTrainer)
     trainer._count = 3
     monkeypatch.setattr(type(trainer.per_sample_loss), "ignored_label", 255)  # as a segmenter's
-    drawn = trainer._wrong(torch.tensor([255, 0, 1, 255]), 0)
+    drawn = trainer._wrong(torch.tensor([[255, 0, 1, 255]]), [0])[0]
     assert drawn[[0, 3]].tolist() == [255, 255] and drawn[1] in (1, 2) and drawn[2] in (0, 2)
 
 

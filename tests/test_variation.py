@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
+from transformers import (
+    ParakeetFeatureExtractor,
+    SeamlessM4TFeatureExtractor,
+    Wav2Vec2FeatureExtractor,
+    WhisperFeatureExtractor,
+)
 
 from hf_orthograd.data import VaryImages, VarySpeech
 
@@ -48,6 +53,19 @@ def test_features_are_shifted_and_masked():
             shift for shift in range(-10, 11) if np.mean((np.roll(features, shift, -1) == varied)[kept]) > 0.95
         ]  # the frames that moved in are silent
         assert len(moved) == 1
+
+
+def test_features_may_have_their_frames_first():
+    features = np.random.default_rng(0).uniform(0.5, 1.5, (80, 300)).astype(np.float32)
+    found = []
+    for extractor, own in ((WhisperFeatureExtractor(), features), (ParakeetFeatureExtractor(), features.T)):
+        torch.manual_seed(0)
+        found.append(VarySpeech(extractor).vary(own))
+    assert np.array_equal(found[0], found[1].T) and found[1].flags.c_contiguous
+    with pytest.raises(
+        ValueError, match="`extractor` is a SeamlessM4TFeatureExtractor, whose features have shape .* does not say"
+    ):
+        VarySpeech(SeamlessM4TFeatureExtractor()).vary(np.ones((50, 160)))
 
 
 def test_waveform_is_shifted_and_silenced():

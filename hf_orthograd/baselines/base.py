@@ -13,6 +13,7 @@ from ..any_arguments import with_unlearning
 from ..config import OrthoGradConfig
 from ..data import Batch
 from ..trainer import OrthoGradTrainer
+from ..trials import preserved_modes, preserved_random_state
 
 
 class BaselineTrainer(OrthoGradTrainer):
@@ -23,10 +24,12 @@ class BaselineTrainer(OrthoGradTrainer):
 
     Raises:
         ValueError: `args.projection_target` is "update", which corrects steps by a projection; or `args.forget_loss` is
-            "refusal" where it would not be used.
+            "refusal" where it would not be used. Or, from `train()`, the loss has no positions or divergence that it needs.
     """
 
     keeps_objective = False
+    needs_positions = False  # of labels in the logits
+    needs_divergence = False  # from a teacher's predictions
 
     def __init__(
         self,
@@ -51,6 +54,18 @@ class BaselineTrainer(OrthoGradTrainer):
             args.projection = "none"
             args.forget_loss = args.forget_loss if self.keeps_objective else "ascent"
         super().__init__(model, args, *further, forget_dataset=forget_dataset, **kwargs)
+
+    def begin_unlearning(self) -> None:
+        if self.needs_divergence and not self.per_sample_loss.has_divergence:
+            raise ValueError(
+                f"{type(self).__name__} compares predictions with a teacher's, which is not known for a `compute_loss_func` of your "
+                "own. Pass a `compute_divergence_func` beside it."
+            )
+        if self.needs_positions:
+            model, batch = self.accelerator.unwrap_model(self.model), self.first_batch("forget_dataset", 1)
+            with torch.no_grad(), preserved_modes(model), preserved_random_state(), self.accelerator.autocast():
+                self.per_sample_loss.positions(model.eval()(**batch.inputs), batch.inputs)
+        super().begin_unlearning()
 
     def forget_loss(self, model: nn.Module, batch: Batch) -> Tensor | None:
         """What is descended on a forget batch, a scalar; None if this step leaves the forget set out."""
@@ -85,6 +100,19 @@ class BaselineTrainer(OrthoGradTrainer):
             if not math.isfinite(value):
                 raise FloatingPointError(f"`{name}` is not finite")
             self.record(name, value)
+
+
+def refuse_shards(trainer: OrthoGradTrainer, why: str) -> None:
+    """Refuses a launch under which no process has the whole gradient of a parameter.
+
+    Raises:
+        ValueError: It is FSDP or DeepSpeed.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            f"{why}, which a process does not have under {'FSDP' if trainer.is_fsdp_enabled else 'DeepSpeed'}. Launch "
+            f"{type(trainer).__name__} in one process, or with DDP."
+        )
 
 
 def weigh_by_alpha(losses: dict[str, Tensor], alpha: float) -> Tensor:

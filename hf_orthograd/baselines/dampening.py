@@ -43,19 +43,19 @@ def dampen_synapses(
         for parameter, forget, everything in zip(trained, on_forget, on_all, strict=True):
             chosen = forget > selection * everything
             factors = (dampening * everything / forget).clamp(max=1.0)
-            parameter.mul_(torch.where(chosen, factors, torch.ones_like(factors)))
+            parameter.copy_(parameter.float() * torch.where(chosen, factors, torch.ones_like(factors)))
             dampened += int(chosen.sum())
     return dampened / sum(parameter.numel() for parameter in trained)
 
 
 def _importances(model: nn.Module, trained: list[Tensor], batches: Iterable[Mapping]) -> list[Tensor]:
     per_sample_loss, count, device = PerSampleLoss(model), 0, trained[0].device
-    total = [torch.zeros_like(parameter) for parameter in trained]
+    total = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in trained]  # bf16 ends at 256 equal ones
     for batch in batches:
         for sample in split_samples([Batch.of(send_to_device(batch, device))], 1):
             gradients = torch.autograd.grad(per_sample_loss(model, sample.inputs).sum(), trained, allow_unused=True)
             for sums, gradient in zip(total, gradients, strict=True):
                 if gradient is not None:
-                    sums.addcmul_(gradient, gradient)
+                    sums.add_(gradient.float().square())
             count += 1
     return [sums / count for sums in total]

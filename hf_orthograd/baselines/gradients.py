@@ -9,7 +9,7 @@ from ..callbacks import objectives_of
 from ..data import Batch
 from ..parallel import Parameters
 from ..projection import project_orthogonal
-from .base import BaselineTrainer
+from .base import BaselineTrainer, refuse_shards
 
 
 class GradientTrainer(BaselineTrainer):
@@ -18,7 +18,8 @@ class GradientTrainer(BaselineTrainer):
     `forget_loss` is what is ascended: "npo", "simnpo" or "ascent"; or "refusal", whose loss is descended.
 
     Raises:
-        ValueError: Steps are accumulated or losses scaled, where a step has no one gradient; or there are no retain samples.
+        ValueError: Steps are accumulated or losses scaled, where a step has no one gradient; the model is sharded; or there are no
+            retain samples.
     """
 
     keeps_objective = True
@@ -35,6 +36,7 @@ class GradientTrainer(BaselineTrainer):
             )
         if not self.has_retain:
             raise ValueError(f"{type(self).__name__} needs retain samples, but `train_dataset` has none. Pass some.")
+        refuse_shards(self, "A step is made of the whole gradients of both losses")
 
     def forget_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Minus what is ascended, a scalar in nats."""

@@ -1,13 +1,15 @@
 """Methods that train the forget set on wrong labels: random labels and SalUn."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.trainer_utils import TrainOutput
 
 from ..data import Batch
 from ..trials import preserved_modes, preserved_random_state
-from .base import BaselineTrainer
+from .base import BaselineTrainer, refuse_shards
 
 
 class RandomLabelTrainer(BaselineTrainer):
@@ -21,34 +23,42 @@ class RandomLabelTrainer(BaselineTrainer):
         saliency (`float`, *optional*): Share of the weights that is trained; the paper takes 0.5. All by default.
 
     Raises:
-        ValueError: `saliency` out of (0, 1], or with it a run that is resumed: its masks are of the original model. Or, from
-            `train()`, labels that are no classes.
+        ValueError: `saliency` out of (0, 1], or with it a sharded model, or a run that is resumed: its masks are of the original
+            model. Or, from `train()`, labels that are no classes.
     """
 
     def __init__(self, *args: Any, saliency: float | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if saliency is not None and not 0 < saliency <= 1:
             raise ValueError(f"`saliency` must lie in (0, 1], but is {saliency}.")
+        if saliency is not None and self.forget_dataset is not None:
+            refuse_shards(self, "`saliency` masks weights by their whole gradients")
         self._saliency, self._masks, self._count = saliency, [], 0
 
     def forget_loss(self, model: nn.Module, batch: Batch) -> Tensor | None:
-        rows = batch.rows.tolist()
-        labels = [self._wrong(label, row) for label, row in zip(batch.inputs["labels"], rows, strict=True)]
-        return self.per_sample_loss(model, {**batch.inputs, "labels": torch.stack(labels)}).mean()
+        wrong = self._wrong(batch.inputs["labels"], batch.rows.tolist())
+        return self.per_sample_loss(model, {**batch.inputs, "labels": wrong}).mean()
 
-    def _wrong(self, labels: Tensor, row: int) -> Tensor:
-        # by seed and row, so that a sample has one wrong label however often it comes, on any process
-        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + row)
+    def _wrong(self, labels: Tensor, rows: Sequence[int]) -> Tensor:
+        """Other labels of the same shape, drawn on the host and moved in one piece."""
         count = self._count = self._count or self._classes()
-        drawn = torch.randint(1, count, labels.shape, generator=generator).to(labels.device)
-        return torch.where(labels == self.per_sample_loss.ignored_label, labels, (labels + drawn) % count)
+        # by seed and row, so that a sample has one wrong label however often it comes, on any process
+        generators = [torch.Generator().manual_seed(self.args.seed * 1_000_003 + row) for row in rows]
+        drawn = torch.stack([torch.randint(1, count, labels.shape[1:], generator=one) for one in generators])
+        wrong = (labels + drawn.to(labels.device)) % count
+        return torch.where(labels == self.per_sample_loss.ignored_label, labels, wrong)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        try:
+            return super().train(*args, **kwargs)
+        finally:  # what trains the model later, trains all of it
+            for mask in self._masks:
+                mask.remove()
+            self._masks = []
 
     def begin_unlearning(self) -> None:
         super().begin_unlearning()
         self._count = self._classes()  # refused before the first step
-        for mask in self._masks:
-            mask.remove()
-        self._masks = []
         if self._saliency is None:
             return
         if self.state.global_step > 0:

@@ -16,6 +16,8 @@ from .base import BaselineTrainer, weigh_by_alpha
 class TeacherTrainer(BaselineTrainer):
     """Keeps the model it starts from as a teacher: one more copy of the parameters."""
 
+    needs_divergence = True
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.forget_dataset is not None and not self.has_retain:
@@ -104,6 +106,8 @@ class UndialTrainer(TeacherTrainer):
     Args:
         strength (`float`): By how much the logit of the label is lowered, the paper's gamma.
     """
+
+    needs_divergence, needs_positions = False, True
 
     def __init__(self, *args: Any, strength: float = 10.0, **kwargs: Any):
         super().__init__(*args, **kwargs)

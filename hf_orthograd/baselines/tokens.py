@@ -15,6 +15,8 @@ class TokenWeightedTrainer(BaselineTrainer):
     The weights of both batches are `1 - alpha` and `alpha`. A class counts as one token.
     """
 
+    needs_positions = True
+
     def token_weights(self, probabilities: Tensor) -> Tensor:
         """From probabilities (B, T) to weights (B, T)."""
         raise NotImplementedError

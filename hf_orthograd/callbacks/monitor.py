@@ -28,8 +28,8 @@ _ROUNDING = 1e-6
 class UnlearningMonitor(StepObserver):
     """Logs how the losses of a step's retain samples changed, and warns when the projection does nothing or everything.
 
-    A step that is watched costs two more forward passes over its retain samples, in evaluation mode, and a copy of the
-    projected parameters. For each are recorded
+    A step that is watched costs two more forward passes over its retain samples, in evaluation mode, and where a change is
+    predicted a copy of the projected parameters. For each are recorded
 
     - "retain_change": the mean change of the retain losses, in nats,
     - "retain_rises": the share of retain samples whose loss rose,
@@ -70,12 +70,16 @@ class UnlearningMonitor(StepObserver):
         return self._steps > 0 and (global_step == 0 or (global_step + 1) % self._steps == 0)
 
     def begin_step(self, model: nn.Module, retain: list[Batch]) -> None:
-        self._model, self._retain = model, retain
-        self._losses = self._current_losses()
-        self._before = {name: parameter.detach().clone() for name, parameter in self._parameters.stored.items()}
+        self._model = model
+        losses = self._losses_of(retain)
+        # without a projection each micro-batch of a step comes by itself
+        self._losses = losses if self._losses is None else torch.cat((self._losses, losses))
+        self._retain = [*self._retain, *retain]
 
     def take_gradients(self, step: StepGradients) -> None:
         self._step = step
+        if step.has_retain_gradients:  # without them nothing is predicted
+            self._before = {name: parameter.detach().clone() for name, parameter in self._parameters.stored.items()}
 
     @torch.no_grad()
     def on_step_end(
@@ -86,7 +90,7 @@ class UnlearningMonitor(StepObserver):
         if step is None:
             self._let_go()
             return
-        changes = self._current_losses() - self._losses
+        changes = self._losses_of(self._retain) - self._losses
         rises = changes > _ROUNDING * self._losses.abs()
         layout = step.group.layout(len(changes), changes.device)
         changes, rises = layout.gather_rows(torch.stack((changes, rises.to(changes.dtype)), dim=1)).unbind(dim=1)
@@ -136,9 +140,9 @@ class UnlearningMonitor(StepObserver):
             logger.warning(message)
 
     @torch.no_grad()
-    def _current_losses(self) -> Tensor:
+    def _losses_of(self, batches: list[Batch]) -> Tensor:
         with preserved_modes(self._model), preserved_random_state():
             self._model.eval()
-            losses = [batch.losses(self._model, self._per_sample_losses).float() for batch in self._retain]
+            losses = [batch.losses(self._model, self._per_sample_losses).float() for batch in batches]
         reshard(self._model)
         return torch.cat(losses)

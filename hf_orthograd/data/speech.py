@@ -157,7 +157,9 @@ def prepare_speech_dataset(
             )
     extractor, vocabulary = processor.feature_extractor, processor.tokenizer.get_vocab()
     input_name = extractor.model_input_names[0]
-    window = extractor.n_samples if input_name == "input_features" else None
+    window = (
+        getattr(extractor, "n_samples", None) if input_name == "input_features" else None
+    )  # Parakeet has no window
 
     def prepare(row: dict, number: int) -> dict:
         text = row[text_column]

@@ -33,6 +33,12 @@ def fill_last_batch(sampler: Sampler | None, length: int, step_size: int) -> Sam
     return RandomSampler(sampler.data_source, num_samples=filled, generator=sampler.generator)
 
 
+def forget_batch_size(args: OrthoGradConfig, train_batch_size: int | None) -> int:
+    """Forget samples of a device's batch, beside retain batches of `train_batch_size`, which may have shrunk; as asked if that is not known."""
+    asked = args.per_device_forget_batch_size
+    return max(1, asked * train_batch_size // args.train_batch_size) if train_batch_size else asked
+
+
 class ForgetStream:
     """Batches of the forget set, shuffled anew at each pass, without end.
 
@@ -49,8 +55,7 @@ class ForgetStream:
 
     def __init__(self, source: RowSource, args: OrthoGradConfig, train_batch_size: int, group: ProcessGroup):
         self._source, self._args, self._group = source, args, group
-        asked = args.per_device_forget_batch_size
-        size = max(1, asked * train_batch_size // args.train_batch_size) if train_batch_size else asked
+        size, asked = forget_batch_size(args, train_batch_size), args.per_device_forget_batch_size
         if size < asked:
             logger.warning(f"Forget batches shrink as the retain batches do, from {asked} to {size} rows.")
         self._batch_size = min(size, len(self._source.dataset))

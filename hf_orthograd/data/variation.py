@@ -78,7 +78,9 @@ class VarySpeech:
 
     def vary(self, utterance: ArrayLike) -> np.ndarray:
         varied = np.array(utterance, dtype=np.float32)
-        is_mel = varied.ndim == 2  # (mel bins, frames), else samples
+        is_mel = varied.ndim == 2  # else samples
+        if is_mel and not self._bins_first(varied.shape):
+            return np.ascontiguousarray(self.vary(varied.T).T)
         rate = self.extractor.sampling_rate / (self.extractor.hop_length if is_mel else 1)
         varied = _shifted(varied, _draw(2 * round(self.shift * rate)) - round(self.shift * rate))
         for _ in range(self.masks):
@@ -86,6 +88,20 @@ class VarySpeech:
             if is_mel:
                 varied[_span(len(varied), self.mel_mask)] = 0
         return varied
+
+    def _bins_first(self, shape: tuple[int, ...]) -> bool:
+        """Whether features are (mel bins, frames), as Whisper's, or (frames, mel bins).
+
+        Raises:
+            ValueError: The extractor does not say which, or how long a frame is.
+        """
+        bins = self.extractor.feature_size
+        if bins not in shape or getattr(self.extractor, "hop_length", None) is None:
+            raise ValueError(
+                f"`extractor` is a {type(self.extractor).__name__}, whose features have shape {shape}: it does not say by `feature_size` and "
+                "`hop_length` which are mel bins, and how long a frame is. Vary waveforms before they are extracted, or leave it out."
+            )
+        return shape[0] == bins
 
 
 def _column(rows: dict[str, list], name: str) -> list[Any]:

@@ -8,7 +8,10 @@ from typing import Any, Protocol
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 from transformers.training_args import OptimizerNames
 from transformers.utils import ModelOutput
 
@@ -26,10 +29,10 @@ class Attack(Protocol):
 
 
 class Quantization:
-    """Rounds the weights of linear, convolution and embedding layers to integers, symmetrically around zero.
+    """Rounds the weights of linear, convolution and embedding layers, and of experts, to integers, symmetrically around zero.
 
-    Unlearning that moved a weight by less than half a step of the grid may vanish (arXiv 2410.16454). Biases and norms
-    keep their precision, as in common 4-bit formats.
+    Unlearning that moved a weight by less than half a step of the grid may vanish (arXiv 2410.16454). An adapter is merged first,
+    as it is when the model is saved. Biases, norms, and single vectors keep their precision, as in common 4-bit formats.
 
     Args:
         bits (`int`): Of the integers.
@@ -41,8 +44,6 @@ class Quantization:
         ValueError: Fewer than 2 or more than 16 bits.
     """
 
-    LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
-
     def __init__(self, bits: int, group_size: int | None = None, name: str | None = None):
         if not 2 <= bits <= 16:
             raise ValueError(f"`bits` must lie between 2 and 16, but is {bits}.")
@@ -50,16 +51,23 @@ class Quantization:
         self.name = name or f"int{bits}"
 
     def __call__(self, model: nn.Module) -> nn.Module:
-        attacked = copy.deepcopy(model)
+        attacked = _as_published(model)
+        for module in list(attacked.modules()):
+            if parametrize.is_parametrized(module, "weight"):  # as by weight norm: rounded is what is computed with
+                parametrize.remove_parametrizations(module, "weight")
         with torch.no_grad():
-            # a tied weight is one parameter: it is rounded once
-            weights = {id(m.weight): m.weight for m in attacked.modules() if isinstance(m, self.LAYERS)}
-            for weight in weights.values():
-                weight.copy_(self._round(weight))
+            for weight, module in _weights(attacked):
+                # rows are output channels
+                if isinstance(module, Conv1D):
+                    weight.copy_(self._round(weight.T).T)
+                else:
+                    by_channel = weight.flatten(1) if isinstance(module, _ConvNd) else weight.flatten(0, -2)
+                    weight.copy_(self._round(by_channel).reshape(weight.shape))
         return attacked
 
     def _round(self, weight: Tensor) -> Tensor:
-        rows = weight.float().flatten(1)
+        """Each row of (n, m) by a scale of its own, or each group in it."""
+        rows = weight.float()
         if self.group_size is not None and rows.shape[1] % self.group_size == 0:
             rows = rows.reshape(-1, self.group_size)
         largest = 2 ** (self.bits - 1) - 1
@@ -67,6 +75,24 @@ class Quantization:
         zeros = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
         rounded = torch.fake_quantize_per_channel_affine(rows, scale, zeros, 0, -largest, largest)
         return rounded.reshape(weight.shape).to(weight.dtype)
+
+
+def _weights(model: nn.Module) -> list[tuple[Tensor, nn.Module]]:
+    """Weights that formats of few bits round, each once, with the module that has it: matrices, kernels, and experts in one tensor."""
+    found = {
+        id(parameter): (parameter, module)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.is_floating_point()
+        and (name == "weight" and parameter.ndim > 1 or parameter.ndim == 3 and len(parameter) > 1)
+    }
+    return list(found.values())
+
+
+def _as_published(model: nn.Module) -> nn.Module:
+    """A copy with an adapter merged into it."""
+    attacked = copy.deepcopy(model)
+    return attacked.merge_and_unload() if isinstance(attacked, PeftModel) else attacked
 
 
 class DetachAdapter:
@@ -135,6 +161,7 @@ class Relearning:
             "warmup_steps": 0,
             "per_device_train_batch_size": batch_size or trainer.args.per_device_train_batch_size,
             "gradient_accumulation_steps": 1,
+            "dataloader_drop_last": False,
             "eval_strategy": "no",
             "eval_on_start": False,
             "save_strategy": "no",
@@ -147,9 +174,7 @@ class Relearning:
 
     def __call__(self, model: nn.Module, observe: Callable[[int, nn.Module], None] | None = None) -> nn.Module:
         """`observe(step, model)` is called after each of `steps`."""
-        attacked = copy.deepcopy(model)
-        if isinstance(attacked, PeftModel):  # what is published is merged, and an attacker trains all of it
-            attacked = attacked.merge_and_unload()
+        attacked = _as_published(model)
         for parameter in attacked.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         own_loss = loss_function(self._trainer)

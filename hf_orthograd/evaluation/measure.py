@@ -1,7 +1,7 @@
 """Measures named sets of data under a trainer: batched, on all its processes, and under other models than its own."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -13,13 +13,25 @@ from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, Trainer
+from transformers.utils import logging
 
 from ..annotations import AnyDataset
 from ..objectives import PerSampleLoss
 from ..parallel.sharding import is_sharded
-from ..trials import preserved_modes, preserved_random_state
+from ..trials import preserved_modes, preserved_random_state, replaced
 from ..validation import check_per_sample
 from .metrics import SampleMetric
+
+
+logger = logging.get_logger(__name__)
+
+# every row, in its place; and a model that is cast for an evaluation stays cast
+_AS_IT_IS = {
+    "train_sampling_strategy": "random",  # by length, rows would come in another order
+    "dataloader_drop_last": False,
+    "bf16_full_eval": False,
+    "fp16_full_eval": False,
+}
 
 
 @dataclass
@@ -40,7 +52,7 @@ def measure(trainer: Trainer, dataset: AnyDataset, metrics: Sequence[SampleMetri
     """
     if metrics and trainer.args.prediction_loss_only:
         raise ValueError("`prediction_loss_only` is True, but the report's metrics need predictions. Set it to False.")
-    with preserved_random_state(), preserved_modes(trainer.model):
+    with preserved_random_state(), preserved_modes(trainer.model), _every_row(trainer):
         losses = per_sample_losses(trainer, dataset)
         if not metrics:
             return Measurement(losses, {})
@@ -53,6 +65,15 @@ def measure(trainer: Trainer, dataset: AnyDataset, metrics: Sequence[SampleMetri
     predictions, labels = (_first_rows(array, len(losses)) for array in (output.predictions, output.label_ids))
     prediction = EvalPrediction(predictions, labels)
     return Measurement(losses, {metric.name: metric.counts(prediction) for metric in metrics})
+
+
+@contextmanager
+def _every_row(trainer: Trainer) -> Iterator[None]:
+    """Has the trainer's loaders give all rows in order, and leave the model's precision as it is."""
+    with ExitStack() as stack:
+        for name, value in _AS_IT_IS.items():
+            stack.enter_context(replaced(trainer.args, name, value))
+        yield
 
 
 def _first_rows(arrays: np.ndarray | tuple, count: int) -> np.ndarray | tuple:
@@ -68,7 +89,8 @@ def per_sample_losses(trainer: Trainer, dataset: AnyDataset) -> np.ndarray:
     model = trainer.accelerator.unwrap_model(trainer.model)
     per_sample_loss = PerSampleLoss(model, loss_function(trainer))
     forward = trainer.model_wrapped if is_sharded(model) else model
-    loader = trainer.get_eval_dataloader(dataset)
+    with _every_row(trainer):
+        loader = trainer.get_test_dataloader(dataset)  # that for evaluation may be kept, and be of another set
     model.to(trainer.args.device)
     model.eval()
     found = []
@@ -78,7 +100,13 @@ def per_sample_losses(trainer: Trainer, dataset: AnyDataset) -> np.ndarray:
             losses = per_sample_loss(forward, batch)
         check_per_sample(losses, len(batch["labels"]) if "labels" in batch else len(losses))
         found.append(trainer.accelerator.gather_for_metrics(losses.float()).cpu())
-    return torch.cat(found).numpy().astype(float)
+    losses = torch.cat(found).numpy().astype(float)
+    if not np.isfinite(losses).all():
+        logger.warning(
+            f"{np.sum(~np.isfinite(losses))} of {len(losses)} losses are not finite, the first of row {np.argmin(np.isfinite(losses))}. They "
+            "count as the largest. A CTC loss is infinite where an utterance is shorter than its transcript."
+        )
+    return losses
 
 
 @contextmanager
@@ -134,11 +162,21 @@ def examining(trainer: Trainer, model: nn.Module) -> Iterator[None]:
     own, device = (trainer.model, trainer.model_wrapped), next(model.parameters()).device
     trainer.model = trainer.model_wrapped = model.to(trainer.args.device)
     try:
-        with trainers_precision(trainer, model):
+        with trainers_precision(trainer, model), _trainers_generation(trainer, model, own[0]):
             yield
     finally:
         trainer.model, trainer.model_wrapped = own
         model.to(device)  # two models and a copy under attack need not be on the device at once
+
+
+@contextmanager
+def _trainers_generation(trainer: Trainer, model: nn.Module, own: nn.Module) -> Iterator[None]:
+    """Has a model generate as the trainer's own, if the arguments have a `generation_config`, which that alone was given."""
+    if getattr(trainer.args, "generation_config", None) is None:
+        yield
+        return
+    with replaced(model, "generation_config", own.generation_config):
+        yield
 
 
 def column_values(dataset: AnyDataset, column: str) -> Sequence:

@@ -65,7 +65,7 @@ def membership_inference(
             f"{len(nonmember_losses)} others."
         )
     truth = np.repeat([1, 0], [len(member_losses), len(nonmember_losses)])
-    scores = -np.concatenate([member_losses, nonmember_losses])
+    scores = -_finite(np.concatenate([member_losses, nonmember_losses]))
     false_positives, true_positives, _ = metrics.roc_curve(truth, scores, drop_intermediate=False)
     return MembershipInference(
         auc=float(metrics.roc_auc_score(truth, scores)),
@@ -85,7 +85,12 @@ def loss_distance(losses: np.ndarray, reference_losses: np.ndarray) -> float:
 
     Losses have shapes (n,) and (m,). 0 if they are the same, 1 if they do not overlap. Two models retrained with different seeds are not at 0 either.
     """
-    return float(stats.ks_2samp(losses, reference_losses).statistic)
+    return float(stats.ks_2samp(_finite(losses), _finite(reference_losses)).statistic)
+
+
+def _finite(losses: np.ndarray) -> np.ndarray:
+    """What is not finite counts as the largest."""
+    return np.nan_to_num(losses, nan=np.finfo(float).max)
 
 
 # ---- U-LiRA: an attacker who knows how each sample looks after being unlearned, and after never being seen ----

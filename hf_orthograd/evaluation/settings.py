@@ -4,6 +4,7 @@ from transformers import Trainer
 
 from ..callbacks import StoppingRule, find_callback
 from ..config import OrthoGradConfig
+from ..data.streams import forget_batch_size
 
 
 def run_settings(trainer: Trainer) -> dict[str, str | float | int | None]:
@@ -15,24 +16,29 @@ def run_settings(trainer: Trainer) -> dict[str, str | float | int | None]:
     args, state = trainer.args, trainer.state
     if not state.global_step:
         return {}
-    name = _known_class(trainer, "hf_orthograd.", "transformers.")
+    name = known_class(trainer, "hf_orthograd.", "transformers.")
     found: dict[str, str | float | int | None] = {"trainer": name}
-    micro_batches = args.gradient_accumulation_steps * args.world_size
-    size = (trainer._train_batch_size or args.train_batch_size) * micro_batches
     forget, has_retain = getattr(trainer, "forget_dataset", None), getattr(trainer, "has_retain", True)
     if name == "OrthoGradTrainer":  # a baseline's own loss takes the place of these
         own = ("projection", "projection_target", "forget_loss", "retain_loss", "alpha")
         found |= {setting: getattr(args, setting) for setting in own}
     if isinstance(args, OrthoGradConfig) and forget is not None:
-        per_device = min(args.per_device_forget_batch_size, _length(forget) or args.per_device_forget_batch_size)
-        found["forget_samples_per_step"] = per_device * micro_batches
-        found["retain_samples_per_step"] = size if has_retain else 0
+        per_device = forget_batch_size(args, trainer._train_batch_size)
+        micro_batches = args.gradient_accumulation_steps * args.world_size
+        found["forget_samples_per_step"] = min(per_device, _length(forget) or per_device) * micro_batches
+        found["retain_samples_per_step"] = samples_per_step(trainer) if has_retain else 0
     else:
-        found["samples_per_step"] = size
+        found["samples_per_step"] = samples_per_step(trainer)
     found["samples_at_hand"] = _length(trainer.train_dataset) if has_retain else 0
     found |= _optimizer(trainer)
     found |= {"precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "that of the weights", "seed": args.seed}
     return found | {"ended": _end(trainer)}
+
+
+def samples_per_step(trainer: Trainer) -> int:
+    """Of the train set, on all devices, as the steps took them: `auto_find_batch_size` may have made batches smaller."""
+    args = trainer.args
+    return (trainer._train_batch_size or args.train_batch_size) * args.gradient_accumulation_steps * args.world_size
 
 
 def _optimizer(trainer: Trainer) -> dict[str, str | float]:
@@ -44,11 +50,11 @@ def _optimizer(trainer: Trainer) -> dict[str, str | float]:
     group = optimizer.param_groups[0]
     found["learning_rate"] = float(group.get("initial_lr", group["lr"]))  # before the scheduler
     if not isinstance(optimizer, trainer.get_optimizer_cls_and_kwargs(args, trainer.model)[0]):
-        found["optim"] = _known_class(optimizer, "torch.")
+        found["optim"] = known_class(optimizer, "torch.")
     return found
 
 
-def _known_class(one: object, *known: str) -> str:
+def known_class(one: object, *known: str) -> str:
     """The first of its classes that is from one of these packages."""
     return next((of.__name__ for of in type(one).__mro__ if of.__module__.startswith(known)), "another one")
 

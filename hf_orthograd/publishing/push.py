@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..config import OrthoGradConfig
 from ..evaluation import UnlearningReport
+from ..evaluation.settings import known_class, samples_per_step
 from ..validation import read_columns, row_digests
 from .access import check_login, refuse_old_weights
 from .card import CardOptions, write_card
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+# names of metrics that tell of nobody
+_PUBLIC_METRICS = ("loss", "accuracy", "wer", "cer", "refused")
 _PACKAGES = ("hf_orthograd", "torch", "transformers", "accelerate", "peft", "datasets", "huggingface_hub")
 
 
@@ -202,15 +205,14 @@ def make_record(
 ) -> UnlearningRecord:
     """What is known of a request from its trainer, all but the files and the report."""
     args = trainer.args
-    own = {one.name for one in fields(OrthoGradConfig)} - {one.name for one in fields(Seq2SeqTrainingArguments)}
     forget = trainer.forget_dataset
     columns = read_columns(forget, trainer.per_sample_loss.model)
-    samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    samples = samples_per_step(trainer) if trainer.has_retain else 0
     return UnlearningRecord(
         request_id=request_id or trainer.origin.request_id,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         goal=goal,
-        method={"trainer": type(trainer).__name__} | {name: getattr(args, name) for name in sorted(own)},
+        method=_method(trainer),
         training={
             "learning_rate": args.learning_rate,
             "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
@@ -232,6 +234,19 @@ def make_record(
         committed_columns=None if columns is None else sorted(columns),
         commitments=commit_all(row_digests(forget, columns), owner_salt(args.output_dir)),
     )
+
+
+def _method(trainer: "OrthoGradTrainer") -> dict[str, Any]:
+    """Its settings, without what a user may have written of the forgotten: an answer, a metric's or a class's name."""
+    inherited = {one.name for one in fields(Seq2SeqTrainingArguments)}
+    names = sorted({one.name for one in fields(OrthoGradConfig)} - inherited)
+    settings = {name: getattr(trainer.args, name) for name in names}
+    settings["refusal_labels"] = (
+        None if settings["refusal_labels"] is None else f"{len(settings['refusal_labels'])} labels"
+    )
+    if settings["stop_metric"] not in _PUBLIC_METRICS:
+        settings["stop_metric"] = "one of the user's own"
+    return {"trainer": known_class(trainer, "hf_orthograd."), **settings}
 
 
 def _count_parameters(model: nn.Module) -> int:
