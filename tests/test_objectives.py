@@ -26,6 +26,15 @@ def test_each_sample_has_the_loss_the_model_gives_it_alone(kind, make_model, mak
     assert losses.std() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["whisper", "vit", "llama"])
+def test_a_decoder_computes_no_second_loss(kind, make_model, make_samples):
+    """Over its vocabulary that takes as much memory as the logits; elsewhere labels may do more than that."""
+    model, batch = make_model(kind), default_collate([make_samples(kind, 2)[index] for index in range(2)])
+    losses = PerSampleLoss(model)
+    assert (losses.outputs(model, batch).loss is None) is (kind == "llama")
+    assert losses.outputs(model, batch, own_loss=True).loss is not None
+
+
 def test_retain_mean_is_over_samples_not_tokens(make_model, make_samples):
     model, samples = make_model("llama").eval(), make_samples("llama", 4)
     batch = default_collate([samples[index] for index in range(4)])

@@ -147,17 +147,25 @@ class PerSampleLoss:
         losses, _ = self.with_outputs(model, inputs)
         return losses
 
-    def with_outputs(self, model: nn.Module, inputs: Mapping) -> tuple[Tensor, object]:
-        """Losses, shape (B,), and the model's outputs, which hold the loss that the model itself computed."""
-        outputs = self.outputs(model, inputs)
+    def with_outputs(self, model: nn.Module, inputs: Mapping, own_loss: bool = False) -> tuple[Tensor, object]:
+        """Losses, shape (B,), and the model's outputs, as [`outputs`]."""
+        outputs = self.outputs(model, inputs, own_loss)
         if self._compute_loss_func is None:
             return self._family.losses(outputs, inputs, self.model), outputs
         return self._compute_loss_func(outputs, inputs.get("labels"), num_items_in_batch=None), outputs
 
-    def outputs(self, model: nn.Module, inputs: Mapping) -> object:
-        """What the model returns; a loss of the user's own is taken from outputs that were made without labels."""
-        own = self._compute_loss_func is not None
-        return model(**{name: value for name, value in inputs.items() if not own or name != "labels"})
+    def outputs(self, model: nn.Module, inputs: Mapping, own_loss: bool = False) -> object:
+        """What the model returns; with `own_loss` the loss that it computes itself is there, too, for the built-in ones.
+
+        Where labels do nothing else they are left out: over a vocabulary a second loss costs as much memory as the logits.
+        """
+        left_out = self._compute_loss_func is not None or (self._labels_are_for_the_loss and not own_loss)
+        return model(**{name: value for name, value in inputs.items() if not left_out or name != "labels"})
+
+    @property
+    def _labels_are_for_the_loss(self) -> bool:
+        """Of a decoder alone; one beside an encoder of images, say, may place tokens by them."""
+        return isinstance(self._family, CausalTokens) and not self.model.config.sub_configs
 
     def positions(self, outputs: ModelOutput, inputs: Mapping) -> tuple[Tensor, Tensor]:
         """Logits (B, T, V) beside the labels (B, T) that they predict; -100 where none counts. A class is one position.

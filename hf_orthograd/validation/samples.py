@@ -290,7 +290,7 @@ def check_losses(per_sample_loss: PerSampleLoss, model: nn.Module, batch: Batch,
     """
     with torch.no_grad():
         check_per_sample(per_sample_loss(model, batch.inputs), batch.size)
-        losses, outputs = per_sample_loss.with_outputs(model, sample.inputs)
+        losses, outputs = per_sample_loss.with_outputs(model, sample.inputs, own_loss=True)
     own = outputs.get("loss") if isinstance(outputs, Mapping) else None
     if own is not None and not torch.isclose(own.float(), losses[0].float(), rtol=1e-2, atol=1e-3, equal_nan=True):
         raise ValueError(
