@@ -20,7 +20,7 @@ class BaselineTrainer(OrthoGradTrainer):
     """A method whose step descends losses of its own on the step's forget and retain batches.
 
     `projection` and, unless the class says that it `keeps_objective`, `forget_loss` are not used: on the trainer's own
-    copy of the arguments they are "none" and "ascent".
+    copy of the arguments they are "none" and "ascent". `alpha` weighs where the class says so, and elsewhere nothing.
 
     Raises:
         ValueError: `args.projection_target` is "update", which corrects steps by a projection; or `args.forget_loss` is
