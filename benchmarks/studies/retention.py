@@ -4,7 +4,7 @@
 
 The image study's models, sets, steps and stopping rule. Each variant has the same four learning rates to choose from, on validation
 images at 5 % retain data with the first seed. "Update" was run for a class alone, and copies for 1 % of the retain images alone.
-Seeds 8 to 19 (`--kinds class --seeds 8 9 ...`) are for a class alone, as eight did not tell SCRUB from the default; none was run yet.
+Seeds 8 to 19 (`--kinds class --seeds 8 9 ...`) are for a class alone: eight had not told SCRUB from the default.
 Comparisons are paired by seed. Several processes, each with other `--variants` or `--seeds`, may work on the same results.
 """
 
