@@ -224,7 +224,9 @@ questions on other authors, real authors and world facts. Means over requests wi
             return np.exp(-per_sample_losses(trainer, dataset))  # a loss is the mean over an answer's tokens
 
         answers = answers_of(rows, self.tokenizer)
-        known, right = probabilities(answers), probabilities(answers_of(rows, self.tokenizer, "right_answer"))
+        known = right = probabilities(answers)
+        if any(row["right_answer"] != row["answer"] for row in rows):
+            right = probabilities(answers_of(rows, self.tokenizer, "right_answer"))
         wrong = probabilities(wrong_answers_of(rows, self.tokenizer)).reshape(len(rows), -1)
         longest = max(sum(label != IGNORED_LABEL for label in labels) for labels in answers["labels"])
         said = generate_answers(trainer, answers, max_new_tokens=longest)
