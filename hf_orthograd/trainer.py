@@ -290,7 +290,7 @@ class OrthoGradTrainer(AnyArgumentsTrainer):
         rule = watching.find_callback(self.callback_handler, watching.StoppingRule)
         if rule is not None and self.is_in_train and eval_dataset is None and metric_key_prefix == "eval":
             again = partial(self._parent.evaluate, self.forget_dataset, ignore_keys, "eval_forget", **gen_kwargs)
-            with trials.replaced(self, "get_eval_dataloader", self.get_test_dataloader):  # not one that was kept
+            with trials.replaced(self.args, "dataloader_persistent_workers", False):  # else an earlier loader
                 rule.take_evaluation(metrics, again, self.state, self.control)
         return metrics
 

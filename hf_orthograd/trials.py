@@ -77,9 +77,12 @@ def preserved_modes(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def replaced(owner: object, attribute: str, value: object) -> Iterator[None]:
     """Puts another value in the place of an attribute, for as long as a call takes."""
-    original = getattr(owner, attribute)
+    original, is_own = getattr(owner, attribute), attribute in vars(owner)
     setattr(owner, attribute, value)
     try:
         yield
     finally:
-        setattr(owner, attribute, original)
+        if is_own:
+            setattr(owner, attribute, original)
+        else:  # it is of the class, or of what the owner wraps
+            delattr(owner, attribute)

@@ -100,6 +100,7 @@ def train(
     }
     scaling, ragged, count = settings.pop("scaling", None), settings.pop("ragged", False), settings.pop("count", 24)
     poisoned, _ = settings.pop("poisoned", None), settings.pop("examined", None)
+    make = settings.pop("make", OrthoGradTrainer)
     args = OrthoGradConfig(str(folder), **(defaults | settings))
     retain, forget = samples(kind, count, seed=1), samples(kind, count, seed=2)
     if ragged:  # batches as long as their longest sequence
@@ -107,7 +108,7 @@ def train(
     if poisoned is not None:
         retain.examples[poisoned]["pixel_values"].fill_(torch.nan)
     callbacks = [SkipFirst()] if skip_first else None
-    trainer = OrthoGradTrainer(
+    trainer = make(
         model, args, pad if ragged else None, train_dataset=retain, forget_dataset=forget, callbacks=callbacks
     )
     if args.fsdp:

@@ -130,7 +130,7 @@ RUNS = {
     ),
     "rows of several lengths and no collator that pads": (
         {"kind": "llama", "train_dataset": Dataset.from_list(RAGGED)},
-        "`data_collator` cannot make a batch of the first 2 rows of `train_dataset`: expected sequence of length 2",
+        "`data_collator` cannot make a batch of 2 rows: expected sequence of length 2",
     ),
     "a refusal of batches without labels": (
         {"settings": REFUSAL, "forget_dataset": without("vit", 2, "labels"), "train_dataset": without("vit", 1, "labels")},

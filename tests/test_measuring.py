@@ -1,6 +1,7 @@
 """What is measured is every row of the set that was asked for, of the model that would be published, whatever the trainer's arguments."""
 
 import copy
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -105,6 +106,10 @@ def test_the_rule_reads_the_forget_set_where_loaders_are_kept(tmp_path):
     )  # fmt: skip
     trainer.train()
     logged = [entry["eval_forget_loss"] for entry in trainer.state.log_history if "eval_forget_loss" in entry]
+    workers = len(multiprocessing.active_children())
+    trainer.evaluate(trainer.eval_dataset)
+    per_sample_losses(trainer, trainer.forget_dataset)
+    assert len(multiprocessing.active_children()) == workers
     trainer.args.dataloader_persistent_workers = False
     expected = per_sample_losses(trainer, trainer.forget_dataset).mean()
     assert logged[-1] == pytest.approx(expected, abs=1e-5)

@@ -6,6 +6,7 @@ import transformers
 from launched import KINDS, launch, settings, train
 from peft import PeftModel
 
+from hf_orthograd.baselines import WgaTrainer
 from hf_orthograd.publishing import verify
 
 
@@ -22,6 +23,7 @@ VARIANTS = {
     "none": {"projection": "none"},
     "checkpointing": {"gradient_checkpointing": True},
     "predictions kept": {"retain_loss": "kl", "learning_rate": 0.3},
+    "tokens weighed": {"make": WgaTrainer, "retain_loss": "kl", "learning_rate": 0.3},
     "predictions kept, none": {"retain_loss": "kl", "learning_rate": 0.3, "projection": "none"},
 }
 

@@ -66,6 +66,8 @@ def test_features_may_have_their_frames_first():
         ValueError, match="`extractor` is a SeamlessM4TFeatureExtractor, whose features have shape .* does not say"
     ):
         VarySpeech(SeamlessM4TFeatureExtractor()).vary(np.ones((50, 160)))
+    with pytest.raises(ValueError, match="features have shape .80, 80.: it does not say"):
+        VarySpeech(ParakeetFeatureExtractor()).vary(np.ones((80, 80)))
 
 
 def test_waveform_is_shifted_and_silenced():

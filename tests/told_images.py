@@ -77,8 +77,8 @@ def readme_evidence() -> list[str]:
         gaps = [mean_and_interval(final_gaps(RETENTION, kind, "0.05", variant, range(8))) for kind in KINDS]
         own[label] = [*gaps, ABSENT]
     for label, variant in (("SCRUB", "SCRUB"), (f"OrthoGrad + NPO, {HELD}", retention.DEFAULT)):
-        gaps = final_gaps(RETENTION, "class", "0.05", variant, range(20))
-        own[f"20 seeds: {label}"] = [ABSENT, mean_and_interval(gaps), ABSENT]
+        gaps = final_gaps(RETENTION, "class", "0.05", variant, range(8, 20))
+        own[f"12 further seeds: {label}"] = [ABSENT, mean_and_interval(gaps), ABSENT]
     return rows(own)
 
 
@@ -269,12 +269,33 @@ def a_class_comes_back() -> str:
     return f"A class stays forgotten when rounded, by all of them. It is back after {step} steps on other images of it, as in the retrained model."
 
 
-def twenty_seeds() -> str:
-    return f"is nearer than SCRUB, by {mean_and_interval(behind('SCRUB', range(20)))}."
+def further_seeds() -> str:
+    again, less = (
+        mean(final_gaps(RETENTION, "class", "0.05", "SCRUB")),
+        mean_and_interval(behind("SCRUB", range(8, 20))),
+    )
+    question = "[twelve seeds](choosing_settings.md#retain-term-and-variation) run for this question OrthoGrad + NPO"
+    return f'SCRUB\'s gap is {again}, for a reason that was not found. On {question} with "kl" on varied images is nearer than SCRUB, by {less}.'
 
 
-def twenty_seeds_in_short() -> str:
-    return f"in twenty it is farther, by {mean_and_interval(behind('SCRUB', range(20)))} in pairs."
+def further_seeds_in_short() -> str:
+    again, less = (
+        mean(final_gaps(RETENTION, "class", "0.05", "SCRUB")),
+        mean_and_interval(behind("SCRUB", range(8, 20))),
+    )
+    question = "On twelve seeds run for this question the last row is nearer than SCRUB"
+    return f"it was at {again}, for a reason that was not found. {question}, by {less} in pairs."
+
+
+def like_for_like() -> str:
+    both = [final_gaps(RETENTION, "class", "0.05", name, range(8)) for name in ("SCRUB", "OrthoGrad + NPO")]
+    return f"is nearer than SCRUB by {mean_and_interval(np.subtract(*both))} over the eight"
+
+
+def where_scrub_is_ahead() -> str:
+    scrub, ours = (mean(final_gaps(IMAGES, "class", "0.2", name)) for name in ("scrub", "orthograd_npo"))
+    assert scrub < ours
+    return f"[did not last](#retain-term-and-variation) | {scrub} to {ours} |"
 
 
 def twelve_seeds() -> str:
@@ -285,9 +306,12 @@ def twelve_seeds() -> str:
 
 
 SAID = {
-    "README.md": [twenty_seeds_in_short],
-    "docs/choosing_settings.md": [variation_with_labels, iterations, twelve_seeds],
-    "docs/results.md": [a_class_comes_back, twenty_seeds],
+    "README.md": [further_seeds_in_short],
+    "docs/choosing_settings.md": [
+        *(variation_with_labels, iterations, twelve_seeds, like_for_like),
+        where_scrub_is_ahead,
+    ],
+    "docs/results.md": [a_class_comes_back, further_seeds],
 }
 TABLES = {
     "README.md": [readme_evidence],

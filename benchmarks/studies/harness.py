@@ -51,8 +51,15 @@ class Records:
             partial = self._path.with_suffix(".partial")
             lines = [f"{json.dumps(name)}: {json.dumps(record)}" for name, record in self.runs.items()]
             runs = ",\n".join(lines)  # one line for each run
-            partial.write_text(f'{{"machine": {json.dumps(describe_machine())},\n"runs": {{\n{runs}\n}}}}\n')
+            partial.write_text(f'{{"machine": {json.dumps(self._machines())},\n"runs": {{\n{runs}\n}}}}\n')
             partial.replace(self._path)
+
+    def _machines(self) -> dict[str, str] | list[dict[str, str]]:
+        """That on which the runs were made, or all if there were several."""
+        found = json.loads(self._path.read_text())["machine"] if self._path.exists() else []
+        found = found if isinstance(found, list) else [found]
+        machines = [*found, *([describe_machine()] if describe_machine() not in found else [])]
+        return machines if len(machines) > 1 else machines[0]
 
 
 def describe_machine() -> dict[str, str]:

@@ -189,7 +189,7 @@ def write_report(runs: dict, path: Path, kinds: list[str], seeds: tuple[int, ...
 
 _NOTE = """Means over seeds with 95 % intervals by Student's t. The gap is the mean distance to the retrained model over accuracies on forgotten, \
 retained and test images and the AUC of membership inference. Its difference to the default's is paired by seed: above zero, the default is nearer. With 1 % at hand "k = 256" \
-without copies is all 95 images."""
+without copies is all 95 images. The last line is of the machine that wrote this: seeds 8 to 19 were run on an Intel Xeon, most others on an AMD EPYC, as the records say."""
 
 
 def _table(records: dict[str, list[dict]], references: list[dict]) -> str:

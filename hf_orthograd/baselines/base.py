@@ -12,6 +12,7 @@ from ..annotations import AnyDataset
 from ..any_arguments import with_unlearning
 from ..config import OrthoGradConfig
 from ..data import Batch
+from ..parallel.sharding import reshard
 from ..trainer import OrthoGradTrainer
 from ..trials import preserved_modes, preserved_random_state
 
@@ -65,6 +66,7 @@ class BaselineTrainer(OrthoGradTrainer):
             model, batch = self.accelerator.unwrap_model(self.model), self.first_batch("forget_dataset", 1)
             with torch.no_grad(), preserved_modes(model), preserved_random_state(), self.accelerator.autocast():
                 self.per_sample_loss.positions(model.eval()(**batch.inputs), batch.inputs)
+            reshard(model)
         super().begin_unlearning()
 
     def forget_loss(self, model: nn.Module, batch: Batch) -> Tensor | None:

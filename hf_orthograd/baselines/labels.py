@@ -52,13 +52,17 @@ class RandomLabelTrainer(BaselineTrainer):
         try:
             return super().train(*args, **kwargs)
         finally:  # what trains the model later, trains all of it
-            for mask in self._masks:
-                mask.remove()
-            self._masks = []
+            self._remove_masks()
+
+    def _remove_masks(self) -> None:
+        for mask in self._masks:
+            mask.remove()
+        self._masks = []
 
     def begin_unlearning(self) -> None:
         super().begin_unlearning()
         self._count = self._classes()  # refused before the first step
+        self._remove_masks()  # a run may begin again, with smaller batches
         if self._saliency is None:
             return
         if self.state.global_step > 0:

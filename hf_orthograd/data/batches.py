@@ -88,6 +88,18 @@ class IndexedDataset(torch.utils.data.Dataset):
         return index, self._dataset[index]
 
 
+def _collated(collator: Callable, examples: list) -> MutableMapping:
+    if isinstance(collator, ChangingCollator):  # whose change has errors of its own
+        return collator(examples)
+    try:
+        return collator(examples)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"`data_collator` cannot make a batch of {len(examples)} rows: {error} If they differ in length, pass one that pads, as "
+            "`DataCollatorForSeq2Seq(tokenizer)` does with text and its labels."
+        ) from error
+
+
 class IndexedCollator:
     """Collates examples of an [`IndexedDataset`] and adds their row numbers to the batch, shape (number of examples,)."""
 
@@ -96,7 +108,7 @@ class IndexedCollator:
 
     def __call__(self, features: list) -> MutableMapping:
         indices, examples = zip(*features, strict=True)
-        batch = self._collator(list(examples))
+        batch = _collated(self._collator, list(examples))
         batch[SAMPLE_INDEX] = torch.tensor(indices)
         return batch
 
@@ -108,7 +120,7 @@ class CountingCollator:
         self._collator = collator
 
     def __call__(self, features: list) -> MutableMapping:
-        batch = self._collator(features)
+        batch = _collated(self._collator, features)
         batch[SAMPLE_INDEX] = torch.full((len(features),), UNKNOWN_ROW)
         return batch
 
@@ -125,7 +137,7 @@ class ChangingCollator:
         self._collator, self._change = collator, change
 
     def __call__(self, features: list) -> MutableMapping:
-        return self._change(self._collator(features))
+        return self._change(_collated(self._collator, features))
 
 
 class RowSource:
@@ -160,13 +172,7 @@ class RowSource:
             examples = list(islice(self.dataset, start, start + count))
         if not examples:
             raise ValueError(f"`{self._name}` is a stream that gave no rows. Check where it reads from.")
-        try:
-            return self.collator(examples)
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise ValueError(
-                f"`data_collator` cannot make a batch of the first {len(examples)} rows of `{self._name}`: {error} If rows differ in "
-                "length, pass one that pads, as `DataCollatorForSeq2Seq(tokenizer)` does with text and its labels."
-            ) from error
+        return self.collator(examples)
 
 
 class PairedBatches(dict):

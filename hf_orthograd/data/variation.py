@@ -96,7 +96,7 @@ class VarySpeech:
             ValueError: The extractor does not say which, or how long a frame is.
         """
         bins = self.extractor.feature_size
-        if bins not in shape or getattr(self.extractor, "hop_length", None) is None:
+        if bins not in shape or shape[0] == shape[1] or getattr(self.extractor, "hop_length", None) is None:
             raise ValueError(
                 f"`extractor` is a {type(self.extractor).__name__}, whose features have shape {shape}: it does not say by `feature_size` and "
                 "`hop_length` which are mel bins, and how long a frame is. Vary waveforms before they are extracted, or leave it out."

@@ -32,7 +32,9 @@ class Quantization:
     """Rounds the weights of linear, convolution and embedding layers, and of experts, to integers, symmetrically around zero.
 
     Unlearning that moved a weight by less than half a step of the grid may vanish (arXiv 2410.16454). An adapter is merged first,
-    as it is when the model is saved. Biases, norms, and single vectors keep their precision, as in common 4-bit formats.
+    as by `save_model()` where `merge_adapter` is not False. Biases, norms, single vectors, and matrices by another name than
+    `weight` keep their precision, as in common 4-bit formats. A scale is of a row, the last dimension: an output channel, but of
+    experts that are stored with their inputs first.
 
     Args:
         bits (`int`): Of the integers.
@@ -57,7 +59,6 @@ class Quantization:
                 parametrize.remove_parametrizations(module, "weight")
         with torch.no_grad():
             for weight, module in _weights(attacked):
-                # rows are output channels
                 if isinstance(module, Conv1D):
                     weight.copy_(self._round(weight.T).T)
                 else:
@@ -90,9 +91,10 @@ def _weights(model: nn.Module) -> list[tuple[Tensor, nn.Module]]:
 
 
 def _as_published(model: nn.Module) -> nn.Module:
-    """A copy with an adapter merged into it."""
+    """A copy with an adapter merged into it; a prompt, which is no part of any weight, stays beside them."""
     attacked = copy.deepcopy(model)
-    return attacked.merge_and_unload() if isinstance(attacked, PeftModel) else attacked
+    merges = isinstance(attacked, PeftModel) and not attacked.active_peft_config.is_prompt_learning
+    return attacked.merge_and_unload() if merges else attacked
 
 
 class DetachAdapter:

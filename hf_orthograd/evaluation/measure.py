@@ -29,6 +29,7 @@ logger = logging.get_logger(__name__)
 _AS_IT_IS = {
     "train_sampling_strategy": "random",  # by length, rows would come in another order
     "dataloader_drop_last": False,
+    "dataloader_persistent_workers": False,  # a loader that is kept is of another set, and its workers stay
     "bf16_full_eval": False,
     "fp16_full_eval": False,
 }
@@ -90,7 +91,7 @@ def per_sample_losses(trainer: Trainer, dataset: AnyDataset) -> np.ndarray:
     per_sample_loss = PerSampleLoss(model, loss_function(trainer))
     forward = trainer.model_wrapped if is_sharded(model) else model
     with _every_row(trainer):
-        loader = trainer.get_test_dataloader(dataset)  # that for evaluation may be kept, and be of another set
+        loader = trainer.get_eval_dataloader(dataset)
     model.to(trainer.args.device)
     model.eval()
     found = []
@@ -172,7 +173,7 @@ def examining(trainer: Trainer, model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _trainers_generation(trainer: Trainer, model: nn.Module, own: nn.Module) -> Iterator[None]:
     """Has a model generate as the trainer's own, if the arguments have a `generation_config`, which that alone was given."""
-    if getattr(trainer.args, "generation_config", None) is None:
+    if getattr(trainer.args, "generation_config", None) is None or not hasattr(model, "generation_config"):
         yield
         return
     with replaced(model, "generation_config", own.generation_config):

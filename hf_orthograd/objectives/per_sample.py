@@ -164,8 +164,11 @@ class PerSampleLoss:
 
     @property
     def _labels_are_for_the_loss(self) -> bool:
-        """Of a decoder alone; one beside an encoder of images, say, may place tokens by them."""
-        return isinstance(self._family, CausalTokens) and not self.model.config.sub_configs
+        """Of a decoder alone, as transformers has it; one beside an encoder of images, say, may place tokens by them."""
+        # FSDP2 makes a subclass, of torch, of a model's class its class
+        own = next(one for one in type(self.model).__mro__ if not one.__module__.startswith("torch."))
+        is_known = own.__module__.startswith("transformers.")
+        return is_known and isinstance(self._family, CausalTokens) and not self.model.config.sub_configs
 
     def positions(self, outputs: ModelOutput, inputs: Mapping) -> tuple[Tensor, Tensor]:
         """Logits (B, T, V) beside the labels (B, T) that they predict; -100 where none counts. A class is one position.
