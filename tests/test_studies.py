@@ -222,7 +222,7 @@ def test_curves_are_of_the_seeds_that_have_every_point(tmp_path):
                 runs[name] = record(0.5 + off, 0.7 + off, 0.5 + off, 0.5 + off)
     curves.write_report(runs, references, tmp_path / "table")
     written = (tmp_path / "table.md").read_text()
-    assert f"## random, {what}, 2 seeds" in written and "class" not in written
+    assert f"## random, {what}, 2 seeds" in written and "## class" not in written
     row = next(line for line in written.splitlines() if line.startswith("| 4 |"))
     assert row.startswith("| 4 | 0.050 ± 0.635 | 0.070 ± 0.635 | 0.020 ± 0.000 |")
 

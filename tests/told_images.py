@@ -221,12 +221,13 @@ def by_size() -> list[str]:
 # ---- Curves under "kl" ----
 
 
-def curve(quantity: str, values: tuple) -> list[str]:
+def curve(quantity: str, values: tuple, kind: str = "random") -> list[str]:
     usual = {"per_device_train_batch_size": 64, "alpha": 0.5}
+    seeds = SEEDS if kind == "random" else range(8, 11)
 
     def gaps(method: str, value) -> np.ndarray:
         own = " ".join(f"{name}={one}" for name, one in (usual | {quantity: value}).items())
-        pairs = [(CURVES[f"{method} random-{seed} {own}"], RETENTION[f"retrained random-{seed}"]) for seed in SEEDS]
+        pairs = [(CURVES[f"{method} {kind}-{seed} {own}"], RETENTION[f"retrained {kind}-{seed}"]) for seed in seeds]
         return np.array([gap(*pair) for pair in pairs])
 
     ours, npo = ([gaps(method, value) for value in values] for method in ("orthograd_npo", "npo"))
@@ -234,12 +235,23 @@ def curve(quantity: str, values: tuple) -> list[str]:
     return rows({"OrthoGrad + NPO": list(map(mean, ours)), "NPO": list(map(mean, npo)), "NPO: less that": less})
 
 
+COUNTS, ALPHAS = (4, 8, 16, 32, 64, 128, 256), (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
 def curve_of_count() -> list[str]:
-    return curve("per_device_train_batch_size", (4, 8, 16, 32, 64, 128, 256))
+    return curve("per_device_train_batch_size", COUNTS)
 
 
 def curve_of_alpha() -> list[str]:
-    return curve("alpha", (0.1, 0.3, 0.5, 0.7, 0.9))
+    return curve("alpha", ALPHAS)
+
+
+def class_by_count() -> list[str]:
+    return curve("per_device_train_batch_size", COUNTS, "class")
+
+
+def class_by_alpha() -> list[str]:
+    return curve("alpha", ALPHAS, "class")
 
 
 # ---- Sentences ----
@@ -319,6 +331,6 @@ TABLES = {
     "docs/choosing_settings.md": [
         class_by_seeds,
         *(forget_objective, by_count, by_alpha, by_projection, by_size),
-        *(curve_of_count, curve_of_alpha),
+        *(curve_of_count, curve_of_alpha, class_by_count, class_by_alpha),
     ],
 }
