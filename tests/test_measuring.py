@@ -175,6 +175,8 @@ def test_every_matrix_is_rounded():
         levels(own) <= 7 for name, own in rounded.named_parameters() if own.ndim > 1 and name.endswith("weight")
     )
     assert any(parametrize.is_parametrized(module) for module in waves.modules())  # of the copy alone
+    with torch.no_grad():  # and both still compute
+        assert all(model(torch.ones(1, 800)).logits.isfinite().all() for model in (waves, rounded))
 
 
 # ---- What a run says of itself, and what it leaves behind ----

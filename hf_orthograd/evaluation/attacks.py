@@ -55,8 +55,9 @@ class Quantization:
     def __call__(self, model: nn.Module) -> nn.Module:
         attacked = _as_published(model)
         for module in list(attacked.modules()):
-            if parametrize.is_parametrized(module, "weight"):  # as by weight norm: rounded is what is computed with
-                parametrize.remove_parametrizations(module, "weight")
+            # as by weight norm: rounded is what is computed with
+            if parametrize.is_parametrized(module) and set(module.parametrizations) == {"weight"}:
+                _make_plain(module)
         with torch.no_grad():
             for weight, module in _weights(attacked):
                 if isinstance(module, Conv1D):
@@ -76,6 +77,14 @@ class Quantization:
         zeros = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
         rounded = torch.fake_quantize_per_channel_affine(rows, scale, zeros, 0, -largest, largest)
         return rounded.reshape(weight.shape).to(weight.dtype)
+
+
+def _make_plain(module: nn.Module) -> None:
+    """Has a copied module keep the weight itself. torch's own function would take it from the class, which the original shares."""
+    weight = nn.Parameter(module.weight.detach())
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    module.register_parameter("weight", weight)
 
 
 def _weights(model: nn.Module) -> list[tuple[Tensor, nn.Module]]:
