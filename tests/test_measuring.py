@@ -26,6 +26,7 @@ from hf_orthograd.baselines import (
     gradients,
     labels,
 )
+from hf_orthograd.callbacks import UnlearningMonitor
 from hf_orthograd.evaluation import Accuracy, Quantization, loss_distance, membership_inference, per_sample_losses
 from hf_orthograd.evaluation.measure import examining, measure
 from hf_orthograd.evaluation.settings import run_settings
@@ -149,7 +150,7 @@ def test_an_adapter_is_merged_before_it_is_rounded():
     assert levels(found["model.layers.0.mlp.up_proj.weight"]) <= 15
 
 
-def test_every_matrix_is_rounded():
+def test_matrices_of_other_layouts_are_rounded():
     torch.manual_seed(0)
     gpt2 = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_layer=1, n_embd=48, n_head=2, vocab_size=64, n_positions=8)
@@ -195,6 +196,23 @@ def test_without_a_retain_set_batches_are_as_large_as_asked(tmp_path):
     trainer.train()
     assert sizes == [2] and run_settings(trainer)["forget_samples_per_step"] == 2
     assert run_settings(trainer)["retain_samples_per_step"] == 0
+
+
+def test_the_monitor_sees_all_of_a_step_and_copies_nothing_it_does_not_need(tmp_path, monkeypatch):
+    """Without a projection each micro-batch comes by itself, and no change is predicted."""
+    seen, end = [], UnlearningMonitor.on_step_end
+
+    def on_step_end(self, *args, **kwargs):
+        seen.append((len(self._losses), len(self._before)))
+        return end(self, *args, **kwargs)
+
+    monkeypatch.setattr(UnlearningMonitor, "on_step_end", on_step_end)
+    micro = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1}
+    trainer_of(tmp_path, projection="none", **micro).train()
+    projected = trainer_of(tmp_path, per_device_train_batch_size=4, logging_steps=1)
+    projected.train()
+    trained = sum(parameter.requires_grad for parameter in projected.model.parameters())
+    assert seen == [(4, 0), (4, trained)]
 
 
 def test_the_record_keeps_what_a_user_wrote_of_the_forgotten(tmp_path):

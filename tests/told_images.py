@@ -281,22 +281,21 @@ def a_class_comes_back() -> str:
     return f"A class stays forgotten when rounded, by all of them. It is back after {step} steps on other images of it, as in the retrained model."
 
 
+def scrub_again() -> tuple[str, str]:
+    """Its gap on the first three seeds, and by how much it is behind on the twelve further ones."""
+    return mean(final_gaps(RETENTION, "class", "0.05", "SCRUB")), mean_and_interval(behind("SCRUB", range(8, 20)))
+
+
 def further_seeds() -> str:
-    again, less = (
-        mean(final_gaps(RETENTION, "class", "0.05", "SCRUB")),
-        mean_and_interval(behind("SCRUB", range(8, 20))),
-    )
     question = "[twelve seeds](choosing_settings.md#retain-term-and-variation) run for this question OrthoGrad + NPO"
-    return f'SCRUB\'s gap is {again}, for a reason that was not found. On {question} with "kl" on varied images is nearer than SCRUB, by {less}.'
+    said = 'SCRUB\'s gap is {}, for a reason that was not found. On {} with "kl" on varied images is nearer than SCRUB, by {}.'
+    again, less = scrub_again()
+    return said.format(again, question, less)
 
 
 def further_seeds_in_short() -> str:
-    again, less = (
-        mean(final_gaps(RETENTION, "class", "0.05", "SCRUB")),
-        mean_and_interval(behind("SCRUB", range(8, 20))),
-    )
-    question = "On twelve seeds run for this question the last row is nearer than SCRUB"
-    return f"it was at {again}, for a reason that was not found. {question}, by {less} in pairs."
+    said = "it was at {}, for a reason that was not found. On twelve seeds run for this question (Intel Xeon) the last row is nearer than SCRUB, by {} in pairs."
+    return said.format(*scrub_again())
 
 
 def like_for_like() -> str:

@@ -59,6 +59,10 @@ class VarySpeech:
         time_mask (`float`): Longest mask of time, in seconds.
         mel_mask (`int`): Widest mask of frequency, in mel bins.
         masks (`int`): How many of each.
+
+    Raises:
+        ValueError: A setting is negative; or, when rows are read, features (mel bins, frames) or (frames, mel bins) of which the
+            extractor does not say which they are, or how long a frame is.
     """
 
     extractor: SequenceFeatureExtractor

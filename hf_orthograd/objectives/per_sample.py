@@ -157,7 +157,7 @@ class PerSampleLoss:
     def outputs(self, model: nn.Module, inputs: Mapping, own_loss: bool = False) -> object:
         """What the model returns; with `own_loss` the loss that it computes itself is there, too, for the built-in ones.
 
-        Where labels do nothing else they are left out: over a vocabulary a second loss costs as much memory as the logits.
+        Where labels do nothing else they are left out: a second loss is a second softmax over the vocabulary, kept until the backward pass.
         """
         left_out = self._compute_loss_func is not None or (self._labels_are_for_the_loss and not own_loss)
         return model(**{name: value for name, value in inputs.items() if not left_out or name != "labels"})
