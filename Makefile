@@ -26,7 +26,6 @@ OLDEST ?= .venv-oldest
 # the lower bounds of setup.py, in an environment of their own; what starts processes is left to the tested versions
 test-oldest:
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/pip install --quiet -c constraints.txt torch
 	$(OLDEST)/bin/pip install --quiet -c constraints-oldest.txt -e ".[dev]"
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -p no:cacheprovider \
 		--ignore tests/test_distributed.py --ignore tests/test_sharding.py --ignore tests/test_precision.py \

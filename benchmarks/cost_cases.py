@@ -97,6 +97,15 @@ def _smollm2():
     return transformers.LlamaForCausalLM(config)
 
 
+def _llama_1b():
+    """The sizes of Llama 3.2 1B."""
+    config = transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
 def _speech(mels: int) -> dict:
     return {"input_features": ((mels, 3000),), "labels": ((40,), 10, 50000)}
 
@@ -115,6 +124,7 @@ CASES = {
     "smollm2-135m": Case(_smollm2, {"input_ids": ((128,), 10, 49152)}, "128 tokens"),
     # for accelerators
     "whisper-large-v3": Case(lambda: _whisper(1280, 32, 20, 128), _speech(128), "30 s, 40 tokens"),
+    "llama-1b": Case(_llama_1b, {"input_ids": ((128,), 10, 128256)}, "128 tokens"),
     "vit-l-16": Case(lambda: _vit(1024, 24, 16), _IMAGE, "224 x 224"),
 }
 

@@ -10,8 +10,8 @@ cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=$PWD
 
 python3 -m pytest -q -n 4 tests/test_gpu.py tests/test_architectures.py
-python3 benchmarks/step_cost.py --device cuda --bf16 --repeats 10 --samples 8 32 \
-    --models vit-l-16 smollm2-135m whisper-large-v3 --methods graddiff two_pass gram gram_kl \
+python3 benchmarks/step_cost.py --device cuda --bf16 --repeats 10 --samples 8 16 32 \
+    --models vit-l-16 smollm2-135m llama-1b whisper-large-v3 --methods graddiff two_pass gram gram_kl \
     --memory_methods graddiff two_pass gram gram_kl
 
 study() {

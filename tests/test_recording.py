@@ -7,6 +7,7 @@ from test_gradients import measure, relative_error
 from torch import nn
 
 from hf_orthograd.gradients import GramEngine, LoopEngine, UnsupportedModelError
+from hf_orthograd.gradients.gram.recording import Recorder
 from hf_orthograd.parallel import Parameters
 
 
@@ -52,6 +53,16 @@ def test_gram_follows_what_is_not_a_layer(size):
     reference = measure(LoopEngine, model, odd_losses, forget, retain)
     for name, gram in reference.grams.items():
         torch.testing.assert_close(step.grams[name], gram, rtol=1e-4, atol=1e-5 * gram.abs().max().item(), msg=name)
+
+
+def test_kept_arguments_hang_on_a_tensor():
+    """Up to torch 2.11 a node lets go of what it saved with the last tensor of its own, though Python still holds the node."""
+    model, ids = Odd(), torch.arange(7)[None]
+    with Recorder(dict(model.named_parameters())) as recorder:
+        recorder.begin({"ids": ids})
+        model(ids)
+    kept = [call.holder for call in recorder.calls if hasattr(call, "holder")]
+    assert len(kept) >= 4 and all(isinstance(holder, torch.Tensor) for holder in kept)
 
 
 # a weight of 16 x 24 has 384 numbers, its factors 40 of each position: at 8 the gradients take 1.2 times as much memory

@@ -71,7 +71,8 @@ class Call:
         num_samples (`int`): Samples in the batch, known after the forward pass.
         batched (`frozenset[int]`): Ids of the argument tensors that hold data of the batch.
         autocast (`torch.dtype`, *optional*): The type that autocast computed the call in.
-        holder: The [`SavedArguments`] node that keeps the tensors until [`restore`].
+        holder (`torch.Tensor`, *optional*): The result of [`SavedArguments`], whose node keeps the tensors until [`restore`].
+            Up to torch 2.11 the node lets go of them with its result.
         batched_indices (`frozenset[int]`): Which of them hold data of the batch.
     """
 
@@ -84,7 +85,7 @@ class Call:
     autocast: torch.dtype | None = None
     num_samples: int = 0
     batched: frozenset[int] = frozenset()
-    holder: Any = field(default=None, repr=False)
+    holder: Tensor | None = field(default=None, repr=False)
     batched_indices: frozenset[int] = field(default=frozenset(), repr=False)
 
     @property
@@ -107,7 +108,7 @@ class Call:
     def restore(self) -> None:
         """Puts the tensors back among the arguments and lets go of them elsewhere."""
         try:
-            tensors = self.holder.saved_tensors
+            tensors = self.holder.grad_fn.saved_tensors
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

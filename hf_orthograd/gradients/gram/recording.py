@@ -150,7 +150,7 @@ class Recorder(TorchFunctionMode):
         return tensor.requires_grad or tensor in self._batched
 
     def _hold(self, func, args, kwargs):
-        """Keeps the arguments for the backward pass: the node that holds the tensors, and what stands for them."""
+        """Keeps the arguments for the backward pass: the result that holds the tensors, and what stands for them."""
         written = args[0] if is_in_place(func) else None
         tensors, sources, batched = [], [], set()
 
@@ -170,14 +170,14 @@ class Recorder(TorchFunctionMode):
 
         args, kwargs = replace(args, keep), replace(kwargs, keep)
         # created even where nothing will be recorded: a recomputation must keep the same tensors in the same order
-        node = SavedArguments.apply(self._anchor, *tensors).grad_fn
-        return args, kwargs, sources, node, frozenset(batched)
+        result = SavedArguments.apply(self._anchor, *tensors)
+        return args, kwargs, sources, result, frozenset(batched)
 
     def _record(self, func, output, holder, batched) -> None:
         if self._in_backward:
             self.recomputes = True
             return
-        args, kwargs, sources, node, batched = holder
+        args, kwargs, sources, result, batched = holder
         # F.linear returns a view of its product; if the model then writes into it, as SpecAugment does, autograd rebases
         # the view and its node leaves the graph, while that of the product stays
         product = output._base if output._is_view() and output._base.numel() == output.numel() else output
@@ -185,7 +185,7 @@ class Recorder(TorchFunctionMode):
         enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         autocast = torch.get_autocast_dtype(device) if enabled else None
         edge = get_gradient_edge(product)
-        call = Call(func, args, kwargs, output.shape, edge, sources, autocast, holder=node, batched_indices=batched)
+        call = Call(func, args, kwargs, output.shape, edge, sources, autocast, holder=result, batched_indices=batched)
         self._watch(call, product)
 
     def _can_spread(self, func, args, kwargs, sources: list[Tensor], data: Tensor) -> bool:
