@@ -8,7 +8,7 @@ from engines import forget_batch, retain_batch, weighed
 from launched import samples
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
-from hf_orthograd.baselines import RandomLabelTrainer, ScrubTrainer
+from hf_orthograd.baselines import BadTeacherTrainer, RandomLabelTrainer, ScrubTrainer, UndialTrainer
 from hf_orthograd.gradients import GramEngine, LoopEngine
 from hf_orthograd.gradients.products import inner_products
 from hf_orthograd.parallel import Parameters
@@ -169,6 +169,18 @@ def test_teachers_need_a_retain_set(tmp_path):
     args = settings(tmp_path, alpha=0.0, projection="none")
     with pytest.raises(ValueError, match="ScrubTrainer holds on to retain samples, but `train_dataset` has none"):
         ScrubTrainer(MODELS["vit"](), args, forget_dataset=samples("vit", 8, seed=2))
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "named"),
+    [(ScrubTrainer, {"alpha"}), (BadTeacherTrainer, {"alpha", "retain_loss"}), (UndialTrainer, set())],
+)
+def test_a_baseline_warns_of_settings_that_it_does_not_read(trainer_class, named, tmp_path, caplog):
+    trainer_class(MODELS["vit"](), settings(tmp_path, alpha=0.7, retain_loss="kl", projection="none"), **sets())
+    assert {name for name in ("alpha", "retain_loss") if f"does not read `{name}`" in caplog.text} == named
+    caplog.clear()
+    trainer_class(MODELS["vit"](), settings(tmp_path, projection="none"), **sets())
+    assert "does not read" not in caplog.text
 
 
 def test_baselines_take_no_arguments_at_all(tmp_path, monkeypatch):

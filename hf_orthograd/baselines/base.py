@@ -1,12 +1,14 @@
 """What the methods share whose step descends losses of its own."""
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from ..annotations import AnyDataset
 from ..any_arguments import with_unlearning
@@ -17,11 +19,15 @@ from ..trainer import OrthoGradTrainer
 from ..trials import preserved_modes, preserved_random_state
 
 
+logger = logging.get_logger(__name__)
+
+
 class BaselineTrainer(OrthoGradTrainer):
     """A method whose step descends losses of its own on the step's forget and retain batches.
 
     `projection` and, unless the class says that it `keeps_objective`, `forget_loss` are not used: on the trainer's own
-    copy of the arguments they are "none" and "ascent". `alpha` weighs where the class says so, and elsewhere nothing.
+    copy of the arguments they are "none" and "ascent". What else a class does not read stands in its `unread`: a value that is
+    not the default is warned of.
 
     Raises:
         ValueError: `args.projection_target` is "update", which corrects steps by a projection; or `args.forget_loss` is
@@ -29,6 +35,7 @@ class BaselineTrainer(OrthoGradTrainer):
     """
 
     keeps_objective = False
+    unread: tuple[str, ...] = ()  # names of arguments that weigh nothing here
     needs_positions = False  # of labels in the logits
     needs_divergence = False  # from a teacher's predictions
 
@@ -54,7 +61,17 @@ class BaselineTrainer(OrthoGradTrainer):
                 )
             args.projection = "none"
             args.forget_loss = args.forget_loss if self.keeps_objective else "ascent"
+            self._warn_of_unread(args)
         super().__init__(model, args, *further, forget_dataset=forget_dataset, **kwargs)
+
+    def _warn_of_unread(self, args: OrthoGradConfig) -> None:
+        defaults = {field.name: field.default for field in dataclasses.fields(OrthoGradConfig)}
+        for name in self.unread:
+            value = getattr(args, name)
+            if value != defaults[name]:
+                logger.warning(
+                    f"{type(self).__name__} does not read `{name}`: {value!r} changes nothing. Leave it out."
+                )
 
     def begin_unlearning(self) -> None:
         if self.needs_divergence and not self.per_sample_loss.has_divergence:

@@ -97,6 +97,7 @@ class GruTrainer(GradientTrainer):
     """
 
     keeps_gradients = True
+    unread = ("alpha",)
 
     def __init__(self, *args: Any, smoothing: float = 0.8, **kwargs: Any):
         super().__init__(*args, **kwargs)

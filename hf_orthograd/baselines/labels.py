@@ -27,6 +27,8 @@ class RandomLabelTrainer(BaselineTrainer):
             model. Or, from `train()`, labels that are no classes.
     """
 
+    unread = ("alpha",)
+
     def __init__(self, *args: Any, saliency: float | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if saliency is not None and not 0 < saliency <= 1:

@@ -28,6 +28,8 @@ class RmuTrainer(TeacherTrainer):
             that the layer's output does not depend on: DDP would wait for its gradient.
     """
 
+    unread = ("alpha",)
+
     def __init__(self, *args: Any, layer: str, steering: float = 6.5, retain_weight: float = 1200.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if layer not in dict(self.model.named_modules()):

@@ -50,6 +50,8 @@ class ScrubTrainer(TeacherTrainer):
         forget_share (`float`): Share of all steps after which the forget set is left alone.
     """
 
+    unread = ("alpha",)
+
     def __init__(
         self, *args: Any, retain_weight: float = 0.001, gamma: float = 0.99, forget_share: float = 0.7, **kwargs: Any
     ):
@@ -79,6 +81,8 @@ class BadTeacherTrainer(TeacherTrainer):
     Args:
         incompetent (`torch.nn.Module`, *optional*): That model; one of the same configuration, drawn anew, by default.
     """
+
+    unread = ("alpha", "retain_loss")
 
     def __init__(self, *args: Any, incompetent: nn.Module | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
