@@ -17,16 +17,16 @@ def rows(samples, **columns):
     return Dataset.from_dict(content | columns).with_format("torch", columns=list(content), output_all_columns=True)
 
 
-def unlearned_trainer(make_model, make_samples, folder, name="vit", *, wrap=lambda model: model, **config):
+def unlearned_trainer(
+    make_model, make_samples, folder, name="vit", *, wrap=lambda model: model, trainer_class=OrthoGradTrainer, **config
+):
     """A trainer that has made one step."""
+    fixed = {"learning_rate": 1e-2, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
     settings = {"hub_strategy": "end", "hub_model_id": REPO, "push_to_hub": True, "max_steps": 1} | config
-    args = OrthoGradConfig(
-        str(folder), learning_rate=1e-2, per_device_train_batch_size=4, report_to="none", use_cpu=True,
-        disable_tqdm=True, save_strategy="no", **settings,
-    )  # fmt: skip
+    args = OrthoGradConfig(str(folder), **({"per_device_train_batch_size": 4} | fixed | settings))
     forget, retain = make_samples(name, 4, seed=1), make_samples(name, 4, seed=2)
     sets = {"forget": rows(forget, speaker=["ann"] * 4), "retain": rows(retain, speaker=["bob", "cy"] * 2)}
-    trainer = OrthoGradTrainer(
+    trainer = trainer_class(
         wrap(make_model(name)),
         args,
         train_dataset=sets["retain"],

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForImageClassification,
 )
 
+from hf_orthograd.baselines import ScrubTrainer
 from hf_orthograd.publishing import load_records, publish, read_salt, verify
 from hf_orthograd.publishing.files import remove_paths
 from hf_orthograd.publishing.record import hashes_of
@@ -61,6 +62,21 @@ def test_what_was_done_elsewhere_is_not_made_up(unlearned, tmp_path):
         record.training["steps"] is record.training["processes"] is record.training["retain_samples_per_step"] is None
     )
     assert "| steps | not known |" in (tmp_path / "out" / "public" / "README.md").read_text()
+
+
+def test_samples_of_a_step_are_counted_over_micro_batches(unlearned, tmp_path):
+    trainer = unlearned(push_to_hub=False, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    trainer.create_model_card()
+    (record,) = load_records(tmp_path / "out" / "public")
+    assert record.training["retain_samples_per_step"] == 4
+    assert "| retain samples protected in a step | 4 |" in (tmp_path / "out" / "public" / "README.md").read_text()
+
+
+def test_the_card_of_a_baseline_shows_no_settings_that_it_does_not_read(unlearned, tmp_path):
+    trainer = unlearned(push_to_hub=False, trainer_class=ScrubTrainer)
+    trainer.create_model_card()
+    lines = (tmp_path / "out" / "public" / "README.md").read_text().splitlines()
+    assert "| method | ScrubTrainer |" in lines and "| retain samples in a step | 4 |" in lines
 
 
 def test_untouched_folder_passes_and_each_change_is_named(folder, tmp_path):

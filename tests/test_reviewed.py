@@ -165,6 +165,25 @@ def test_saliency_masks_belong_to_one_run(tmp_path):
     assert shares[0] == shares[1] and 0 < shares[0] < 0.12
 
 
+class RunsOut(RandomLabelTrainer):
+    """A device that has no room for the first step of four samples."""
+
+    masks_in_steps = ()
+
+    def training_step(self, *args, **kwargs):
+        if self._train_batch_size == 4:
+            raise RuntimeError("CUDA out of memory.")
+        self.masks_in_steps += (max(len(one._backward_hooks or ()) for one in self.model.parameters()),)
+        return super().training_step(*args, **kwargs)
+
+
+def test_a_run_that_begins_again_masks_once(tmp_path):
+    trainer = RunsOut(MODELS["vit"](), settings(tmp_path, auto_find_batch_size=True), saliency=0.1, **sets())
+    trainer.train()
+    assert trainer.masks_in_steps == (1, 1)
+    assert not any(one._backward_hooks for one in trainer.model.parameters())
+
+
 def test_teachers_need_a_retain_set(tmp_path):
     args = settings(tmp_path, alpha=0.0, projection="none")
     with pytest.raises(ValueError, match="ScrubTrainer holds on to retain samples, but `train_dataset` has none"):

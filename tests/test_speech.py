@@ -7,6 +7,7 @@ import soundfile
 import torch
 from datasets import Dataset
 from transformers import (
+    ParakeetFeatureExtractor,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Processor,
@@ -93,6 +94,16 @@ def test_ctc_pipeline_from_audio_to_transcripts(ctc_processor, corpus):
     Prediction.predictions[:, ::2] = np.where(Prediction.label_ids < 0, 0, Prediction.label_ids)
     predictions, references = transcripts(ctc_processor, is_whisper=False)(Prediction)
     assert references == predictions == ["hello all", "yes"]
+
+
+def test_a_ctc_model_may_read_features(ctc_processor, corpus):
+    """Parakeet has features, frames first, and no window that an utterance could be too long for."""
+    processor = Processor(ParakeetFeatureExtractor())
+    processor.tokenizer = ctc_processor.tokenizer
+    prepared = prepare_speech_dataset(corpus, processor)
+    frames = [np.asarray(row["input_features"]).shape for row in prepared]
+    assert [shape[1] for shape in frames] == [80, 80] and frames[0][0] < frames[1][0]
+    assert [len(row["labels"]) for row in prepared] == [len("hello all"), len("yes")]
 
 
 def test_utterance_longer_than_the_window_is_not_cut_silently(corpus):

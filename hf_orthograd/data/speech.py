@@ -14,7 +14,7 @@ import torch
 from datasets import Audio, Dataset, DatasetDict
 from scipy.signal import resample_poly
 from torch import nn
-from transformers import ProcessorMixin
+from transformers import FeatureExtractionMixin, ProcessorMixin
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from ..objectives import IGNORED_LABEL
@@ -128,9 +128,14 @@ def transcript_labels(text: str, processor: ProcessorMixin, decoder_start_token_
     return labels[1:] if decoder_start_token_id is not None and labels[:1] == [decoder_start_token_id] else labels
 
 
+def _window(extractor: FeatureExtractionMixin) -> int | None:
+    """Samples of the window that Whisper reads; Parakeet reads features, too, and has none."""
+    return getattr(extractor, "n_samples", None) if extractor.model_input_names[0] == "input_features" else None
+
+
 def _tokens(text: str, processor: ProcessorMixin, vocabulary: dict) -> list[int]:
-    # Whisper's text begins with a space; a vocabulary of letters has a word delimiter of its own
-    prefix = " " if processor.feature_extractor.model_input_names[0] == "input_features" else ""
+    # Whisper's text begins with a space; a CTC model's vocabulary has a word delimiter of its own
+    prefix = " " if _window(processor.feature_extractor) is not None else ""
     return processor.tokenizer(prefix + match_case(text, vocabulary)).input_ids
 
 
@@ -157,9 +162,7 @@ def prepare_speech_dataset(
             )
     extractor, vocabulary = processor.feature_extractor, processor.tokenizer.get_vocab()
     input_name = extractor.model_input_names[0]
-    window = (
-        getattr(extractor, "n_samples", None) if input_name == "input_features" else None
-    )  # Parakeet has no window
+    window = _window(extractor)
 
     def prepare(row: dict, number: int) -> dict:
         text = row[text_column]
