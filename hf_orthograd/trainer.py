@@ -257,7 +257,7 @@ class OrthoGradTrainer(AnyArgumentsTrainer):
         for name, value in {**summary.losses, **(projection.metrics if projection is not None else {})}.items():
             self.record(name, value)
         if self.retain_term is not None:
-            self.record("retain_divergence", mean_retain_term(step))
+            self.record("retain_divergence", mean_retain_term(step, summary))
         # the value is for the log; the gradient is that of the combination
         return loss + value_of(step, forget, objectives, args.alpha)
 

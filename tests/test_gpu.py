@@ -65,6 +65,7 @@ def test_half_precision_goes_the_same_way(kind, precision, tmp_path):
     # under fp16 the first steps find the scale
     own = unlearned(tmp_path, kind, max_steps=12, **{precision: True})
     reference = unlearned(tmp_path, kind, max_steps=12, use_cpu=True)
+    assert own.gradient_engine.name == "gram"
     start = torch.cat([parameter.detach().flatten() for parameter in _start(kind).parameters()])
     change = flat(own) - start, flat(reference) - start
     assert change[0].norm() > 0 and torch.cosine_similarity(*change, dim=0) >= 0.9
@@ -88,10 +89,11 @@ class Watched(OrthoGradTrainer):
 @pytest.mark.parametrize("settings", [{}, {"retain_loss": "kl", "forget_loss": "npo"}])
 @pytest.mark.parametrize("kind", ["whisper", "vit", "llama"])
 def test_a_step_waits_at_most_four_times(kind, settings, tmp_path):
-    """Our own code; a model may wait where it looks at its mask, under any trainer."""
+    """Our own code; a model may wait where it looks at its mask, under any trainer, and does so through the recorder."""
     trainer = unlearned(tmp_path, kind, Watched, monitor_steps=0, **settings)
     assert trainer.gradient_engine.name == "gram"
-    own = {name: count for name, count in trainer.waits.items() if "hf_orthograd" in name}
+    ours = [name for name in trainer.waits if "hf_orthograd" in name and not name.endswith("gram/recording.py")]
+    own = {name: trainer.waits[name] for name in ours}
     assert 1 <= sum(own.values()) <= 4, trainer.waits  # one is there: the Gram matrix is solved on the host
 
 
@@ -121,7 +123,8 @@ def test_halves_are_multiplied_as_they_are(kind, monkeypatch):
     ]
     torch.manual_seed(0)
     model = MODELS[kind]().cuda().eval()
-    parameters = Parameters(dict(model.named_parameters()), {})
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters = Parameters(trained, {})
 
     def gram():
         with torch.autocast("cuda", torch.bfloat16):

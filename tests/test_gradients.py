@@ -18,6 +18,7 @@ from hf_orthograd.gradients import (
     choose_engine,
     register_rule,
 )
+from hf_orthograd.gradients.gram import forms
 from hf_orthograd.gradients.gram.forms import Dense, Outer
 from hf_orthograd.gradients.gram.rules import RULES
 from hf_orthograd.objectives import PerSampleLoss
@@ -183,7 +184,9 @@ def test_combination_leaves_unprojected_parameters_alone(engine_class, make_mode
     assert all(p.grad.abs().max() > 1e-4 for p in parameters.others.values())
 
 
-def test_outer_forms_agree_with_dense():
+@pytest.mark.parametrize("held_at_once", [1, 1 << 17])
+def test_outer_forms_agree_with_dense(held_at_once, monkeypatch):
+    monkeypatch.setattr(forms, "_PAIRS", held_at_once)
     torch.manual_seed(0)
     shape = torch.Size((9, 4))
     pieces = [

@@ -9,7 +9,41 @@ from test_gradients import batch, measure, relative_error, trainable
 
 from hf_orthograd.gradients import GramEngine, products
 from hf_orthograd.gradients.gram import accumulation
+from hf_orthograd.gradients.gram.forms import Use, count_cost
 from hf_orthograd.objectives import PerSampleLoss
+
+
+class Shape:
+    """As much of a parameter as a count of costs looks at."""
+
+    def __init__(self, device, *shape):
+        self.device, self.shape = torch.device(device), torch.Size(shape)
+
+    def numel(self):
+        return self.shape.numel()
+
+
+@pytest.mark.parametrize(
+    ("device", "halves", "positions", "pairwise"),
+    [
+        ("cpu", True, 2048, False),
+        ("cuda", False, 2048, False),
+        ("cuda", True, 2048, True),
+        ("cuda", True, 8192, False),
+    ],
+)
+def test_pairs_of_positions_are_cheap_where_matrix_units_multiply_them(device, halves, positions, pairwise):
+    """16 samples of 128 and of 512 tokens, and a layer of a language model of 1 B parameters."""
+    use = Use(positions, factors=True, one_hot=False, halves=halves)
+    assert count_cost(Shape(device, 2048, 8192), [use], 16).pairwise == pairwise
+
+
+def test_exact_arithmetic_is_without_autocast_and_graph():
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(KeyError), products.exact_arithmetic(torch.device("cpu")):
+            assert not torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
+            raise KeyError
+        assert torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("pairwise", [False, True])

@@ -55,7 +55,8 @@ class MaterializedGradients(StepGradients):
         if name not in self.rows:
             return torch.zeros_like(self.parameters.trainable[name])
         weights = coefficients[self.layout.span].to(self.retain_losses.device, torch.float32)
-        return self.layout.group.sum(torch.tensordot(weights, self.rows[name].float(), dims=1))
+        with exact_arithmetic(weights.device):
+            return self.layout.group.sum(torch.tensordot(weights, self.rows[name].float(), dims=1))
 
 
 def materialized(

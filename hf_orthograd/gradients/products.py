@@ -1,7 +1,6 @@
 """Inner products of gradients, in the precision that the eigenvalue cut of the projection assumes."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -13,32 +12,46 @@ from ..parallel import SampleLayout
 
 logger = logging.get_logger(__name__)
 
-_HALF = (torch.bfloat16, torch.float16)
-# float32 sums run over so many columns at most, and float64 sums over the blocks
-_COLUMNS = 1 << 13
+HALF = (torch.bfloat16, torch.float16)
+# float32 sums run over so many columns at most, and float64 sums over the blocks; a GPU wants many blocks
+_COLUMNS, _COLUMNS_OF_GPU = 1 << 13, 1 << 10
 
 
-@contextmanager
-def exact_arithmetic(device: torch.device) -> Iterator[None]:
+class exact_arithmetic:  # noqa: N801: a context manager, as torch.no_grad
     """Products in the precision of their factors: no autocast, no TF32 or bfloat16 inside of float32 products.
 
-    What the process had set is restored after.
+    What the process had set is restored after. It is entered for each call of a model: a generator would cost the host as
+    much as launching the products.
     """
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        if torch.amp.is_autocast_available(device.type):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-        for backend in _backends(device):
-            if backend.fp32_precision not in ("ieee", "none"):
-                stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
-                backend.fp32_precision = "ieee"
-        yield
+
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def __enter__(self) -> None:
+        kind = self._device.type
+        self._had_grad = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+        self._had_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if self._had_autocast:
+            torch.set_autocast_enabled(kind, False)
+        self._rough = [
+            (one, one.fp32_precision) for one in _backends(kind) if one.fp32_precision not in ("ieee", "none")
+        ]
+        for backend, _ in self._rough:
+            backend.fp32_precision = "ieee"
+
+    def __exit__(self, *_: object) -> None:
+        for backend, precision in self._rough:
+            backend.fp32_precision = precision
+        if self._had_autocast:
+            torch.set_autocast_enabled(self._device.type, True)
+        torch.set_grad_enabled(self._had_grad)
 
 
-def _backends(device: torch.device) -> tuple:
-    if device.type == "cuda":
+def _backends(kind: str) -> tuple:
+    if kind == "cuda":
         return torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    return (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv) if device.type == "cpu" else ()
+    return (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv) if kind == "cpu" else ()
 
 
 def factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,14 +59,14 @@ def factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
     Products of two halves are exact in float32, and a GPU's matrix units sum them there, at a multiple of its speed in float32.
     """
-    if left.dtype == right.dtype and left.dtype in _HALF and _sums_in_float32(left.device, left.dtype):
+    if left.dtype == right.dtype and left.dtype in HALF and _sums_in_float32(left.device, left.dtype):
         return left, right
     return left.float(), right.float()
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """`left @ right` in float32, of two [`factors`]: matrices, or batches of them. `out` is written to, if given."""
-    if left.dtype in _HALF:
+    if left.dtype in HALF:
         return _multiply_halves(left, right, out)
     product = torch.bmm if left.ndim == 3 else torch.mm
     return product(left, right, out=out)
@@ -66,7 +79,7 @@ def _multiply_halves(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds `left @ right` of two [`factors`] to `total`, float32, in place."""
-    if left.dtype in _HALF:
+    if left.dtype in HALF:
         total += multiply(left, right)
     elif left.ndim == 3:
         total.baddbmm_(left, right)
@@ -136,16 +149,17 @@ def inner_products(rows: Tensor, others: Tensor) -> Tensor:
     by 4e-5. Four kernels at most, however many columns there are.
     """
     # half precision would round each block's sum
-    rows, others = (t.float() if t.dtype in _HALF else t for t in (rows, others))
+    rows, others = (t.float() if t.dtype in HALF else t for t in (rows, others))
     with exact_arithmetic(rows.device):
-        blocks, rest = divmod(rows.shape[1], _COLUMNS)
+        columns = _COLUMNS if rows.device.type == "cpu" else _COLUMNS_OF_GPU
+        blocks, rest = divmod(rows.shape[1], columns)
         dtype = accumulation_dtype(rows.device)
         total = None
         if blocks:
-            left, right = (t[:, : blocks * _COLUMNS].unflatten(1, (blocks, _COLUMNS)) for t in (rows, others))
+            left, right = (t[:, : blocks * columns].unflatten(1, (blocks, columns)) for t in (rows, others))
             total = torch.bmm(left.transpose(0, 1), right.permute(1, 2, 0)).sum(dim=0, dtype=dtype)
         if rest or not blocks:
-            last = (rows[:, blocks * _COLUMNS :] @ others[:, blocks * _COLUMNS :].T).to(dtype)
+            last = (rows[:, blocks * columns :] @ others[:, blocks * columns :].T).to(dtype)
             total = last if total is None else total + last
         return total
 

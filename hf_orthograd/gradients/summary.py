@@ -21,12 +21,14 @@ class StepSummary:
         forget_loss, retain_loss (`float`, *optional*): Means over the samples of all processes, in nats; `None` without
             samples.
         num_bad (`int`): How many losses are not finite, in all processes.
+        retain_term (`float`, *optional*): The mean of the retain terms of all samples, where they are known before the update.
     """
 
     grams: dict[str, Tensor]
     forget_loss: float | None
     retain_loss: float | None
     num_bad: int
+    retain_term: float | None = None
 
     @property
     def losses(self) -> dict[str, float]:
@@ -44,37 +46,44 @@ def summarize_step(step: StepGradients) -> StepSummary:
     losses = step.forget_losses, step.retain_losses
     device = step.forget_losses.device
     dtype = accumulation_dtype(device)
-    counts = torch.tensor([len(own) for own in losses], dtype=dtype, device=device)
+    # filled, not copied from the host: that would make the device wait
+    counts = [torch.full((), len(own), dtype=dtype, device=device) for own in losses]
     bad = sum((~torch.isfinite(own)).sum() for own in losses)
-    local = torch.stack([*(own.sum(dtype=dtype) for own in losses), bad.to(dtype)])
-    numbers = [step.group.sum(torch.cat((local, counts)))]
+    known = step.retain_terms if step.retain_terms is not None else losses[1][:0]
+    sums = [own.sum(dtype=dtype) for own in (*losses, known.to(device))]
+    numbers = [step.group.sum(torch.stack([*sums, bad.to(dtype), *counts]))]
     numbers += [gram.flatten().to(device) for gram in step.grams.values()]
     on_host = torch.cat(numbers).cpu().double()
-    forget_sum, retain_sum, num_bad, forget_count, retain_count = on_host[:5].tolist()
+    forget_sum, retain_sum, term_sum, num_bad, forget_count, retain_count = on_host[:6].tolist()
     sizes = [gram.shape[0] for gram in step.grams.values()]
-    matrices = on_host[5:].split([size**2 for size in sizes])
+    matrices = on_host[6:].split([size**2 for size in sizes])
     return StepSummary(
         grams={n: m.view(size, size) for n, m, size in zip(step.grams, matrices, sizes, strict=True)},
         forget_loss=forget_sum / forget_count if forget_count else None,
         retain_loss=retain_sum / retain_count if retain_count else None,
         num_bad=int(num_bad),
+        retain_term=term_sum / retain_count if retain_count and step.retain_terms is not None else None,
     )
 
 
-def mean_retain_term(step: StepGradients) -> float:
+def mean_retain_term(step: StepGradients, summary: StepSummary) -> float:
     """The mean of the retain terms over the samples of all processes; all have to come here.
 
     Raises:
         FloatingPointError: It is not finite, though the losses are.
     """
-    terms = step.retain_terms
-    total, count = step.group.sum(torch.stack((terms.sum(dtype=torch.float32), terms.new_tensor(len(terms))))).tolist()
-    if not math.isfinite(total):
+    mean = summary.retain_term
+    if mean is None:  # they came with the update
+        terms = step.retain_terms
+        sums = terms.sum(dtype=torch.float32), torch.full((), len(terms), dtype=torch.float32, device=terms.device)
+        total, count = step.group.sum(torch.stack(sums)).tolist()
+        mean = total / count
+    if not math.isfinite(mean):
         raise FloatingPointError(
             "the divergence from the starting model is not finite, though all losses are; under `precompute_ref_logits` samples "
             "with another number of labels than they had are so, too"
         )
-    return total / count
+    return mean
 
 
 def value_of(step: StepGradients, forget: list[Batch], objectives: list[ForgetObjective], alpha: float) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,10 +12,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..data import Batch
-from ..gradients.gram.accumulation import BLOCK_BYTES, Cost, Use, count_cost
 from ..gradients.gram.calls import Call, SpreadCall
 from ..gradients.gram.chunks import split_samples
 from ..gradients.gram.engine import FORWARD_PART, find_uses
+from ..gradients.gram.forms import Cost, Use, count_cost, speed_of
 from ..gradients.gram.recording import Recorder
 from ..gradients.gram.rules import RULES
 from ..objectives import PerSampleLosses
@@ -228,7 +228,8 @@ def estimate_step(
     memory, work, costs = plain, plain_work, {}
     if engine == "gram":
         costs = _costs(parameters, on_retain, num_retain)
-        graph, extra = _count_gram(costs, on_retain.needed, forget_graph, num_retain, chunk_size, model_bytes)
+        block = speed_of(parameters.device, halves=False).block_bytes
+        graph, extra = _count_gram(costs, on_retain.needed, forget_graph, num_retain, chunk_size, model_bytes, block)
         memory, work = resident + gradients + graph + working, needed_work + extra
     elif engine != "none":
         graph, rows, extra = _count_rows(engine, on_retain.needed, forget_graph, num_retain, trained)
@@ -262,10 +263,8 @@ def _count_numbers(model: nn.Module, parameters: Parameters) -> dict[str, int]:
 
 
 def _costs(parameters: Parameters, sampled: "_Sampled", num_retain: int) -> dict[str, Cost]:
-    shapes = {name: parameter.shape for name, parameter in parameters.trainable.items()}
-    return {
-        name: count_cost(shapes[name], _scaled(uses, num_retain), num_retain) for name, uses in sampled.uses.items()
-    }
+    trained, scaled = parameters.trainable, {name: _scaled(uses, num_retain) for name, uses in sampled.uses.items()}
+    return {name: count_cost(trained[name], uses, num_retain) for name, uses in scaled.items()}
 
 
 def _count_gram(
@@ -275,6 +274,7 @@ def _count_gram(
     num_retain: int,
     chunk_size: int | None,
     model_bytes: int,
+    block_bytes: int,
 ) -> tuple[float, float]:
     """Of the "gram" engine: bytes of graphs or of what replaces them, and multiplications beside the passes."""
     kept, extra = sum(cost.kept_bytes for cost in costs.values()), 2 * sum(cost.extra for cost in costs.values())
@@ -287,7 +287,7 @@ def _count_gram(
         graph = max(forget_graph, budget + max(1, chunk // FORWARD_PART) * needed.activation_bytes)
     # further groups of a chunked batch take forward passes, shorter backward passes, and one round for the update
     again = 0 if passes == 1 else (passes - 1) * 0.5 + 1
-    return graph + min(BLOCK_BYTES, kept), extra + again * num_retain * needed.multiplications
+    return graph + min(block_bytes, kept), extra + again * num_retain * needed.multiplications
 
 
 def _count_rows(
@@ -301,7 +301,7 @@ def _count_rows(
 
 
 def _scaled(uses: list[Use], num_samples: int) -> list[Use]:
-    return [Use(round(use.positions * num_samples), use.factors, use.one_hot) for use in uses]
+    return [replace(use, positions=round(use.positions * num_samples)) for use in uses]
 
 
 def _sample(model: nn.Module, losses: PerSampleLosses, parameters: Parameters, batch: Batch) -> _Sampled:
@@ -323,7 +323,7 @@ def _sample(model: nn.Module, losses: PerSampleLosses, parameters: Parameters, b
         for parameter, gradient in zip(trainable, before, strict=True):
             parameter.grad = gradient
     uses = {
-        name: [Use(use.positions / count, use.factors, use.one_hot) for use in own_uses]
+        name: [replace(use, positions=use.positions / count) for use in own_uses]
         for name, own_uses in find_uses(calls).items()
     }
     return _Sampled(plain, needed, uses, _functions(calls))

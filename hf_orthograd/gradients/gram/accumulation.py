@@ -7,97 +7,16 @@ the gradients are smaller, in a decoder or a small image model the factors. Thes
 pass gives free.
 """
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...parallel import Parameters, SampleLayout
 from ..products import accumulation_dtype, as_rows, assemble_grams, exact_arithmetic, inner_products
-from .calls import Call, Source, SpreadCall
-from .forms import Dense, Form, Outer
+from .forms import CPU, Cost, Dense, Form, Outer, Use, count_cost, speed_of
 
 
-# the rules for these functions give factors; of an embedding the left ones are one-hot
-FACTORED = frozenset({F.linear, torch.addmm, F.embedding})
-ONE_HOT = frozenset({F.embedding})
-# what writing or reading one number of a large tensor costs, in multiplications: memory is slower than arithmetic
-_MEMORY_COST = 8
-# gradients may take so many times the memory of their factors, which the update has to multiply out once more
-_ROOM_FOR_GRADIENTS = 1.25
 # parameters of one dimension and at most so many numbers, biases and norms, are multiplied all together in the end
 SMALL = 1 << 16
-# gradients that are not kept are formed in blocks of so many bytes, in the same memory again and again
-BLOCK_BYTES = 1 << 26
-
-
-@dataclass(frozen=True)
-class Use:
-    """How one call uses a parameter.
-
-    Attributes:
-        positions (`int`): Rows of the matrix that the call's output is, over all samples.
-        factors (`bool`): Whether the rules give factors of the gradient and not the gradient itself.
-        one_hot (`bool`): Whether the left factors are one-hot: gradients are only gathered, and so are products.
-    """
-
-    positions: int
-    factors: bool
-    one_hot: bool
-
-    @classmethod
-    def of(cls, call: Call | SpreadCall, source: Source) -> "Use":
-        factors = source.is_parameter and isinstance(call, Call) and call.function in FACTORED
-        return cls(
-            call.positions if factors else 0, factors and len(source.shape) == 2, factors and call.function in ONE_HOT
-        )
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What was counted before a parameter's inner products were taken, over all samples.
-
-    Attributes:
-        pairwise (`bool`): Whether inner products come from pairs of positions, without any gradient being formed.
-        keeps_gradients (`bool`): Whether the gradients are kept for the update, or their factors.
-        kept_bytes (`int`): Memory of what is kept.
-        extra (`int`): Multiplications beside those of forming each gradient once, which any backward pass does.
-    """
-
-    pairwise: bool
-    keeps_gradients: bool
-    kept_bytes: int
-    extra: int
-
-
-def count_cost(shape: torch.Size, uses: list[Use], num_samples: int) -> Cost:
-    """Chooses between forms by counting multiplications and bytes.
-
-    Args:
-        shape (`torch.Size`): Of the parameter.
-        uses (`list[Use]`): By the calls of one forward pass.
-        num_samples (`int`): Number k of retain samples.
-    """
-    numbers = shape.numel()
-    multiplied = (num_samples**2 + _MEMORY_COST * num_samples * (1 + len(uses))) * numbers
-    dense_bytes = 4 * num_samples * numbers
-    if not uses or not all(use.factors for use in uses):
-        return Cost(False, True, dense_bytes, multiplied + num_samples * numbers)
-    p, q = shape
-    formed = sum(use.positions * q * (1 if use.one_hot else p) for use in uses)
-    pairs = sum(
-        use.positions * other.positions * (q + 2 * _MEMORY_COST + (0 if use.one_hot or other.one_hot else p))
-        for i, use in enumerate(uses)
-        for other in uses[: i + 1]
-    )
-    factor_bytes = 4 * sum(use.positions * (q + (2 if use.one_hot else p)) for use in uses)
-    # by pairs, the products with the forget gradient cost as much as forming the gradients would
-    if pairs < multiplied:
-        return Cost(True, False, factor_bytes, pairs + formed)
-    if dense_bytes <= _ROOM_FOR_GRADIENTS * factor_bytes:
-        return Cost(False, True, dense_bytes, multiplied + num_samples * numbers)
-    return Cost(False, False, factor_bytes, multiplied + formed)
 
 
 class ParameterGradients:
@@ -122,7 +41,7 @@ class ParameterGradients:
         projected: bool = True,
         for_update: bool = True,
     ):
-        self._shape, self._device = parameter.shape, parameter.device
+        self._parameter, self._shape, self._device = parameter, parameter.shape, parameter.device
         self._forget_gradient, self._layout = forget_gradient, layout
         self._num_samples = layout.local
         self._projected, self._for_update = projected, for_update
@@ -137,7 +56,7 @@ class ParameterGradients:
     def begin_pass(self, uses: list[Use], num_samples: int) -> None:
         """Says how the calls of the next pass, over `num_samples` samples, use the parameter."""
         self._uses, self._arrived = uses, 0
-        self._cost = count_cost(self._shape, uses, num_samples)
+        self._cost = count_cost(self._parameter, uses, num_samples)
 
     def add(self, form: Form, samples: slice, scratch: "Scratch") -> None:
         """Takes the gradients of the samples numbered `samples` at one call; with the last of all, products are taken."""
@@ -250,7 +169,7 @@ class ParameterGradients:
             # first dimension, all samples together
             length = self._shape[0] if self._shape else 1
             block_bytes = 4 * self._layout.total * max(1, self._shape.numel() // length)
-            step = max(1, BLOCK_BYTES // block_bytes)
+            step = max(1, speed_of(self._device, halves=False).block_bytes // block_bytes)
             for start in range(0, length, step):
                 stop = min(start + step, length)
                 # `g_u` stands in the first row: one reading of the block gives both kinds of products
@@ -284,6 +203,12 @@ class ParameterGradients:
 
     def _add_pairwise(self, forget: Tensor | None) -> None:
         dtype, size = accumulation_dtype(self._device), self._num_samples
+        if len(self._forms) == 1:
+            form = self._forms[0][1]
+            self._retain_products.append(form.inner(form).to(dtype))
+            if forget is not None:
+                self._forget_products.append(form.inner_with(forget).to(dtype))
+            return
         products = torch.zeros(size, 1 + size, dtype=dtype, device=self._device)
         for i, (samples, form) in enumerate(self._forms):
             for other_samples, other in self._forms[: i + 1]:
@@ -307,7 +232,9 @@ class Scratch:
         numbers = torch.Size(shape).numel()
         memory = self._memory.get(device)
         if memory is None or len(memory) < numbers:
-            memory = self._memory[device] = torch.empty(max(numbers, BLOCK_BYTES // 4), device=device)
+            # a GPU's allocator keeps what was let go; on a CPU the size at first is that for good
+            least = CPU.block_bytes // 4 if device.type == "cpu" else 0
+            memory = self._memory[device] = torch.empty(max(numbers, least), device=device)
         return memory[:numbers].view(shape)
 
 

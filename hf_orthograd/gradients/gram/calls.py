@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -10,6 +11,10 @@ from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import GradientEdge
 
 from ..base import UnsupportedModelError
+
+
+# most arguments beside tensors; to look for tensors in them would take longer than the call
+_PLAIN = frozenset({bool, float, int, str, type(None), slice, torch.dtype, torch.device, torch.Size})
 
 
 @dataclass(eq=False)
@@ -168,6 +173,17 @@ def is_in_place(func: Callable) -> bool:
     """Whether a torch function writes into its first argument."""
     name = getattr(func, "__name__", "")
     return func is Tensor.__setitem__ or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+
+
+def tensors_of(args: tuple, kwargs: Mapping = MappingProxyType({})) -> list[Tensor]:
+    """The tensors among a call's arguments, in order; those in lists, tuples and mappings, too."""
+    found = []
+    for leaf in (*args, *kwargs.values()):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif type(leaf) not in _PLAIN:
+            found += [inner for inner in iterate(leaf) if isinstance(inner, Tensor)]
+    return found
 
 
 def iterate(tree: Any) -> Iterator[Any]:

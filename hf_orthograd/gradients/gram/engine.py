@@ -20,10 +20,10 @@ from ...projection import UpdateWeights
 from ...trials import RandomState, preserved_random_state
 from ..base import ForgetBatch, GradientEngine, MeasureSettings, RetainTerm, StepGradients, UnsupportedModelError
 from ..products import exact_arithmetic, own_memory
-from .accumulation import ParameterGradients, Products, Scratch, Use, count_cost
+from .accumulation import ParameterGradients, Products, Scratch
 from .calls import Call, Source, SpreadCall
 from .chunks import Chunk, RepeatedGradients, check_images, split_samples, weigh_groups
-from .forms import Dense, Form, Outer
+from .forms import Dense, Form, Outer, Use, count_cost
 from .recording import Recorder
 from .rules import per_sample_forms
 
@@ -90,7 +90,8 @@ class KeptGradients(StepGradients):
     def combination(self, name: str, coefficients: Tensor) -> Tensor:
         weights = coefficients[self.layout.span].to(self.retain_losses)
         total = torch.zeros_like(self.parameters.trainable[name], dtype=torch.float32)
-        self.kept[name].add_update(weights, total)
+        with exact_arithmetic(total.device):
+            self.kept[name].add_update(weights, total)
         return self.layout.group.sum(total)
 
 
@@ -232,17 +233,17 @@ class GramEngine(GradientEngine):
         """
         trainable, first = self.parameters.trainable, chunks[0]
         uses = sweep.watch(first)
-        kept = {name: count_cost(trainable[name].shape, uses[name], first.size).kept_bytes for name in uses}
+        kept = {name: count_cost(trainable[name], uses[name], first.size).kept_bytes for name in uses}
         share = 1 if self.chunk_size is None else 1 - 1 / FORWARD_PART
         budget = max(share * sum(kept.values()), sum(parameter.nbytes for parameter in sweep.model.parameters()))
-        groups, used = [[]], 0
+        groups, taken = [[]], 0
         for name in [*uses, *(name for name in trainable if name not in uses)]:
             bytes_of_all = kept.get(name, 0) * chunks[-1].samples.stop / first.size
-            if groups[-1] and used + bytes_of_all > budget:
+            if groups[-1] and taken + bytes_of_all > budget:
                 groups.append([])
-                used = 0
+                taken = 0
             groups[-1].append(name)
-            used += bytes_of_all
+            taken += bytes_of_all
         return groups
 
     def _make_accumulators(

@@ -1,11 +1,17 @@
-"""The two forms of the per-sample gradients of one parameter at one call: written out, or as factors whose products they are."""
+"""The two forms of the per-sample gradients of one parameter at one call, written out or as factors, and what each costs."""
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..products import add_product, as_rows, factors, inner_products, multiply, split
+from ..products import HALF, add_product, as_rows, factors, inner_products, multiply, split
+from .calls import Call, Source, SpreadCall
+
+
+# inner products of pairs of positions that are held at once: as many as a CPU's cache takes; of a GPU, 64 MiB
+_PAIRS, _PAIRS_OF_GPU = 1 << 17, 1 << 24
 
 
 @dataclass
@@ -71,23 +77,30 @@ class Outer:
 
     def inner(self, other: "Outer") -> Tensor:
         """Inner products of the gradients of both, shape (n, n'): `sum_ts (left_t . left'_s) (right_t . right'_s)`."""
-        m, other_steps, _ = other.right.shape
+        (n, steps, _), (m, other_steps, _) = self.right.shape, other.right.shape
         own_right, other_right = factors(self.right, other.right)
         other_right = other_right.flatten(0, 1).T
-        rows = []
-        for left, right in zip(self.left, own_right, strict=True):
-            products = multiply(right, other_right)
-            products *= _left_products(left, other.left)
-            rows.append(products.view(-1, m, other_steps).sum(dim=(0, 2)))
-        return torch.stack(rows)
+        limit = _PAIRS if self.right.device.type == "cpu" else _PAIRS_OF_GPU
+        together = min(n, max(1, limit // (steps * m * other_steps)))
+
+        def of_some(left: Tensor, right: Tensor) -> Tensor:
+            products = multiply(right.flatten(0, 1), other_right)
+            products.mul_(_left_products(left.flatten(0, 1), other.left))
+            return products.view(-1, steps, m, other_steps).sum(dim=(1, 3))
+
+        if together == n:
+            return of_some(self.left, own_right)
+        return torch.cat([*map(of_some, self.left.split(together), own_right.split(together))])
 
     def inner_with(self, matrix: Tensor) -> Tensor:
         """Inner products with one matrix of shape (p, q), shape (n,): `sum_t left_t^T matrix right_t`."""
         if self.is_one_hot:
             return (matrix[self.left] * self.right.float()).sum(dim=(1, 2))
         rights = self.right.flatten(0, 1)
-        products = sum(multiply(*factors(rights, part.T)) for part in split(matrix, rights))
-        return (products.view(self.left.shape) * self.left.float()).sum(dim=(1, 2))
+        first, *rest = (multiply(*factors(rights, part.T)) for part in split(matrix, rights))
+        for further in rest:
+            first.add_(further)
+        return first.view(self.left.shape).mul_(self.left).sum(dim=(1, 2))
 
     def add_combination(self, weights: Tensor, total: Tensor) -> None:
         """Adds `sum_i weights_i gradient_i` to `total`, (p, q), in place."""
@@ -107,7 +120,7 @@ class Outer:
 
 
 def _left_products(left: Tensor, other: Tensor) -> Tensor:
-    """Inner products of one sample's left factors with all others, shape (T, n' T'); a one-hot factor only picks."""
+    """Inner products of some left factors, (t, p) or (t,), with all others, shape (t, n' T'); a one-hot factor only picks."""
     if left.is_floating_point() and other.is_floating_point():
         return multiply(*factors(left, other.flatten(0, 1).T))
     if left.is_floating_point():
@@ -118,3 +131,110 @@ def _left_products(left: Tensor, other: Tensor) -> Tensor:
 
 
 Form = Dense | Outer
+
+
+# the rules for these functions give factors; of an embedding the left ones are one-hot
+FACTORED = frozenset({F.linear, torch.addmm, F.embedding})
+ONE_HOT = frozenset({F.embedding})
+# gradients may take so many times the memory of their factors, which the update has to multiply out once more
+_ROOM_FOR_GRADIENTS = 1.25
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What takes how long, as multiples of one multiplication within a product of factors.
+
+    Attributes:
+        memory (`int`): Writing or reading one number of a large tensor, which is slower than arithmetic.
+        gradients (`int`): One multiplication within a product of gradients, which are float32.
+        block_bytes (`int`): Gradients that are not kept are formed in blocks of so many bytes, in the same memory again and again.
+    """
+
+    memory: int
+    gradients: int
+    block_bytes: int
+
+
+CPU = Speed(memory=8, gradients=1, block_bytes=1 << 26)
+# of an H200: 4.3 TB/s, 60 TFLOP/s in float32 and 790 by matrix units; each block takes some launches
+_GPU = Speed(memory=28, gradients=1, block_bytes=1 << 28)
+_GPU_HALVES = Speed(memory=370, gradients=13, block_bytes=1 << 28)
+
+
+def speed_of(device: torch.device, *, halves: bool) -> Speed:
+    """Of a device, for factors in half precision or in float32."""
+    if device.type == "cpu":
+        return CPU
+    return _GPU_HALVES if halves else _GPU
+
+
+@dataclass(frozen=True)
+class Use:
+    """How one call uses a parameter.
+
+    Attributes:
+        positions (`int`): Rows of the matrix that the call's output is, over all samples.
+        factors (`bool`): Whether the rules give factors of the gradient and not the gradient itself.
+        one_hot (`bool`): Whether the left factors are one-hot: gradients are only gathered, and so are products.
+        halves (`bool`): Whether the factors are in half precision.
+    """
+
+    positions: int
+    factors: bool
+    one_hot: bool
+    halves: bool = False
+
+    @classmethod
+    def of(cls, call: Call | SpreadCall, source: Source) -> "Use":
+        factors = source.is_parameter and isinstance(call, Call) and call.function in FACTORED
+        if not factors:
+            return cls(0, False, False)
+        one_hot = call.function in ONE_HOT  # which autocast leaves alone
+        computed = source.dtype if one_hot or call.autocast is None else call.autocast
+        return cls(call.positions, len(source.shape) == 2, one_hot, computed in HALF)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What was counted before a parameter's inner products were taken, over all samples.
+
+    Attributes:
+        pairwise (`bool`): Whether inner products come from pairs of positions, without any gradient being formed.
+        keeps_gradients (`bool`): Whether the gradients are kept for the update, or their factors.
+        kept_bytes (`int`): Memory of what is kept.
+        extra (`int`): Multiplications beside those of forming each gradient once, which any backward pass does.
+    """
+
+    pairwise: bool
+    keeps_gradients: bool
+    kept_bytes: int
+    extra: int
+
+
+def count_cost(parameter: Tensor, uses: list[Use], num_samples: int) -> Cost:
+    """Chooses between forms by counting multiplications and bytes.
+
+    Args:
+        parameter (`torch.Tensor`): For its shape and device.
+        uses (`list[Use]`): By the calls of one forward pass.
+        num_samples (`int`): Number k of retain samples.
+    """
+    numbers, speed = parameter.numel(), speed_of(parameter.device, halves=all(use.halves for use in uses))
+    multiplied = (speed.gradients * num_samples**2 + speed.memory * num_samples * (1 + len(uses))) * numbers
+    dense_bytes = 4 * num_samples * numbers
+    if not uses or not all(use.factors for use in uses):
+        return Cost(False, True, dense_bytes, multiplied + num_samples * numbers)
+    p, q = parameter.shape
+    formed = sum(use.positions * q * (1 if use.one_hot else p) for use in uses)
+    pairs = sum(
+        use.positions * other.positions * (q + 2 * speed.memory + (0 if use.one_hot or other.one_hot else p))
+        for i, use in enumerate(uses)
+        for other in uses[: i + 1]
+    )
+    factor_bytes = 4 * sum(use.positions * (q + (2 if use.one_hot else p)) for use in uses)
+    # by pairs, the products with the forget gradient cost as much as forming the gradients would
+    if pairs < multiplied:
+        return Cost(True, False, factor_bytes, pairs + formed)
+    if dense_bytes <= _ROOM_FOR_GRADIENTS * factor_bytes:
+        return Cost(False, True, dense_bytes, multiplied + num_samples * numbers)
+    return Cost(False, False, factor_bytes, multiplied + formed)

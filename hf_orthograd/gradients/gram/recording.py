@@ -19,11 +19,25 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..base import UnsupportedModelError
 from .attention import multi_head_attention
-from .calls import Call, Saved, SavedArguments, Source, SpreadCall, is_in_place, iterate, replace
+from .calls import Call, Saved, SavedArguments, Source, SpreadCall, is_in_place, iterate, replace, tensors_of
 
 
 # these take a tensor argument for its shape or type alone
 _METADATA_ONLY = frozenset({Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as, Tensor.expand_as})
+
+
+# these return no tensors and take no part in the loss; a forward pass makes a call in three of them
+_WITHOUT_TENSORS = frozenset(
+    [
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "layout")
+    ]
+    + [
+        getattr(Tensor, name)
+        for name in ("size", "dim", "stride", "numel", "is_floating_point", "is_contiguous", "__len__")
+    ]
+    + [torch.is_floating_point, torch.is_tensor, torch.numel]
+)
 
 
 # in these, row b of the result depends on row b of each argument alone, so that an argument shared by all samples may
@@ -67,7 +81,7 @@ class Recorder(TorchFunctionMode):
         self._batched = WeakTensorKeyDictionary()
         self._anchor = torch.empty(0, requires_grad=True)
         self._hooks = []
-        self._in_backward = self._paused = False
+        self._in_backward = self._has_derived = False
         self.calls: list[Call | SpreadCall] = []
         self._consumer: Callable[[Call | SpreadCall, Tensor], None] | None = None
         self.recomputes = False
@@ -101,15 +115,15 @@ class Recorder(TorchFunctionMode):
         self, func: Callable, types: Collection[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._paused or (self._in_backward and not torch.is_grad_enabled()):
+        if func in _WITHOUT_TENSORS or (self._in_backward and not torch.is_grad_enabled()):
             return func(*args, **kwargs)
-        tensors = [leaf for leaf in iterate((args, kwargs)) if isinstance(leaf, Tensor)]
-        sources = [tensor for tensor in tensors if self._source(tensor) is not None]
+        sources, data = [], []
+        for tensor in tensors_of(args, kwargs):
+            (data if self._source(tensor) is None else sources).append(tensor)
         self.saw_parameters = self.saw_parameters or bool(sources)
         if sources and func in _DECOMPOSITIONS:
             with self:
                 return _DECOMPOSITIONS[func](*args, **kwargs)
-        data = [tensor for tensor in tensors if self._source(tensor) is None]
         batched = [tensor for tensor in data if self._is_batched(tensor)] if func not in _METADATA_ONLY else []
         records = bool(sources) and torch.is_grad_enabled()
         holder = None
@@ -120,9 +134,7 @@ class Recorder(TorchFunctionMode):
         output = func(*args, **kwargs)
 
         made = args[0] if func is Tensor.__setitem__ else output
-        for tensor in iterate(made):
-            if not isinstance(tensor, Tensor):
-                continue
+        for tensor in tensors_of((made,)):
             if self._source(tensor) is not None:
                 self._refuse_overwritten_source(func, tensor, batched)
             elif not tensor.requires_grad:
@@ -132,6 +144,7 @@ class Recorder(TorchFunctionMode):
                 self._record(func, tensor, holder, batched)
             elif records and not batched:
                 names = dict.fromkeys(name for s in sources for name in self._source(s).parameters)
+                self._has_derived = True
                 self._derived[tensor] = Source(tuple(names), tensor.shape, tensor.dtype, get_gradient_edge(tensor))
         return output
 
@@ -143,7 +156,8 @@ class Recorder(TorchFunctionMode):
         self.calls, self._hooks = [], []
 
     def _source(self, tensor: Tensor) -> Source | None:
-        return self._parameters.get(id(tensor)) or self._derived.get(tensor)
+        found = self._parameters.get(id(tensor))
+        return self._derived.get(tensor) if found is None and self._has_derived else found
 
     def _is_batched(self, tensor: Tensor) -> bool:
         # an activation is data of the batch by definition; what needs no gradient was marked on its way from the inputs
@@ -220,12 +234,10 @@ class Recorder(TorchFunctionMode):
     def _arrive(self, call: Call | SpreadCall, gradient: Tensor) -> None:
         if self._consumer is None:  # a backward pass of something else through the same graph
             return
-        call.restore()
-        self._paused = True
-        try:
+        call.restore()  # under activation checkpointing parts of the forward pass run again here, and are watched
+        # a rule makes more calls than the forward pass, and each would come to this mode
+        with torch._C.DisableTorchFunction():
             self._consumer(call, gradient)
-        finally:
-            self._paused = False
         call.release()
 
     def _refuse_overwritten_source(self, func, tensor: Tensor, batched: list[Tensor]) -> None:
