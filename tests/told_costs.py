@@ -17,6 +17,9 @@ NAMES = {
     "llama-124m": "Llama of GPT-2 size, 128 tokens",
     "wav2vec2-base": "Wav2Vec2-base, 2 s",
     "wav2vec2-base-12s": "Wav2Vec2-base, 12 s",
+    "smollm2-135m": "SmolLM2-135M, 128 tokens",
+    "llama-1b": "Llama of 1 B parameters, 128 tokens",
+    "vit-l-16": "ViT-L/16, 224 x 224",
 }
 STEPS = step_cost.read(RESULTS / "step_cost_cpu.jsonl")
 PASSES = step_cost.read(RESULTS / "two_pass_cpu.jsonl")
@@ -69,6 +72,23 @@ def over_two_passes() -> list[str]:
         (ratio,) = step_cost.to_two_passes(STEPS, (name, False, 32), "gram")
         lines.append(f"| {NAMES[name]}{said} | {positions[name]} | 32 | {ratio:.2f} | | 1 |")
     return lines
+
+
+GPU = step_cost.collect(step_cost.read(RESULTS / "gpu_cuda.jsonl"))
+
+
+def on_a_gpu() -> list[str]:
+    cells = {}
+    for name in ("smollm2-135m", "llama-1b", "vit-l-16"):
+        base, ours, held = (GPU[(name, False, 16)][method] for method in ("graddiff", "gram", "gram_kl"))
+        times = [f"{one['seconds'] / base['seconds']:.2f}" for one in (ours, held)]
+        cells[NAMES[name]] = [*times, f"{ours['bytes'] / base['bytes']:.2f}"]
+    return rows(cells)
+
+
+def on_a_gpu_in_short() -> str:
+    ratios = [own["gram"]["seconds"] / own["graddiff"]["seconds"] for own in GPU.values()]
+    return f"On an H200 a short step in bf16 took {min(ratios):.1f} to {max(ratios):.1f} times as long"
 
 
 def other_ways() -> list[str]:
@@ -136,9 +156,10 @@ SAID = {
     "docs/modalities.md": [an_adapter],
     "docs/choosing_settings.md": [a_retain_term_by_lora, stored_predictions],
     "docs/cost.md": [one_summed_loss],
+    "README.md": [on_a_gpu_in_short],
 }
 TABLES = {
     "README.md": [a_step_in_short],
-    "docs/cost.md": [a_step, over_two_passes, other_ways],
+    "docs/cost.md": [a_step, over_two_passes, other_ways, on_a_gpu],
     "docs/scaling.md": [on_paper],
 }
