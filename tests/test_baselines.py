@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from datasets import Dataset
 from equations import RATE, batch_of, flat, gradient, mean_kl, mean_surprise, other
 from torch.utils.data import default_collate
 
-from hf_orthograd import project_orthogonal
+from hf_orthograd import OrthoGradConfig, project_orthogonal
 from hf_orthograd.baselines import (
     BASELINES,
     BadTeacherTrainer,
@@ -17,6 +18,7 @@ from hf_orthograd.baselines import (
     dampen_synapses,
     saliency_masks,
 )
+from hf_orthograd.data import Batch
 from hf_orthograd.objectives import PerSampleLoss, kl_divergence
 
 
@@ -40,6 +42,13 @@ def test_scrub_alternates_and_follows_its_equation(vit_trainer, make_model):
     assert (flat(expected) - start).norm() > 1e-2
     logged = [set(entry) & {"forget_loss", "retain_loss"} for entry in trainer.state.log_history if "loss" in entry]
     assert logged == [{"forget_loss"}, {"retain_loss"}, {"retain_loss"}, {"retain_loss"}]
+
+
+def test_scrub_warns_of_a_rule_that_may_end_it_early(vit_trainer, caplog):
+    evaluated = batch_of(vit_trainer().forget_dataset)
+    rule = {"eval_strategy": "steps", "eval_steps": 1, "forget_target": 2.0}
+    vit_trainer(ScrubTrainer, options={"eval_dataset": {"forget": Dataset.from_dict(evaluated)}}, **rule)
+    assert "`forget_target` may end the run before them" in caplog.text
 
 
 def test_scrub_starts_from_its_teacher(vit_trainer):
@@ -98,6 +107,37 @@ def test_random_labels_of_tokens_leave_padding_alone(vit_trainer):
     assert drawn[3] == -100 and (drawn[:3] != labels[:3]).all() and (drawn[:3] >= 0).all() and (drawn[:3] < 11).all()
 
 
+def test_random_labels_of_ctc_leave_the_blank_out(make_model, make_samples, tmp_path):
+    trainer = _random_labels("wav2vec2", make_model, make_samples, tmp_path)
+    trainer.train()  # looks classes up
+    blank, vocabulary = trainer.model.config.pad_token_id, trainer.model.config.vocab_size
+    labels = torch.tensor([label for label in range(vocabulary) if label != blank] + [-100])
+    drawn = torch.stack([trainer._wrong(labels[None], [row])[0] for row in range(200)])
+    assert (drawn[:, -1] == -100).all() and (drawn[:, :-1] != labels[:-1]).all() and (drawn != blank).all()
+    assert set(drawn[:, :-1].flatten().tolist()) == set(labels[:-1].tolist())
+
+
+def test_a_decoder_reads_the_right_tokens_before_a_wrong_label(make_model, make_samples, tmp_path, monkeypatch):
+    trainer = _random_labels("whisper", make_model, make_samples, tmp_path)
+    model, batch, read = trainer.model, batch_of(trainer.forget_dataset), []
+    expected = model(**batch).logits
+    monkeypatch.setattr(
+        type(trainer.per_sample_loss), "__call__", lambda self, model, inputs: read.append(inputs) or torch.ones(1)
+    )
+    trainer._count = model.config.vocab_size
+    trainer.forget_loss(model, Batch(batch, 4, rows=torch.arange(4)))
+    assert (read[0]["labels"] != batch["labels"]).any()
+    torch.testing.assert_close(model(**{**read[0], "labels": None}).logits, expected)
+
+
+def _random_labels(kind, make_model, make_samples, folder):
+    args = OrthoGradConfig(
+        str(folder), max_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, projection="none"
+    )
+    sets = {"train_dataset": make_samples(kind, 4, seed=1), "forget_dataset": make_samples(kind, 4, seed=2)}
+    return RandomLabelTrainer(make_model(kind), args, **sets)
+
+
 def test_random_labels_are_of_classes_alone(vit_trainer, make_model):
     """Of several labels, or a number, there is no other class."""
     trainer = vit_trainer(RandomLabelTrainer)
@@ -142,6 +182,12 @@ def test_salun_trains_the_salient_half(vit_trainer):
         vit_trainer(RandomLabelTrainer, options={"saliency": 1.5})
 
 
+def test_weights_without_a_gradient_are_never_salient():
+    """As the embeddings of tokens that do not come, which may be most weights of a language model."""
+    (mask,) = saliency_masks([torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 2.0, -1.0])], 0.5)
+    assert mask.tolist() == [0, 0, 0, 0, 0, 1, 1]
+
+
 def test_saliency_masks_rank_across_tensors():
     masks = saliency_masks([torch.tensor([1.0, -5.0]), torch.tensor([[3.0], [-0.1]])], 0.5)
     assert [mask.flatten().tolist() for mask in masks] == [[0.0, 1.0], [1.0, 0.0]]
@@ -156,6 +202,8 @@ def test_synaptic_dampening(make_model, make_samples, loop_gradients):
     dampened = on_forget > 1.5 * on_all
     expected = torch.where(dampened, start * torch.clamp(0.8 * on_all / on_forget, max=1.0), start)
     batches = [default_collate(everything[:3])], [default_collate(everything[:4]), default_collate(everything[4:])]
+    with pytest.raises(ValueError, match="holds no batch"):
+        dampen_synapses(model, batches[0], iter(()))
     share = dampen_synapses(model, *batches, selection=1.5, dampening=0.8)
     torch.testing.assert_close(flat(model), expected, rtol=1e-4, atol=1e-6)
     # importances that are zero but for rounding may fall on either side

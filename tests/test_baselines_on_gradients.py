@@ -18,6 +18,7 @@ from hf_orthograd.baselines import (
     WgaTrainer,
     rectify,
 )
+from hf_orthograd.baselines.gradients import GradientTrainer
 from hf_orthograd.data import Batch
 
 
@@ -128,6 +129,32 @@ def test_gu_is_normal_to_retain_gradients_in_the_geometry_of_adam(vit_trainer):
     moved = (flat(expected) - flat(start)).norm()
     # Adam divides by what is almost zero
     assert (flat(trainer.model) - flat(expected)).norm() < 1e-2 * moved
+
+
+def test_gu_takes_the_plain_geometry_where_an_optimizer_keeps_something_else(vit_trainer):
+    """Adafactor keeps rows and columns, of one dimension the whole, and has no `betas`."""
+    trainer = vit_trainer(GuTrainer, max_steps=3, options={"rank": 2}, optim="adafactor")
+    start = flat(trainer.model)
+    trainer.train()
+    assert (flat(trainer.model) - start).norm() > 0
+    parameter = next(p for p in trainer.model.parameters() if p.ndim == 1)
+    assert torch.equal(trainer._denominator(parameter), torch.ones_like(parameter))
+
+
+def test_sam_leaves_the_parameters_where_they_were_if_a_pass_fails(vit_trainer, monkeypatch):
+    trainer = vit_trainer(SamTrainer, options={"radius": 0.5})
+    start, calls, plain = flat(trainer.model), [], GradientTrainer.forget_gradients
+
+    def fails_the_second_time(self, *args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return plain(self, *args)
+
+    monkeypatch.setattr(GradientTrainer, "forget_gradients", fails_the_second_time)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+    assert torch.equal(flat(trainer.model), start)
 
 
 def test_sam_takes_the_forget_gradient_where_forgetting_is_worst(vit_trainer):

@@ -282,6 +282,29 @@ def test_func_refuses_what_it_cannot_vectorise(make_model, make_samples):
         measure(FunctionalEngine, model, PerSampleLoss(model), data, data)
 
 
+class DropsInTraining(nn.Module):
+    """As layerdrop: whether a layer runs is looked up in a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, features):
+        return features if self.training and torch.rand([]) < 0 else self.layer(features)
+
+
+def test_auto_does_not_take_func_for_what_it_follows_in_evaluation_alone(monkeypatch):
+    model = DropsInTraining().train()
+    data = {"x": torch.randn(2, 3)}
+    monkeypatch.setattr(GramEngine, "step_gradients", _fails)
+    engine = choose_engine("auto", trainable(model), hidden_losses, model, retain_batch(data), retain_batch(data))
+    assert engine.name == "loop"
+
+
+def _fails(*args):
+    raise UnsupportedModelError("as if it could not follow the model")
+
+
 def test_func_in_chunks_is_the_same(make_model, make_samples):
     model, data = make_model("vit").eval(), batch(make_samples("vit", 5))
     losses = PerSampleLoss(model)

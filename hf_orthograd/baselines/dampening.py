@@ -33,6 +33,9 @@ def dampen_synapses(
 
     Returns:
         The share of trainable weights that was dampened.
+
+    Raises:
+        ValueError: There is no batch in one of them.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with preserved_modes(model):
@@ -58,4 +61,8 @@ def _importances(model: nn.Module, trained: list[Tensor], batches: Iterable[Mapp
                 if gradient is not None:
                     sums.add_(gradient.float().square())
             count += 1
+    if not count:
+        raise ValueError(
+            "`forget_batches` or `all_batches` holds no batch. Pass lists, or loaders that were not read before."
+        )
     return [sums / count for sums in total]

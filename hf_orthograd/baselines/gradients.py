@@ -159,7 +159,8 @@ class GuTrainer(GradientTrainer):
         """What Adam divides the step of each entry by."""
         group = next(own for own in self.optimizer.param_groups if any(p is parameter for p in own["params"]))
         state = self.optimizer.state[parameter] if parameter in self.optimizer.state else {}
-        if "exp_avg_sq" not in state:
+        fits = "betas" in group and "exp_avg_sq" in state and state["exp_avg_sq"].shape == parameter.shape
+        if not fits:  # Adafactor and GaLore keep something else under that name
             return torch.ones_like(parameter, dtype=torch.float32)
         unbiased = state["exp_avg_sq"].float() / (1 - group["betas"][1] ** state["step"])
         return unbiased.sqrt() + group["eps"]
@@ -187,9 +188,11 @@ class SamTrainer(GradientTrainer):
         before = [parameter.clone() for parameter in trained]
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter += (self._radius / norm.clamp(min=1e-12) * gradient).to(parameter.dtype)
-        with torch.enable_grad():
-            _, gradients = super().forget_gradients(model, batch, trained)
-        torch._foreach_copy_(trained, before)
+        try:
+            with torch.enable_grad():
+                _, gradients = super().forget_gradients(model, batch, trained)
+        finally:  # with smaller batches a run may begin again
+            torch._foreach_copy_(trained, before)
         return loss, gradients
 
     def step_of(self, forget: list[Tensor], retain: list[Tensor], trained: list[nn.Parameter]) -> list[Tensor]:

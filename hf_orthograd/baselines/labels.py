@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
 from ..data import Batch
+from ..objectives import IGNORED_LABEL
 from ..trials import preserved_modes, preserved_random_state
 from .base import BaselineTrainer, refuse_shards
 
@@ -15,7 +16,8 @@ from .base import BaselineTrainer, refuse_shards
 class RandomLabelTrainer(BaselineTrainer):
     """Random labels (arXiv 2010.10981): trains on the retain set and on forget samples with labels that are wrong.
 
-    Each label is drawn once from all others; with token labels, each position. Samples have one class, or tokens. With
+    Each label is drawn once from all others; with token labels, each position. A decoder reads the right ones before it. Samples
+    have one class, or tokens. With
     `saliency` it is SalUn (arXiv 2310.12508, equations 3 and 5): only weights whose gradient of the forget loss, under the
     original model, is among the largest are trained. (Weight decay is not masked.)
 
@@ -38,8 +40,12 @@ class RandomLabelTrainer(BaselineTrainer):
         self._saliency, self._masks, self._count = saliency, [], 0
 
     def forget_loss(self, model: nn.Module, batch: Batch) -> Tensor | None:
-        wrong = self._wrong(batch.inputs["labels"], batch.rows.tolist())
-        return self.per_sample_loss(model, {**batch.inputs, "labels": wrong}).mean()
+        inputs, labels = dict(batch.inputs), batch.inputs["labels"]
+        plain = self.per_sample_loss.model
+        if plain.config.is_encoder_decoder and labels.ndim == 2 and "decoder_input_ids" not in inputs:
+            inputs["decoder_input_ids"] = _shifted(labels, plain)
+        inputs["labels"] = self._wrong(labels, batch.rows.tolist())
+        return self.per_sample_loss(model, inputs).mean()
 
     def _wrong(self, labels: Tensor, rows: Sequence[int]) -> Tensor:
         """Other labels of the same shape, drawn on the host and moved in one piece."""
@@ -47,7 +53,11 @@ class RandomLabelTrainer(BaselineTrainer):
         # by seed and row, so that a sample has one wrong label however often it comes, on any process
         generators = [torch.Generator().manual_seed(self.args.seed * 1_000_003 + row) for row in rows]
         drawn = torch.stack([torch.randint(1, count, labels.shape[1:], generator=one) for one in generators])
-        wrong = (labels + drawn.to(labels.device)) % count
+        left_out = self.per_sample_loss.blank  # of CTC, no class of its own
+        places = labels if left_out is None else labels - (labels > left_out).to(labels.dtype)
+        wrong = (places + drawn.to(labels.device)) % count
+        if left_out is not None:
+            wrong = wrong + (wrong >= left_out).to(wrong.dtype)
         return torch.where(labels == self.per_sample_loss.ignored_label, labels, wrong)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -74,7 +84,7 @@ class RandomLabelTrainer(BaselineTrainer):
             )
         plain = self.accelerator.unwrap_model(self.model)
         trained = [parameter for parameter in plain.parameters() if parameter.requires_grad]
-        total = [torch.zeros_like(parameter) for parameter in trained]
+        total = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in trained]
         with preserved_modes(plain), preserved_random_state():
             plain.eval()
             for batch in self.batches_of("forget_dataset"):
@@ -82,6 +92,7 @@ class RandomLabelTrainer(BaselineTrainer):
                 gradients = torch.autograd.grad(losses.sum(), trained, allow_unused=True)
                 total = [t if g is None else t + g for t, g in zip(total, gradients, strict=True)]
         for parameter, mask in zip(trained, saliency_masks(total, self._saliency), strict=True):
+            mask = mask.to(parameter.dtype)
             self._masks.append(parameter.register_hook(lambda gradient, mask=mask: gradient * mask))
 
     def _classes(self) -> int:
@@ -96,7 +107,16 @@ class RandomLabelTrainer(BaselineTrainer):
                 f"{type(self).__name__} draws another class for each label, but those of {type(self.per_sample_loss.model).__name__} are "
                 f"none: `labels` are {'missing' if labels is None else labels.dtype}, `problem_type` is {kind!r}. Use another method."
             )
-        return count
+        return count if self.per_sample_loss.blank is None else count - 1
+
+
+def _shifted(labels: Tensor, model: nn.Module) -> Tensor:
+    """What a decoder reads where it is to put the labels out: the right ones, though wrong ones are asked for."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    start = labels.new_full((len(labels), 1), model.config.decoder_start_token_id)  # as Whisper does within
+    read = torch.cat((start, labels[:, :-1]), dim=1)
+    return read.masked_fill(read == IGNORED_LABEL, model.config.pad_token_id)
 
 
 def saliency_masks(gradients: list[Tensor], share: float) -> list[Tensor]:
@@ -104,4 +124,5 @@ def saliency_masks(gradients: list[Tensor], share: float) -> list[Tensor]:
     magnitudes = torch.cat([gradient.abs().flatten() for gradient in gradients])
     kept = max(1, round(share * len(magnitudes)))
     threshold = magnitudes.kthvalue(len(magnitudes) - kept + 1).values
-    return [(gradient.abs() >= threshold).to(gradient.dtype) for gradient in gradients]
+    # most gradients may be zero, as those of tokens that never come: these are never among the largest
+    return [((gradient.abs() >= threshold) & (gradient != 0)).to(gradient.dtype) for gradient in gradients]

@@ -30,6 +30,10 @@ class RmuTrainer(TeacherTrainer):
 
     unread = ("alpha",)
 
+    @property
+    def needs_divergence(self) -> bool:
+        return self.args.keeps_predictions
+
     def __init__(self, *args: Any, layer: str, steering: float = 6.5, retain_weight: float = 1200.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if layer not in dict(self.model.named_modules()):

@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from ..data import Batch
 from ..objectives import IGNORED_LABEL, mean_where
 from .base import BaselineTrainer, weigh_by_alpha
+
+
+logger = logging.get_logger(__name__)
 
 
 class TeacherTrainer(BaselineTrainer):
@@ -42,8 +45,8 @@ class ScrubTrainer(TeacherTrainer):
     """SCRUB (arXiv 2302.09880, equation 3): away from the original model on the forget set, towards it on the rest.
 
     Minimises `retain_weight * KL_retain + gamma * loss_retain - KL_forget`, KL being that of the original model's
-    predictions to the model's. As in the paper steps alternate: one of ascent on the forget set, then one on the
-    retain set. The last ones are on the retain set alone.
+    predictions to the model's. Steps alternate, where the paper alternates epochs: one of ascent on the forget set, then one
+    on the retain set. The last ones are on the retain set alone: a `forget_target` may end a run before them, and is warned of.
 
     Args:
         retain_weight, gamma (`float`): The paper's alpha and gamma.
@@ -57,6 +60,11 @@ class ScrubTrainer(TeacherTrainer):
     ):
         super().__init__(*args, **kwargs)
         self._retain_weight, self._gamma, self._forget_share = retain_weight, gamma, forget_share
+        if self.forget_dataset is not None and self.args.forget_target is not None:
+            logger.warning(
+                f"{type(self).__name__} ends in steps on the retain set alone, which make up for the ascent, but "
+                "`forget_target` may end the run before them. Leave it out, and choose `max_steps`."
+            )
 
     @property
     def _ascends(self) -> bool:

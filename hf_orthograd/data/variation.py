@@ -1,7 +1,8 @@
 """Retain samples varied anew each time they are read, so that a few of them are not learned by heart.
 
 Each is a transform for [`datasets.Dataset.with_transform`]. A row is read once for a step: inner products, model and starting
-model see the same variation. Draws come from torch's generator, which seeds, workers and resumed runs set.
+model see the same variation. Draws come from torch's generator, which seeds and workers set. A resumed run draws other ones: Trainer
+reads the first batches before it sets the generator back.
 """
 
 from dataclasses import dataclass

@@ -103,6 +103,9 @@ def check_engine(
     batches = [ForgetBatch(forget.inputs, forget.size)], [retain]
     with preserved_modes(model):
         if engine.name == "func":
+            # what a model does in training alone, as dropping whole layers, may be nothing that torch.func can follow
+            with preserved_random_state():
+                engine.measure(model, *batches, loss_scale=loss_scale)
             # it draws its own random numbers for each sample: only without any can the two agree
             model.eval()
         with preserved_random_state():

@@ -5,7 +5,8 @@ tokens. The retain mean is the mean over samples, which differs from the mean ov
 counts the same, however long.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ def token_losses(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -
     Returns:
         `torch.Tensor` of shape (B,), float32.
     """
-    losses = losses_at_positions(logits, labels.to(logits.device), label_smoothing)
+    labels = labels.to(logits.device)
+    losses = losses_at_positions(logits, labels, label_smoothing)
     return losses.sum(dim=1) / (labels != IGNORED_LABEL).sum(dim=1)
 
 
@@ -251,8 +253,7 @@ class Ctc(Family):
         target_lengths = present.sum(dim=-1)
         # summed over thousands of alignments, float32 would leave an error of 3e-5 in the gradient
         log_probabilities = F.log_softmax(outputs.logits.double(), dim=-1).transpose(0, 1)
-        # CUDA's own kernel for CTC is not deterministic
-        with torch.backends.cudnn.flags(enabled=False):
+        with _without_cudnn():
             losses = F.ctc_loss(
                 log_probabilities,
                 labels.masked_select(present),
@@ -271,6 +272,16 @@ class Ctc(Family):
         logits, frames = outputs.logits, _num_frames(outputs, inputs, model)
         counted = torch.arange(logits.shape[1], device=logits.device) < frames[:, None]
         return kl_divergence(logits, start_outputs.logits, counted)
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Its kernel for CTC is not deterministic. (`cudnn.flags` would read settings of TF32, which fails where they are mixed.)"""
+    enabled, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
 
 
 def _num_frames(outputs, inputs: Mapping, model: nn.Module) -> Tensor:

@@ -127,6 +127,11 @@ class PerSampleLoss:
         return None if self._family is None else self._family.num_classes(self.model.config)
 
     @property
+    def blank(self) -> int | None:
+        """Of the labels of CTC the one that stands for no label; `None` elsewhere."""
+        return self.model.config.pad_token_id if isinstance(self._family, Ctc) else None
+
+    @property
     def ignored_label(self) -> int:
         """The label of what does not count."""
         return IGNORED_LABEL if self._family is None else self._family.ignored_label(self.model.config)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import GradientEdge
+from torch.utils.checkpoint import CheckpointError
 
 from ..base import UnsupportedModelError
 
@@ -114,7 +115,7 @@ class Call:
         """Puts the tensors back among the arguments and lets go of them elsewhere."""
         try:
             tensors = self.holder.grad_fn.saved_tensors
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, torch.AcceleratorError, CheckpointError):
             raise
         except RuntimeError as error:
             raise UnsupportedModelError(
