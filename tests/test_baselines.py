@@ -1,6 +1,7 @@
 """Each method against its paper's defining equation, written out with other means: softmax and sums in place of losses."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -332,3 +333,8 @@ def test_loss_that_is_not_finite_stops_a_baseline(vit_trainer):
         trainer.teacher.classifier.bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="At step 1 `forget_loss` is not finite"):
         trainer.train()
+
+
+def test_the_guide_names_all_combinations():
+    written = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+    assert [name for name in BASELINES if f'"{name}"' not in written] == []

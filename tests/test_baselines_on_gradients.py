@@ -22,6 +22,10 @@ from hf_orthograd.baselines.gradients import GradientTrainer
 from hf_orthograd.data import Batch
 
 
+def own_loss(outputs, labels, num_items_in_batch=None):
+    return outputs.logits.square().mean(dim=(1, 2))
+
+
 WEIGHTS = {
     WgaTrainer: ({"beta": 2.0}, lambda p: p**2),
     SatImpTrainer: ({"beta1": 3.0, "beta2": 0.5}, lambda p: p**3 * (1 - p) ** 0.5),
@@ -214,6 +218,8 @@ def test_rmu_steers_hidden_states(make_model, make_samples, tmp_path):
     model = make_model("llama")
     with pytest.raises(ValueError, match="`layer` is 'model.layers.9', but the model has no module"):
         RmuTrainer(model, args, layer="model.layers.9", **sets)
+    own = RmuTrainer(make_model("llama"), args, layer="model.layers.0", compute_loss_func=own_loss, **sets)
+    assert not own.needs_divergence  # it compares hidden states
     trainer = RmuTrainer(model, args, layer="model.layers.0", steering=2.0, retain_weight=3.0, **sets)
     with pytest.raises(ValueError, match="do not change what `layer` 'model.layers.0' puts out, model.layers.1"):
         trainer.refuse_idle_parameters()

@@ -30,12 +30,9 @@ class RmuTrainer(TeacherTrainer):
 
     unread = ("alpha",)
 
-    @property
-    def needs_divergence(self) -> bool:
-        return self.args.keeps_predictions
-
     def __init__(self, *args: Any, layer: str, steering: float = 6.5, retain_weight: float = 1200.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.needs_divergence = self.args.keeps_predictions
         if layer not in dict(self.model.named_modules()):
             raise ValueError(f"`layer` is {layer!r}, but the model has no module of that name.")
         self._layer, self._steering, self._retain_weight = layer, steering, retain_weight
