@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from equations import RATE, batch_of, flat, gradient, mean_kl, mean_surprise, other
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import default_collate
 
 from hf_orthograd import OrthoGradConfig, project_orthogonal
@@ -187,6 +188,16 @@ def test_weights_without_a_gradient_are_never_salient():
     """As the embeddings of tokens that do not come, which may be most weights of a language model."""
     (mask,) = saliency_masks([torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 2.0, -1.0])], 0.5)
     assert mask.tolist() == [0, 0, 0, 0, 0, 1, 1]
+
+
+def test_salun_says_how_many_weights_are_left(make_samples, make_model, tmp_path, caplog):
+    args = OrthoGradConfig(
+        str(tmp_path), max_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, projection="none"
+    )
+    sets = {"train_dataset": make_samples("vit", 4, seed=1), "forget_dataset": make_samples("vit", 4, seed=2)}
+    adapter = get_peft_model(make_model("vit"), LoraConfig(r=4, target_modules=["q_proj", "query"]))
+    RandomLabelTrainer(adapter, args, saliency=0.9, **sets).train()
+    assert "`saliency` is 0.9, but" in caplog.text and "of the weights have a gradient at all" in caplog.text
 
 
 def test_saliency_masks_rank_across_tensors():

@@ -131,9 +131,9 @@ def test_halves_are_multiplied_as_they_are(kind, monkeypatch):
             engine = GramEngine(parameters, PerSampleLoss(model))
             return engine.measure(model, [forget_batch(batches[0])], [retain_batch(batches[1])]).gram
 
-    assert products._sums_in_float32(torch.device("cuda", 0), torch.bfloat16)
+    assert products.sums_in_float32(torch.device("cuda", 0), torch.bfloat16)
     found = gram()
-    monkeypatch.setattr(products, "_sums_in_float32", lambda device, dtype: False)
+    monkeypatch.setattr(products, "sums_in_float32", lambda device, dtype: False)
     expected = gram()
     norms = expected.diagonal().sqrt()
     assert ((found - expected).abs() / torch.outer(norms, norms)).max() <= 1e-5

@@ -184,7 +184,7 @@ def test_combination_leaves_unprojected_parameters_alone(engine_class, make_mode
     assert all(p.grad.abs().max() > 1e-4 for p in parameters.others.values())
 
 
-@pytest.mark.parametrize("held_at_once", [1, 1 << 17])
+@pytest.mark.parametrize("held_at_once", [1, 150, 1 << 17])  # 150: two samples of three
 def test_outer_forms_agree_with_dense(held_at_once, monkeypatch):
     monkeypatch.setattr(forms, "_PAIRS", held_at_once)
     torch.manual_seed(0)
@@ -192,6 +192,7 @@ def test_outer_forms_agree_with_dense(held_at_once, monkeypatch):
     pieces = [
         Outer(torch.randn(3, 5, 9), torch.randn(3, 5, 4), shape),
         Outer(torch.randint(0, 9, (2, 6)), torch.randn(2, 6, 4), shape),
+        Outer(torch.randn(3, 0, 9), torch.randn(3, 0, 4), shape),  # of no positions
     ]
     for one in pieces:
         for other in pieces:

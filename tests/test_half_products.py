@@ -8,7 +8,7 @@ from engines import weighed
 from test_gradients import batch, measure, relative_error, trainable
 
 from hf_orthograd.gradients import GramEngine, products
-from hf_orthograd.gradients.gram import accumulation
+from hf_orthograd.gradients.gram import accumulation, forms
 from hf_orthograd.gradients.gram.forms import Use, count_cost
 from hf_orthograd.objectives import PerSampleLoss
 
@@ -32,10 +32,15 @@ class Shape:
         ("cuda", True, 8192, False),
     ],
 )
-def test_pairs_of_positions_are_cheap_where_matrix_units_multiply_them(device, halves, positions, pairwise):
+def test_pairs_of_positions_are_cheap_where_matrix_units_multiply_them(
+    device, halves, positions, pairwise, monkeypatch
+):
     """16 samples of 128 and of 512 tokens, and a layer of a language model of 1 B parameters."""
-    use = Use(positions, factors=True, one_hot=False, halves=halves)
+    use = Use(positions, factors=True, one_hot=False, half=torch.bfloat16 if halves else None)
+    monkeypatch.setattr(forms, "sums_in_float32", lambda device, dtype: True)
     assert count_cost(Shape(device, 2048, 8192), [use], 16).pairwise == pairwise
+    monkeypatch.setattr(forms, "sums_in_float32", lambda device, dtype: False)
+    assert not count_cost(Shape(device, 2048, 8192), [use], 16).pairwise
 
 
 def test_exact_arithmetic_is_without_autocast_and_graph():
@@ -49,7 +54,7 @@ def test_exact_arithmetic_is_without_autocast_and_graph():
 @pytest.mark.parametrize("pairwise", [False, True])
 @pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("kind", ["whisper", "llama", "vit"])
-def test_halves_are_multiplied_as_they_are_where_a_device_sums_in_float32(
+def test_halves_are_multiplied_as_they_are_where_a_devicesums_in_float32(
     kind, keeps, pairwise, make_model, make_samples, monkeypatch
 ):
     """The device is played by float64 here: what it is given, and what becomes of that, is the same as of float32 copies."""
@@ -73,7 +78,7 @@ def test_halves_are_multiplied_as_they_are_where_a_device_sums_in_float32(
         return step.gram, torch.cat([gradient.flatten() for gradient in gradients])
 
     gram, update = run()
-    monkeypatch.setattr(products, "_sums_in_float32", lambda device, dtype: True)
+    monkeypatch.setattr(products, "sums_in_float32", lambda device, dtype: True)
     monkeypatch.setattr(products, "_multiply_halves", product)
     found, found_update = run()
     assert len(given) > 10 and set(given) == {(torch.bfloat16, torch.bfloat16)}

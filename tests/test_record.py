@@ -77,6 +77,7 @@ def test_the_card_of_a_baseline_shows_no_settings_that_it_does_not_read(unlearne
     trainer.create_model_card()
     lines = (tmp_path / "out" / "public" / "README.md").read_text().splitlines()
     assert "| method | ScrubTrainer |" in lines and "| retain samples in a step | 4 |" in lines
+    assert not any("`alpha=" in line or "`projection=" in line for line in lines)
 
 
 def test_untouched_folder_passes_and_each_change_is_named(folder, tmp_path):

@@ -217,7 +217,7 @@ refuses to say what it knows, it stays low. "by WER": the test WER where that of
 loss passes a level. "Test WER where the forgotten loss is": at levels of which 1 and 2 were set after the runs. These three are of the utterances that are evaluated \
 while unlearning, and empty where a run never got there. "Relearning": every second of the forgotten utterances, 3 or 4 of them, while an attacker trains on the \
 others. Differences are paired: above zero, the method named in the column's heading keeps more; of relearning, it is brought back further. The last line is of the machine that \
-wrote this: "speakers" 2 to 6 were run on an Intel Xeon, all others on an AMD EPYC."""
+wrote this: "speakers" by "refusal, kl, lower encoder", with the projection and without, and all of 2 to 6 were run on an Intel Xeon, all others on an AMD EPYC."""
 
 
 def _compared(rows: dict) -> str:

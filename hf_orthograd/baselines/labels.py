@@ -6,11 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 
 from ..data import Batch
 from ..objectives import IGNORED_LABEL
 from ..trials import preserved_modes, preserved_random_state
 from .base import BaselineTrainer, refuse_shards
+
+
+logger = logging.get_logger(__name__)
 
 
 class RandomLabelTrainer(BaselineTrainer):
@@ -91,7 +95,14 @@ class RandomLabelTrainer(BaselineTrainer):
                 losses = batch.losses(plain, self.per_sample_loss)
                 gradients = torch.autograd.grad(losses.sum(), trained, allow_unused=True)
                 total = [t if g is None else t + g for t, g in zip(total, gradients, strict=True)]
-        for parameter, mask in zip(trained, saliency_masks(total, self._saliency), strict=True):
+        masks = saliency_masks(total, self._saliency)
+        left = sum(mask.sum() for mask in masks).item() / sum(mask.numel() for mask in masks)
+        if left < 0.99 * self._saliency:
+            logger.warning(
+                f"`saliency` is {self._saliency:g}, but {left:.1%} of the weights have a gradient at all on `forget_dataset`: the others stay. "
+                "Of a fresh LoRA adapter these are its A matrices."
+            )
+        for parameter, mask in zip(trained, masks, strict=True):
             mask = mask.to(parameter.dtype)
             self._masks.append(parameter.register_hook(lambda gradient, mask=mask: gradient * mask))
 
@@ -114,9 +125,14 @@ def _shifted(labels: Tensor, model: nn.Module) -> Tensor:
     """What a decoder reads where it is to put the labels out: the right ones, though wrong ones are asked for."""
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return model.prepare_decoder_input_ids_from_labels(labels=labels)
-    start = labels.new_full((len(labels), 1), model.config.decoder_start_token_id)  # as Whisper does within
-    read = torch.cat((start, labels[:, :-1]), dim=1)
-    return read.masked_fill(read == IGNORED_LABEL, model.config.pad_token_id)
+    start, padding = model.config.decoder_start_token_id, model.config.pad_token_id
+    if start is None or padding is None:
+        raise ValueError(
+            f"{type(model).__name__} makes its decoder's inputs from labels, but its configuration has no `decoder_start_token_id` or "
+            "`pad_token_id` to make them of the right ones. Put `decoder_input_ids` into the batches."
+        )
+    read = torch.cat((labels.new_full((len(labels), 1), start), labels[:, :-1]), dim=1)  # as Whisper does within
+    return read.masked_fill(read == IGNORED_LABEL, padding)
 
 
 def saliency_masks(gradients: list[Tensor], share: float) -> list[Tensor]:

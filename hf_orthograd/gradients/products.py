@@ -29,16 +29,16 @@ class exact_arithmetic:  # noqa: N801: a context manager, as torch.no_grad
 
     def __enter__(self) -> None:
         kind = self._device.type
-        self._had_grad = torch.is_grad_enabled()
-        torch.set_grad_enabled(False)
-        self._had_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        if self._had_autocast:
-            torch.set_autocast_enabled(kind, False)
         self._rough = [
             (one, one.fp32_precision) for one in _backends(kind) if one.fp32_precision not in ("ieee", "none")
         ]
+        self._had_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        self._had_grad = torch.is_grad_enabled()
         for backend, _ in self._rough:
             backend.fp32_precision = "ieee"
+        if self._had_autocast:
+            torch.set_autocast_enabled(kind, False)
+        torch.set_grad_enabled(False)
 
     def __exit__(self, *_: object) -> None:
         for backend, precision in self._rough:
@@ -59,7 +59,7 @@ def factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
     Products of two halves are exact in float32, and a GPU's matrix units sum them there, at a multiple of its speed in float32.
     """
-    if left.dtype == right.dtype and left.dtype in HALF and _sums_in_float32(left.device, left.dtype):
+    if left.dtype == right.dtype and left.dtype in HALF and sums_in_float32(left.device, left.dtype):
         return left, right
     return left.float(), right.float()
 
@@ -93,14 +93,14 @@ def split(wide: Tensor, half: Tensor) -> list[Tensor]:
     Two bfloat16 numbers hold what one rounds off: two products by matrix units take a fraction of the time of one in float32.
     float16 has too small a range for that.
     """
-    if half.dtype != torch.bfloat16 or not _sums_in_float32(half.device, half.dtype):
+    if half.dtype != torch.bfloat16 or not sums_in_float32(half.device, half.dtype):
         return [wide]
     rounded = wide.to(half.dtype)
     return [rounded, (wide - rounded).to(half.dtype)]
 
 
 @cache
-def _sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+def sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the device has products of half precision with sums in float32; asked once."""
     if device.type != "cuda":
         return False

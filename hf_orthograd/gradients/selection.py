@@ -71,7 +71,7 @@ def choose_engine(
         engine = builders[name]()
         try:
             check_engine(engine, model, forget, retain, tolerance, loss_scale)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except (UnsupportedModelError, RuntimeError, AttributeError, TypeError) as error:
             # a call that an engine does not know how to follow, as a GRU's, fails somewhere within it; the loop follows all

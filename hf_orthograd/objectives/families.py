@@ -5,8 +5,7 @@ tokens. The retain mean is the mean over samples, which differs from the mean ov
 counts the same, however long.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -253,7 +252,8 @@ class Ctc(Family):
         target_lengths = present.sum(dim=-1)
         # summed over thousands of alignments, float32 would leave an error of 3e-5 in the gradient
         log_probabilities = F.log_softmax(outputs.logits.double(), dim=-1).transpose(0, 1)
-        with _without_cudnn():
+        # CUDA's own kernel for CTC is not deterministic
+        with torch.backends.cudnn.flags(enabled=False):
             losses = F.ctc_loss(
                 log_probabilities,
                 labels.masked_select(present),
@@ -272,16 +272,6 @@ class Ctc(Family):
         logits, frames = outputs.logits, _num_frames(outputs, inputs, model)
         counted = torch.arange(logits.shape[1], device=logits.device) < frames[:, None]
         return kl_divergence(logits, start_outputs.logits, counted)
-
-
-@contextmanager
-def _without_cudnn() -> Iterator[None]:
-    """Its kernel for CTC is not deterministic. (`cudnn.flags` would read settings of TF32, which fails where they are mixed.)"""
-    enabled, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.enabled = enabled
 
 
 def _num_frames(outputs, inputs: Mapping, model: nn.Module) -> Tensor:

@@ -228,7 +228,7 @@ def estimate_step(
     memory, work, costs = plain, plain_work, {}
     if engine == "gram":
         costs = _costs(parameters, on_retain, num_retain)
-        block = speed_of(parameters.device, halves=False).block_bytes
+        block = speed_of(parameters.device).block_bytes
         graph, extra = _count_gram(costs, on_retain.needed, forget_graph, num_retain, chunk_size, model_bytes, block)
         memory, work = resident + gradients + graph + working, needed_work + extra
     elif engine != "none":

@@ -169,7 +169,7 @@ class ParameterGradients:
             # first dimension, all samples together
             length = self._shape[0] if self._shape else 1
             block_bytes = 4 * self._layout.total * max(1, self._shape.numel() // length)
-            step = max(1, speed_of(self._device, halves=False).block_bytes // block_bytes)
+            step = max(1, speed_of(self._device).block_bytes // block_bytes)
             for start in range(0, length, step):
                 stop = min(start + step, length)
                 # `g_u` stands in the first row: one reading of the block gives both kinds of products

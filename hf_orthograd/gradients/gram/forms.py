@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..products import HALF, add_product, as_rows, factors, inner_products, multiply, split
+from ..products import HALF, add_product, as_rows, factors, inner_products, multiply, split, sums_in_float32
 from .calls import Call, Source, SpreadCall
 
 
-# inner products of pairs of positions that are held at once: as many as a CPU's cache takes; of a GPU, 64 MiB
+# inner products of pairs of positions that are held at once, twice: as many as a CPU's cache takes; of a GPU, 64 MiB of each
 _PAIRS, _PAIRS_OF_GPU = 1 << 17, 1 << 24
 
 
@@ -81,12 +81,12 @@ class Outer:
         own_right, other_right = factors(self.right, other.right)
         other_right = other_right.flatten(0, 1).T
         limit = _PAIRS if self.right.device.type == "cpu" else _PAIRS_OF_GPU
-        together = min(n, max(1, limit // (steps * m * other_steps)))
+        together = min(n, max(1, limit // max(1, steps * m * other_steps)))
 
         def of_some(left: Tensor, right: Tensor) -> Tensor:
             products = multiply(right.flatten(0, 1), other_right)
             products.mul_(_left_products(left.flatten(0, 1), other.left))
-            return products.view(-1, steps, m, other_steps).sum(dim=(1, 3))
+            return products.view(len(left), steps, m, other_steps).sum(dim=(1, 3))
 
         if together == n:
             return of_some(self.left, own_right)
@@ -142,7 +142,7 @@ _ROOM_FOR_GRADIENTS = 1.25
 
 @dataclass(frozen=True)
 class Speed:
-    """What takes how long, as multiples of one multiplication within a product of factors.
+    """How long things take on a device, as multiples of one multiplication within a product of factors.
 
     Attributes:
         memory (`int`): Writing or reading one number of a large tensor, which is slower than arithmetic.
@@ -156,16 +156,16 @@ class Speed:
 
 
 CPU = Speed(memory=8, gradients=1, block_bytes=1 << 26)
-# of an H200: 4.3 TB/s, 60 TFLOP/s in float32 and 790 by matrix units; each block takes some launches
+# of an H200: 4.3 TB/s and 790 TFLOP/s by matrix units, as measured, 60 in float32 by its data sheet; each block takes some launches
 _GPU = Speed(memory=28, gradients=1, block_bytes=1 << 28)
 _GPU_HALVES = Speed(memory=370, gradients=13, block_bytes=1 << 28)
 
 
-def speed_of(device: torch.device, *, halves: bool) -> Speed:
-    """Of a device, for factors in half precision or in float32."""
-    if device.type == "cpu":
+def speed_of(device: torch.device, half: torch.dtype | None = None) -> Speed:
+    """Of a device, for factors in half precision, where it multiplies them as they are, or in float32."""
+    if device.type in ("cpu", "meta"):
         return CPU
-    return _GPU_HALVES if halves else _GPU
+    return _GPU if half is None or not sums_in_float32(device, half) else _GPU_HALVES
 
 
 @dataclass(frozen=True)
@@ -176,13 +176,13 @@ class Use:
         positions (`int`): Rows of the matrix that the call's output is, over all samples.
         factors (`bool`): Whether the rules give factors of the gradient and not the gradient itself.
         one_hot (`bool`): Whether the left factors are one-hot: gradients are only gathered, and so are products.
-        halves (`bool`): Whether the factors are in half precision.
+        half (`torch.dtype`, *optional*): The half precision that the factors are in, if they are.
     """
 
     positions: int
     factors: bool
     one_hot: bool
-    halves: bool = False
+    half: torch.dtype | None = None
 
     @classmethod
     def of(cls, call: Call | SpreadCall, source: Source) -> "Use":
@@ -191,7 +191,7 @@ class Use:
             return cls(0, False, False)
         one_hot = call.function in ONE_HOT  # which autocast leaves alone
         computed = source.dtype if one_hot or call.autocast is None else call.autocast
-        return cls(call.positions, len(source.shape) == 2, one_hot, computed in HALF)
+        return cls(call.positions, len(source.shape) == 2, one_hot, computed if computed in HALF else None)
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,8 @@ def count_cost(parameter: Tensor, uses: list[Use], num_samples: int) -> Cost:
         uses (`list[Use]`): By the calls of one forward pass.
         num_samples (`int`): Number k of retain samples.
     """
-    numbers, speed = parameter.numel(), speed_of(parameter.device, halves=all(use.halves for use in uses))
+    kinds = {use.half for use in uses}
+    numbers, speed = parameter.numel(), speed_of(parameter.device, kinds.pop() if len(kinds) == 1 else None)
     multiplied = (speed.gradients * num_samples**2 + speed.memory * num_samples * (1 + len(uses))) * numbers
     dense_bytes = 4 * num_samples * numbers
     if not uses or not all(use.factors for use in uses):

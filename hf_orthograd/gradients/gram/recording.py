@@ -26,7 +26,7 @@ from .calls import Call, Saved, SavedArguments, Source, SpreadCall, is_in_place,
 _METADATA_ONLY = frozenset({Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as, Tensor.expand_as})
 
 
-# these return no tensors and take no part in the loss; a forward pass makes a call in three of them
+# these return no tensors and take no part in the loss; every third call of a forward pass is one of these
 _WITHOUT_TENSORS = frozenset(
     [
         getattr(Tensor, name).__get__

@@ -31,7 +31,8 @@ def register_rule(*functions: Callable) -> Callable[[Rule], Rule]:
     The rule gets a [`Call`] and the gradient of its output, whose first dimension runs over the samples (possibly
     times windows or positions, sample by sample). It returns a [`Dense`] or [`Outer`] form for each [`Source`] among
     the call's arguments, or `None` to leave this call to the general rule. A form's memory is given away: it may be
-    written over.
+    written over. It runs without torch function modes: tensors that it makes need a device of their own, not
+    `torch.set_default_device`'s.
     """
 
     def register(rule: Rule) -> Rule:
