@@ -12,6 +12,8 @@
         --methods graddiff gram gram_kl gram_kl_stored  # a classifier's starting predictions found once
     python benchmarks/step_cost.py --results stored_tokens --samples 8 --train full --models llama-124m whisper-tiny \\
         --methods graddiff gram gram_kl gram_kl_stored --memory_methods --repeats 5  # of tokens; Whisper had 3 rounds
+    python benchmarks/step_cost.py --results stored_lora --samples 8 --train lora --models vit-b-16 --repeats 4 \\
+        --methods graddiff gram gram_kl gram_kl_stored  # under an adapter
     python benchmarks/step_cost.py --report              # table and plot from what was measured so far
 
 Methods of one model take turns within one process, and the median of their times is kept. Each peak of memory is that of
