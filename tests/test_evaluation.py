@@ -157,7 +157,7 @@ def test_loss_of_ones_own_needs_no_known_model(make_model, make_samples, tmp_pat
     assert evaluate_unlearning(trainer).metric is None  # what it predicts is not known
 
 
-def test_quantisation_rounds_to_the_nearest_of_so_many_levels(make_model):
+def test_quantisation_rounds_to_the_nearest_of_so_many_levels(make_model, caplog):
     model = make_model("vit")
     weight = model.vit.layers[0].mlp.fc1.weight
     for bits, group_size in ((8, None), (4, None), (4, 8)):
@@ -172,6 +172,10 @@ def test_quantisation_rounds_to_the_nearest_of_so_many_levels(make_model):
         assert torch.equal(attacked.vit.layernorm.weight, model.vit.layernorm.weight)
     with pytest.raises(ValueError, match="`bits`"):
         Quantization(1)
+    caplog.clear()
+    whole, odd = Quantization(4)(model), Quantization(4, 7)(model)
+    assert "int4: `group_size` is 7, which does not divide the rows of" in caplog.text
+    assert torch.equal(whole.vit.layers[0].mlp.fc1.weight, odd.vit.layers[0].mlp.fc1.weight)
 
 
 # ---- A model that never unlearned must fail; a retrained one must pass ----

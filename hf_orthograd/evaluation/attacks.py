@@ -13,11 +13,14 @@ from torch.nn.utils import parametrize
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 from transformers.training_args import OptimizerNames
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from ..annotations import AnyDataset, NumItems
 from ..trials import preserved_random_state
 from .measure import loss_function
+
+
+logger = logging.get_logger(__name__)
 
 
 class Attack(Protocol):
@@ -39,7 +42,7 @@ class Quantization:
     Args:
         bits (`int`): Of the integers.
         group_size (`int`, *optional*): How many neighbouring weights of an output channel share a scale; the whole
-            channel by default, and where this does not divide it.
+            channel by default, and where this does not divide it, of which a warning tells.
         name (`str`, *optional*): Its row in the report; "int4" and so on by default.
 
     Raises:
@@ -49,11 +52,11 @@ class Quantization:
     def __init__(self, bits: int, group_size: int | None = None, name: str | None = None):
         if not 2 <= bits <= 16:
             raise ValueError(f"`bits` must lie between 2 and 16, but is {bits}.")
-        self.bits, self.group_size = bits, group_size
+        self.bits, self.group_size, self._whole = bits, group_size, 0
         self.name = name or f"int{bits}"
 
     def __call__(self, model: nn.Module) -> nn.Module:
-        attacked = _as_published(model)
+        attacked, self._whole = _as_published(model), 0
         for module in list(attacked.modules()):
             # as by weight norm: rounded is what is computed with
             if parametrize.is_parametrized(module) and set(module.parametrizations) == {"weight"}:
@@ -65,12 +68,19 @@ class Quantization:
                 else:
                     by_channel = weight.flatten(1) if isinstance(module, _ConvNd) else weight.flatten(0, -2)
                     weight.copy_(self._round(by_channel).reshape(weight.shape))
+        if self._whole:
+            logger.warning(
+                f"{self.name}: `group_size` is {self.group_size}, which does not divide the rows of {self._whole} weights. Each row of "
+                "these has one scale."
+            )
         return attacked
 
     def _round(self, weight: Tensor) -> Tensor:
         """Each row of (n, m) by a scale of its own, or each group in it."""
         rows = weight.float()
-        if self.group_size is not None and rows.shape[1] % self.group_size == 0:
+        if self.group_size is not None and rows.shape[1] % self.group_size:
+            self._whole += 1
+        elif self.group_size is not None:
             rows = rows.reshape(-1, self.group_size)
         largest = 2 ** (self.bits - 1) - 1
         scale = rows.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / largest
