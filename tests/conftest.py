@@ -168,6 +168,14 @@ def hub(running_hub, monkeypatch):
 
 
 @pytest.fixture
+def parakeet_extractor():
+    try:
+        return transformers.ParakeetFeatureExtractor()
+    except ImportError as error:  # transformers 5.17 wants librosa for it
+        pytest.skip(str(error).strip().splitlines()[0])
+
+
+@pytest.fixture
 def unlearned(make_model, make_samples, tmp_path):
     """Makes trainers that have made one step, with all they write in `out`."""
     return partial(unlearned_trainer, make_model, make_samples, tmp_path / "out")

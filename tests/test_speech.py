@@ -7,7 +7,6 @@ import soundfile
 import torch
 from datasets import Dataset
 from transformers import (
-    ParakeetFeatureExtractor,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Processor,
@@ -96,9 +95,9 @@ def test_ctc_pipeline_from_audio_to_transcripts(ctc_processor, corpus):
     assert references == predictions == ["hello all", "yes"]
 
 
-def test_a_ctc_model_may_read_features(ctc_processor, corpus):
+def test_a_ctc_model_may_read_features(ctc_processor, corpus, parakeet_extractor):
     """Parakeet has features, frames first, and no window that an utterance could be too long for."""
-    processor = Processor(ParakeetFeatureExtractor())
+    processor = Processor(parakeet_extractor)
     processor.tokenizer = ctc_processor.tokenizer
     prepared = prepare_speech_dataset(corpus, processor)
     frames = [np.asarray(row["input_features"]).shape for row in prepared]

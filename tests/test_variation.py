@@ -5,7 +5,6 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import (
-    ParakeetFeatureExtractor,
     SeamlessM4TFeatureExtractor,
     Wav2Vec2FeatureExtractor,
     WhisperFeatureExtractor,
@@ -55,10 +54,10 @@ def test_features_are_shifted_and_masked():
         assert len(moved) == 1
 
 
-def test_features_may_have_their_frames_first():
+def test_features_may_have_their_frames_first(parakeet_extractor):
     features = np.random.default_rng(0).uniform(0.5, 1.5, (80, 300)).astype(np.float32)
     found = []
-    for extractor, own in ((WhisperFeatureExtractor(), features), (ParakeetFeatureExtractor(), features.T)):
+    for extractor, own in ((WhisperFeatureExtractor(), features), (parakeet_extractor, features.T)):
         torch.manual_seed(0)
         found.append(VarySpeech(extractor).vary(own))
     assert np.array_equal(found[0], found[1].T) and found[1].flags.c_contiguous
@@ -67,7 +66,7 @@ def test_features_may_have_their_frames_first():
     ):
         VarySpeech(SeamlessM4TFeatureExtractor()).vary(np.ones((50, 160)))
     with pytest.raises(ValueError, match="features have shape .80, 80.: it does not say"):
-        VarySpeech(ParakeetFeatureExtractor()).vary(np.ones((80, 80)))
+        VarySpeech(parakeet_extractor).vary(np.ones((80, 80)))
 
 
 def test_waveform_is_shifted_and_silenced():
