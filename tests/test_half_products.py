@@ -54,7 +54,7 @@ def test_exact_arithmetic_is_without_autocast_and_graph():
 @pytest.mark.parametrize("pairwise", [False, True])
 @pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("kind", ["whisper", "llama", "vit"])
-def test_halves_are_multiplied_as_they_are_where_a_devicesums_in_float32(
+def test_halves_are_multiplied_as_they_are_where_a_device_sums_in_float32(
     kind, keeps, pairwise, make_model, make_samples, monkeypatch
 ):
     """The device is played by float64 here: what it is given, and what becomes of that, is the same as of float32 copies."""

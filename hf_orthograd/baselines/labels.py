@@ -21,9 +21,8 @@ class RandomLabelTrainer(BaselineTrainer):
     """Random labels (arXiv 2010.10981): trains on the retain set and on forget samples with labels that are wrong.
 
     Each label is drawn once from all others; with token labels, each position. A decoder reads the right ones before it. Samples
-    have one class, or tokens. With
-    `saliency` it is SalUn (arXiv 2310.12508, equations 3 and 5): only weights whose gradient of the forget loss, under the
-    original model, is among the largest are trained. (Weight decay is not masked.)
+    have one class, or tokens. With `saliency` it is SalUn (arXiv 2310.12508, equations 3 and 5): only weights whose gradient of
+    the forget loss, under the original model, is among the largest are trained. (Weight decay is not masked.)
 
     Args:
         saliency (`float`, *optional*): Share of the weights that is trained; the paper takes 0.5. All by default.

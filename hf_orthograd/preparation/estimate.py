@@ -15,7 +15,7 @@ from ..data import Batch
 from ..gradients.gram.calls import Call, SpreadCall
 from ..gradients.gram.chunks import split_samples
 from ..gradients.gram.engine import FORWARD_PART, find_uses
-from ..gradients.gram.forms import Cost, Use, count_cost, speed_of
+from ..gradients.gram.forms import Cost, Use, costs_of, count_cost
 from ..gradients.gram.recording import Recorder
 from ..gradients.gram.rules import RULES
 from ..objectives import PerSampleLosses
@@ -228,7 +228,7 @@ def estimate_step(
     memory, work, costs = plain, plain_work, {}
     if engine == "gram":
         costs = _costs(parameters, on_retain, num_retain)
-        block = speed_of(parameters.device).block_bytes
+        block = costs_of(parameters.device).block_bytes
         graph, extra = _count_gram(costs, on_retain.needed, forget_graph, num_retain, chunk_size, model_bytes, block)
         memory, work = resident + gradients + graph + working, needed_work + extra
     elif engine != "none":

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...parallel import Parameters, SampleLayout
 from ..products import accumulation_dtype, as_rows, assemble_grams, exact_arithmetic, inner_products
-from .forms import CPU, Cost, Dense, Form, Outer, Use, count_cost, speed_of
+from .forms import Cost, Dense, Form, Outer, Use, costs_of, count_cost
 
 
 # parameters of one dimension and at most so many numbers, biases and norms, are multiplied all together in the end
@@ -169,7 +169,7 @@ class ParameterGradients:
             # first dimension, all samples together
             length = self._shape[0] if self._shape else 1
             block_bytes = 4 * self._layout.total * max(1, self._shape.numel() // length)
-            step = max(1, speed_of(self._device).block_bytes // block_bytes)
+            step = max(1, costs_of(self._device).block_bytes // block_bytes)
             for start in range(0, length, step):
                 stop = min(start + step, length)
                 # `g_u` stands in the first row: one reading of the block gives both kinds of products
@@ -233,7 +233,7 @@ class Scratch:
         memory = self._memory.get(device)
         if memory is None or len(memory) < numbers:
             # a GPU's allocator keeps what was let go; on a CPU the size at first is that for good
-            least = CPU.block_bytes // 4 if device.type == "cpu" else 0
+            least = costs_of(device).block_bytes // 4 if device.type == "cpu" else 0
             memory = self._memory[device] = torch.empty(max(numbers, least), device=device)
         return memory[:numbers].view(shape)
 

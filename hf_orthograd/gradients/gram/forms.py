@@ -141,30 +141,30 @@ _ROOM_FOR_GRADIENTS = 1.25
 
 
 @dataclass(frozen=True)
-class Speed:
+class DeviceCosts:
     """How long things take on a device, as multiples of one multiplication within a product of factors.
 
     Attributes:
         memory (`int`): Writing or reading one number of a large tensor, which is slower than arithmetic.
-        gradients (`int`): One multiplication within a product of gradients, which are float32.
+        gradient_product (`int`): One multiplication within a product of gradients, which are float32.
         block_bytes (`int`): Gradients that are not kept are formed in blocks of so many bytes, in the same memory again and again.
     """
 
     memory: int
-    gradients: int
+    gradient_product: int
     block_bytes: int
 
 
-CPU = Speed(memory=8, gradients=1, block_bytes=1 << 26)
-# of an H200: 4.3 TB/s and 790 TFLOP/s by matrix units, as measured, 60 in float32 by its data sheet; each block takes some launches
-_GPU = Speed(memory=28, gradients=1, block_bytes=1 << 28)
-_GPU_HALVES = Speed(memory=370, gradients=13, block_bytes=1 << 28)
+_CPU = DeviceCosts(memory=8, gradient_product=1, block_bytes=1 << 26)
+# of an H200, in round numbers: 4 TB/s, 800 TFLOP/s by matrix units in half precision, 60 in float32; each block takes some launches
+_GPU = DeviceCosts(memory=28, gradient_product=1, block_bytes=1 << 28)
+_GPU_HALVES = DeviceCosts(memory=370, gradient_product=13, block_bytes=1 << 28)
 
 
-def speed_of(device: torch.device, half: torch.dtype | None = None) -> Speed:
+def costs_of(device: torch.device, half: torch.dtype | None = None) -> DeviceCosts:
     """Of a device, for factors in half precision, where it multiplies them as they are, or in float32."""
     if device.type in ("cpu", "meta"):
-        return CPU
+        return _CPU
     return _GPU if half is None or not sums_in_float32(device, half) else _GPU_HALVES
 
 
@@ -220,15 +220,15 @@ def count_cost(parameter: Tensor, uses: list[Use], num_samples: int) -> Cost:
         num_samples (`int`): Number k of retain samples.
     """
     kinds = {use.half for use in uses}
-    numbers, speed = parameter.numel(), speed_of(parameter.device, kinds.pop() if len(kinds) == 1 else None)
-    multiplied = (speed.gradients * num_samples**2 + speed.memory * num_samples * (1 + len(uses))) * numbers
+    numbers, costs = parameter.numel(), costs_of(parameter.device, kinds.pop() if len(kinds) == 1 else None)
+    multiplied = (costs.gradient_product * num_samples**2 + costs.memory * num_samples * (1 + len(uses))) * numbers
     dense_bytes = 4 * num_samples * numbers
     if not uses or not all(use.factors for use in uses):
         return Cost(False, True, dense_bytes, multiplied + num_samples * numbers)
     p, q = parameter.shape
     formed = sum(use.positions * q * (1 if use.one_hot else p) for use in uses)
     pairs = sum(
-        use.positions * other.positions * (q + 2 * speed.memory + (0 if use.one_hot or other.one_hot else p))
+        use.positions * other.positions * (q + 2 * costs.memory + (0 if use.one_hot or other.one_hot else p))
         for i, use in enumerate(uses)
         for other in uses[: i + 1]
     )
