@@ -95,7 +95,7 @@ def test_an_answer_comes_after_the_prompt_however_it_is_padded(side):
         "input_ids": ids,
         "attention_mask": (ids > 0).long(),
         "labels": labels,
-        "token_type_ids": (ids > 0).long(),
+        "token_type_ids": ((ids > 0) & (labels < 0)).long(),
     }
     made = PerSampleLoss(MODELS["llama"]()).answering(answer)({**inputs, "pixel_values": torch.ones(2, 7)[:, :3]})
     seen = made["attention_mask"] == 1

@@ -8,7 +8,7 @@ from torch import Tensor
 from .families import IGNORED_LABEL
 
 
-# of a token: what kind it is. An answer is text, kind 0
+# of a token: what kind it is. Another answer is of the kind of the own one: PaliGemma reads kind 0 in both directions
 _KINDS = ("token_type_ids", "mm_token_type_ids")
 
 
@@ -56,7 +56,7 @@ def after_prompts(inputs: Mapping, answer: Tensor) -> dict:
         return torch.where(is_prompt, values, torch.as_tensor(behind, dtype=values.dtype))
 
     made = {"input_ids": changed(ids, answers), "attention_mask": changed(mask, is_answer.to(mask.dtype))}
-    made |= {name: changed(inputs[name], 0) for name in _KINDS if name in inputs}
+    made |= {name: changed(inputs[name], inputs[name].gather(1, starts)) for name in _KINDS if name in inputs}
     made["labels"] = torch.where(is_answer, answers, IGNORED_LABEL)
     first = int(made["attention_mask"].any(dim=0).int().argmax())  # before it there is padding alone
     return {**inputs, **{name: values[:, first:] for name, values in made.items()}}
@@ -66,7 +66,7 @@ def _check_carried(inputs: Mapping, mask: Tensor) -> None:
     """Raises ValueError if something of each token is neither known nor a kind of token."""
     shape = inputs["input_ids"].shape
     others = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name not in _KINDS}
-    unknown = {name for name, value in others.items() if value.shape == shape} - {
+    unknown = {name for name, value in others.items() if value.shape[:2] == shape and name != "pixel_values"} - {
         "input_ids",
         "attention_mask",
         "labels",

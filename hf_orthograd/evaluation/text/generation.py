@@ -3,13 +3,20 @@
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer
+from transformers import (
+    BlipForConditionalGeneration,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedTokenizerBase,
+    Trainer,
+)
 
 from ...annotations import AnyDataset
 from ...objectives import IGNORED_LABEL
@@ -44,7 +51,8 @@ def generate_answers(
         max_new_tokens (`int`): Most tokens of an answer.
 
     Raises:
-        ValueError: There is no tokenizer, the model is sharded, a row has no prompt, or inputs that would be left out.
+        ValueError: There is no tokenizer, the model is sharded or has a `generate()` of its own, or a row has no prompt, or inputs
+            that would be left out.
     """
     found = generate_tokens(trainer, dataset, model=model, prompt_length=prompt_length, max_new_tokens=max_new_tokens)
     return decode(trainer, found)
@@ -66,6 +74,7 @@ def generate_tokens(
             "A sharded model generates nothing here: load what `save_model()` wrote in one process, or under DDP."
         )
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    _refuse_other_ways(base)
     _refuse_further_inputs(base, dataset[0])
     prompts = [_prompt_of(dataset[row], row, prompt_length, base.config) for row in range(len(dataset))]
     has_images = "pixel_values" in dataset[0]
@@ -77,15 +86,14 @@ def generate_tokens(
         with trainer.accelerator.split_between_processes(list(enumerate(prompts))) as own, preserved_modes(model):
             model.eval()
             own = sorted(own, key=lambda numbered: len(numbered[1]))  # little padding
-            for start in tqdm(range(0, len(own), size), desc="Generating", disable=quiet, leave=False):
-                rows, batch = zip(*own[start : start + size], strict=True)
+            parts = _batches(own, size, alike=isinstance(base, BlipForConditionalGeneration))
+            for part in tqdm(parts, desc="Generating", disable=quiet, leave=False):
+                rows, batch = zip(*part, strict=True)
                 # an encoder may count positions from the left, padding or not
                 side = "right" if base.config.is_encoder_decoder else "left"
                 inputs = tokenizer.pad({"input_ids": list(batch)}, padding_side=side, return_tensors="pt")
                 if has_images:
-                    inputs["pixel_values"] = torch.stack(
-                        [torch.as_tensor(dataset[row]["pixel_values"]) for row in rows]
-                    )
+                    inputs["pixel_values"] = torch.stack([_image_of(dataset[row], row) for row in rows])
                 with _greedy(model, base, tokenizer, max_new_tokens), trainers_precision(trainer, model):
                     said = _generate(model, base, inputs.to(device), trainer)
                 found += zip(rows, said, strict=True)
@@ -97,6 +105,24 @@ def generate_tokens(
 def decode(trainer: Trainer, tokens: Sequence[Sequence[int]]) -> list[str]:
     """Texts without special tokens and without blanks around them."""
     return [text.strip() for text in tokenizer_of(trainer).batch_decode(tokens, skip_special_tokens=True)]
+
+
+def _batches(own: list[tuple[int, list[int]]], size: int, *, alike: bool) -> list[list[tuple[int, list[int]]]]:
+    """Numbered prompts in batches, sorted by length as they are; `alike` ones in each have one length, and need no padding."""
+    groups = [list(group) for _, group in groupby(own, key=lambda numbered: len(numbered[1]))] if alike else [own]
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+
+
+def _refuse_other_ways(model: nn.Module) -> None:
+    """Of a `generate()` of its own it is not known what it reads and returns. BLIP's is known."""
+    if getattr(type(model), "generate", None) is GenerationMixin.generate or isinstance(
+        model, BlipForConditionalGeneration
+    ):
+        return
+    raise ValueError(
+        f"{type(model).__name__} has no `generate()`, or one of its own, of which it is not known what it reads and returns. Ask the model "
+        "yourself."
+    )
 
 
 def _refuse_further_inputs(model: nn.Module, row: Mapping) -> None:
@@ -122,6 +148,14 @@ def _prompt_of(row: Mapping, number: int, length: int | None, config) -> list[in
     return prompt
 
 
+def _image_of(row: Mapping, number: int) -> torch.Tensor:
+    if row.get("pixel_values") is None:
+        raise ValueError(
+            f"Row {number} has no `pixel_values`, but row 0 has. Ask about rows with and without images by themselves."
+        )
+    return torch.as_tensor(row["pixel_values"])
+
+
 def tokenizer_of(trainer: Trainer) -> PreTrainedTokenizerBase:
     """The trainer's, or that of its processor.
 
@@ -140,14 +174,20 @@ def _greedy(
 ) -> Iterator[None]:
     """Beams and penalties of the model's own would say something else than its most likely tokens.
 
-    An adapter's wrapper hands over to the model below, whose settings count, unless it has settings itself.
+    An adapter's wrapper hands over to the model below, and BLIP to its decoder. Whose settings count, has them itself.
     """
-    special = {name: value for name, value in base.generation_config.to_dict().items() if name.endswith("_token_id")}
-    settings = {**special, "pad_token_id": tokenizer.pad_token_id, "max_new_tokens": max_new_tokens}
-    holders = [one for one in (model, base) if "generation_config" in vars(one)]
+
+    def settings_of(one: nn.Module) -> GenerationConfig:
+        own = (base if one is model else one).generation_config.to_dict()
+        special = {name: value for name, value in own.items() if name.endswith("_token_id")}
+        special["pad_token_id"] = tokenizer.pad_token_id
+        return GenerationConfig(**special, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+
+    holders = [one for one in model.modules() if "generation_config" in vars(one)]
     before = [one.generation_config for one in holders]
-    for one in holders:
-        one.generation_config = GenerationConfig(**settings, do_sample=False, num_beams=1)
+    greedy = [settings_of(one) for one in holders]
+    for one, own in zip(holders, greedy, strict=True):
+        one.generation_config = own
     try:
         yield
     finally:
@@ -156,9 +196,12 @@ def _greedy(
 
 
 def _generate(model: nn.Module, base: nn.Module, inputs: Mapping, trainer: Trainer) -> list[list[int]]:
+    length = inputs["input_ids"].shape[1]
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values") if name in inputs}
+    if isinstance(base, BlipForConditionalGeneration):  # it drops the last token, the end that its processor writes
+        for name in ("input_ids", "attention_mask"):
+            given[name] = torch.nn.functional.pad(given[name], (0, 1))
     # the outer context casts the weights once, and not for every token
     with torch.no_grad(), trainer.accelerator.autocast():
-        tokens = model.generate(
-            **{name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values") if name in inputs}
-        )
-    return (tokens if base.config.is_encoder_decoder else tokens[:, inputs["input_ids"].shape[1] :]).tolist()
+        tokens = model.generate(**given)
+    return (tokens if base.config.is_encoder_decoder else tokens[:, length:]).tolist()

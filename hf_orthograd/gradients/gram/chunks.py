@@ -10,9 +10,13 @@ group, as with an adapter, there is one pass in all, and whole chunks run forwar
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import product
 
 import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ...data import Batch
 from ...objectives import PerSampleLosses
@@ -20,6 +24,10 @@ from ...projection import UpdateWeights
 from ...trials import RandomState
 from ..base import StepGradients, UnsupportedModelError
 from ..products import own_memory
+
+
+# what a config calls the token that stands for a piece of an image, a video or a sound
+_PLACEHOLDERS = tuple(f"{kind}_token_{form}" for kind in ("image", "video", "audio") for form in ("id", "index"))
 
 
 @dataclass
@@ -89,29 +97,46 @@ def _cut(batch: Batch, samples: slice, size: int | None) -> dict:
     return {**batch.inputs, **{name: value[samples] for name, value in tensors.items()}}
 
 
-def check_images(batches: list[Batch], model: nn.Module, trainable: Iterable[str]) -> None:
-    """Refuses images of unequal size whose patches lie in one row after another, as Qwen2-VL takes them, if what reads them is
-    trained: rows are taken to be of the samples in equal parts.
+# what a config calls the token that stands for a piece of an image, a video or a sound
+_PLACEHOLDERS = tuple(f"{kind}_token_{form}" for kind in ("image", "video", "audio") for form in ("id", "index"))
+
+
+def image_tokens(model: nn.Module, trainable: Iterable[str]) -> set[int]:
+    """Tokens that stand for pieces of an image, a video or a sound, if a vision tower, a projector or the like is trained; else none."""
+    plain = extract_model_from_parallel(model, keep_torch_compile=False)
+    config = getattr(plain, "config", None)
+    tokens = {getattr(config, name, None) for name in _PLACEHOLDERS} - {None}
+    return set() if not tokens or _text_parameters(plain).issuperset(trainable) else tokens
+
+
+def check_images(batches: list[Batch], tokens: Iterable[int]) -> None:
+    """Refuses samples with unequal numbers of the tokens that stand for pieces of an image.
+
+    What reads images takes them, or their tiles or patches, in one row after another. Rows are taken to be of the samples
+    in equal parts.
 
     Raises:
-        UnsupportedModelError: The samples of a batch have unequal numbers of image tokens.
+        UnsupportedModelError: The samples of a batch have unequal numbers.
     """
-    if not any("visual" in name or "vision" in name for name in trainable):
-        return
-    for batch in batches:
-        packed = [name for name in batch.inputs if name.endswith("_grid_thw")]
-        if not packed:
-            continue
-        config = getattr(model, "module", model).config
-        tokens = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
-        for token in (token for token in tokens if token is not None):
-            counts = (batch.inputs["input_ids"] == token).sum(dim=1)
-            if (counts != counts[0]).any():
-                raise UnsupportedModelError(
-                    f"The images of a batch have unequal sizes (`{packed[0]}`), and their patches belong to no sample by their "
-                    f"place: the samples have {counts.tolist()} image tokens. Freeze the vision tower (as LoRA on the language "
-                    "model does), resize the images to one size, or set `gradient_engine` to 'loop'."
-                )
+    for batch, token in product(batches, tokens):
+        ids = batch.inputs.get("input_ids")
+        counts = (ids == token).sum(dim=1) if isinstance(ids, Tensor) and ids.ndim == 2 else None
+        if counts is not None and (counts != counts[0]).any():
+            raise UnsupportedModelError(
+                f"The samples of a batch have {counts.tolist()} image tokens: their images differ in number or size, and what the vision "
+                "tower or the projector makes of them belongs to no sample by its place. Freeze both (as LoRA on the language "
+                "model does), give each sample as many images of one size, or set `gradient_engine` to 'loop'."
+            )
+
+
+def _text_parameters(model: nn.Module) -> set[str]:
+    """Those that read one row of each sample: the decoder's, adapters among them, and the head's."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        return set()
+    parts = [part for part in (base.get_decoder(), base.get_output_embeddings()) if part is not None]
+    ids = {id(parameter) for part in parts for parameter in part.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in ids}
 
 
 @dataclass

@@ -22,7 +22,7 @@ from ..base import ForgetBatch, GradientEngine, MeasureSettings, RetainTerm, Ste
 from ..products import exact_arithmetic, own_memory
 from .accumulation import ParameterGradients, Products, Scratch
 from .calls import Call, Source, SpreadCall
-from .chunks import Chunk, RepeatedGradients, check_images, split_samples, weigh_groups
+from .chunks import Chunk, RepeatedGradients, check_images, image_tokens, split_samples, weigh_groups
 from .forms import Dense, Form, Outer, Use, count_cost
 from .recording import Recorder
 from .rules import per_sample_forms
@@ -160,13 +160,16 @@ class GramEngine(GradientEngine):
         self.needs_gradients, self.chunk_size = needs_gradients, chunk_size
         self.recomputes = False
         self.scratch = Scratch()
+        self._image_tokens: set[int] | None = None
         self._grouping: tuple[tuple[int, ...], int, list[list[str]]] | None = None
 
     def step_gradients(
         self, model: nn.Module, forget: list[ForgetBatch], retain: list[Batch], settings: MeasureSettings
     ) -> StepGradients:
         group, loss_scale = settings.group, settings.loss_scale
-        check_images(retain, model, self.parameters.trainable)
+        if self._image_tokens is None:
+            self._image_tokens = image_tokens(model, self.parameters.trainable)
+        check_images(retain, self._image_tokens)
         forget_losses, forget_gradients = self.forget_gradients(model, forget, group, loss_scale)
         chunks = split_samples(retain, self.chunk_size)
         layout = group.layout(chunks[-1].samples.stop, forget_losses.device)
