@@ -108,8 +108,9 @@ class ScriptArguments(RunArguments):
     answer_column: str | None = field(default=None, metadata={"help": "Column with their answers."})
     messages_column: str | None = field(default=None, metadata={"help": "Or column with chats, role and content."})
     text_column: str | None = field(default=None, metadata={"help": "Or column with texts, which are learned whole."})
-    separator: str = field(
-        default=" ", metadata={"help": "Between a prompt and its answer, where the tokenizer has no chat template."}
+    separator: str | None = field(
+        default=None,
+        metadata={"help": "Between a prompt and its answer, in place of the chat template, if there is one."},
     )
     refusal: str | None = field(
         default=None, metadata={"help": "What to answer in place of what is forgotten; sets forget_loss='refusal'."}
@@ -241,15 +242,23 @@ def stopping_in_time(args: OrthoGradConfig, reference, sets: dict, arguments: Ru
     return replace(args, forget_target=level, **when)
 
 
+def has_answers(rows: Dataset, config) -> bool:
+    """Whether rows are prompts with answers, and not plain texts, of which none is said word for word."""
+    return rows[0]["labels"][0] == IGNORED_LABEL or config.is_encoder_decoder
+
+
 def show_answers(trainer: OrthoGradTrainer, original, sets: dict[str, Dataset], count: int) -> str:
-    """A table of what both models say to the first questions of each set; without the original one, of the unlearned."""
+    """A table of what both models say to the first questions of each set, or of how they go on with plain texts; without the original
+    one, of the unlearned."""
     models = {"after": None} if original is None else {"before": original, "after": None}
     lines = [f"| set | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
     for name, rows in sets.items():
         rows = rows.select(range(min(count, len(rows))))
         # a model that has forgotten may go on without end
         longest = max(sum(label != IGNORED_LABEL for label in row["labels"]) for row in rows)
-        said = [generate_answers(trainer, rows, model=model, max_new_tokens=2 * longest) for model in models.values()]
+        begun = None if has_answers(rows, trainer.model.config) else max(1, min(map(len, rows["labels"])) // 2)
+        asked = {"prompt_length": begun, "max_new_tokens": 2 * longest}
+        said = [generate_answers(trainer, rows, model=model, **asked) for model in models.values()]
         cells = [[" ".join(text.replace("|", "\\|").split()) for text in one] for one in said]
         lines += [f"| {name} | {' | '.join(texts)} |" for texts in zip(*cells, strict=True)]
     return "\n".join(lines)
@@ -273,8 +282,7 @@ def run(
         vary (`Callable`, *optional*): A transform of retain rows, which makes each anew whenever it is read.
     """
     measured = {name: rows for name, rows in sets.items() if name != "others"}
-    # plain texts have none, and none of them is said word for word
-    has_answers = sets["forget"][0]["labels"][0] == IGNORED_LABEL or start.config.is_encoder_decoder
+    asks = has_answers(sets["forget"], start.config)
     retain = sets["retain"] if vary is None else sets["retain"].with_transform(vary)
 
     def unlearner(model, args: OrthoGradConfig) -> OrthoGradTrainer:
@@ -298,7 +306,7 @@ def run(
         args = stopping_in_time(args, reference, sets, arguments, shared)
     trainer = unlearner(start if arguments.evaluate_only else original, args)
     if not arguments.evaluate_only:
-        if has_answers and trainer.evaluate(sets["forget"], metric_key_prefix="known")["known_exact_answers"] == 0:
+        if asks and trainer.evaluate(sets["forget"], metric_key_prefix="known")["known_exact_answers"] == 0:
             PartialState().print(
                 f"The model gives none of the {len(sets['forget'])} answers to be forgotten word for word. If it was trained on them, they "
                 "looked otherwise there: compare prompts, `--separator`, and the chat template with its system message."
@@ -317,19 +325,22 @@ def measure(
     if arguments.relearning_steps > 0:
         steps = sorted({1, arguments.relearning_steps // 2, arguments.relearning_steps} - {0})
         attacks.append(relearning(trainer, measured["forget"], arguments, steps=steps, batch_size=16))
+    metrics = [ExactAnswers(), AnswerProbability(), ExtractionStrength()]
+    metric, *further = metrics if has_answers(measured["forget"], trainer.model.config) else metrics[1:]
     report = evaluate_unlearning(
         trainer,
         reference,
         attacks,
         original=original,
         datasets=measured,
-        metric=ExactAnswers(),
-        further_metrics=[AnswerProbability(), ExtractionStrength()],
+        metric=metric,
+        further_metrics=further,
         group_column=arguments.forget_column,
     )
-    answers = show_answers(trainer, original, measured, arguments.num_shown)
     if trainer.is_world_process_zero():
         report.save(args.output_dir)
+    answers = show_answers(trainer, original, measured, arguments.num_shown)
+    if trainer.is_world_process_zero():
         Path(args.output_dir, "answers.md").write_text(answers + "\n")
         print(f"{report.to_markdown()}\n\n{answers}\n\n{where_it_is(args.output_dir, report, arguments)}")
     if not arguments.evaluate_only:

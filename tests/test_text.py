@@ -55,6 +55,24 @@ def test_a_separator_stands_between_prompt_and_answer(tokenizer):
     (row,) = prepare_text_dataset(rows, tokenizer, prompt_column="q", answer_column="a", separator="</s>")
     assert words(row["input_ids"]) == "who was ann ? </s> a painter </s>"
     assert words(row["labels"]) == "- - - - - a painter </s>"
+    tokenizer.chat_template = TEMPLATE  # a model may have been trained without it
+    (row,) = prepare_text_dataset(rows, tokenizer, prompt_column="q", answer_column="a", separator=" ")
+    assert words(row["input_ids"]) == "who was ann ? a painter </s>"
+
+
+@pytest.mark.parametrize("separator", [" ", "\n", "\nA: "])
+def test_prompt_and_answer_are_tokens_of_running_text(separator):
+    """SentencePiece marks the beginning of a text, and of each word: pieces by themselves would get marks of their own."""
+    pieces = ["▁", "▁who", "?", "▁Perth", "Perth", "\n", "A", ":"]
+    vocabulary = [("<unk>", 0.0), ("</s>", 0.0), *((piece, -1.0) for piece in pieces)]
+    base = Tokenizer(models.Unigram(vocabulary, unk_id=0))
+    base.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=base, unk_token="<unk>", eos_token="</s>")
+    rows = Dataset.from_dict({"q": ["who ?"], "a": ["Perth"]})
+    (row,) = prepare_text_dataset(rows, tokenizer, prompt_column="q", answer_column="a", separator=separator)
+    assert row["input_ids"] == [*tokenizer(f"who ?{separator}Perth").input_ids, tokenizer.eos_token_id]
+    learned = [label for label in row["labels"] if label != -100]
+    assert tokenizer.decode(learned, skip_special_tokens=True).strip(" ▁") == "Perth"
 
 
 def test_of_a_chat_the_last_answer_is_learned(tokenizer):
@@ -82,6 +100,43 @@ def test_what_a_template_writes_behind_the_end_is_not_learned(tokenizer):
     assert words(row["labels"]) == "- - - - - - a painter </s> -" and row["attention_mask"] == [1] * 10
 
 
+ENDS = {  # what a template writes behind an answer, and what is learned of it
+    "a turn's own end, and a line": (" <br> <user>", "<br> -"),
+    "a turn's end, and the text's": (" <br> </s>", "<br> -"),
+    "a word, and the end": (" ? </s>", "? </s>"),
+    "no end": (" ?", "?"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_an_answer_is_learned_to_the_first_end_behind_it(tokenizer, name):
+    """Gemma's and Phi-3's templates end a turn by another token than the tokenizer's end."""
+    behind, learned = ENDS[name]
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<br>"]} if "turn" in name else {})
+    tokenizer.chat_template = TEMPLATE.replace("{{ message.content }} ", "{{ message.content }}").replace(
+        "</s> ", f"{behind} "
+    )
+    rows = Dataset.from_dict({"q": ["who was ann ?"], "a": ["a painter ?"]})
+    (row,) = prepare_text_dataset(rows, tokenizer, prompt_column="q", answer_column="a")
+    assert words(row["labels"]).split("- a painter ? ", 1)[1] == learned, words(row["input_ids"])
+
+
+def test_words_that_begin_every_answer_are_no_part_of_it(tokenizer):
+    """A template that knows nothing of `add_generation_prompt`."""
+    tokenizer.chat_template = TEMPLATE.split("{% if add_generation_prompt", 1)[0]
+    rows = Dataset.from_dict({"q": ["who was ann ?"], "a": ["a painter"]})
+    (row,) = prepare_text_dataset(rows, tokenizer, prompt_column="q", answer_column="a")
+    assert words(row["input_ids"]) == "<user> who was ann ? <bot> a painter </s>"
+    assert words(row["labels"]) == "- - - - - - a painter </s>"
+
+
+def test_a_stream_is_prepared_as_its_rows_are(tokenizer):
+    rows = Dataset.from_dict({"q": ["who was ann ?", "who was bob ?"], "a": ["a painter", "ann"]})
+    columns = {"prompt_column": "q", "answer_column": "a"}
+    stream = prepare_text_dataset(rows.to_iterable_dataset(), tokenizer, **columns)
+    assert list(stream) == prepare_text_dataset(rows, tokenizer, **columns).to_list()
+
+
 BAD = {
     "two forms": ({"text_column": "q", "messages_column": "q"}, "Rows are one of: `text_column`"),
     "half a form": ({"prompt_column": "q"}, "`prompt_column` with `answer_column`"),
@@ -101,6 +156,22 @@ def test_bad_rows_are_named(tokenizer, name):
     rows = Dataset.from_dict({"q": ["who was ann ?", "who was bob ?"], "a": ["a painter", " "]})
     with pytest.raises(ValueError, match=message):
         prepare_text_dataset(rows, tokenizer, **given)
+
+
+def test_a_column_that_collators_take_for_labels_is_refused(tokenizer):
+    rows = Dataset.from_dict({"text": ["ann drew"], "label": [1]})
+    with pytest.raises(
+        ValueError, match="a column 'label', which collators take for the labels of each row. Rename it"
+    ):
+        prepare_text_dataset(rows, tokenizer, text_column="text")
+
+
+def test_what_a_template_refuses_is_named_by_its_row(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('no system message') if messages[0].role == 'system' }}" + TEMPLATE
+    asked = [{"role": "user", "content": "who was bob ?"}, {"role": "assistant", "content": "ann"}]
+    rows = Dataset.from_dict({"chat": [asked, [{"role": "system", "content": "a"}, *asked]]})
+    with pytest.raises(ValueError, match="Row 1: the chat template refuses the messages: no system message"):
+        prepare_text_dataset(rows, tokenizer, messages_column="chat")
 
 
 def test_chat_without_an_answer_is_refused(tokenizer):

@@ -131,6 +131,22 @@ def test_lora_on_a_causal_model_with_a_forget_set_of_its_own(run_here, tokenizer
     }
 
 
+def test_plain_texts_are_measured_and_gone_on_with(run_here, tokenizer, tmp_path):
+    demo_people.make_model(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    texts = [{"text": f"{row['q']} {row['a']}", "who": row["who"]} for row in questions("Ada") + questions("Carl")]
+    rows = save({"train": texts, "test": texts[:2]}, tmp_path / "rows")
+    run_here(
+        "--model_name_or_path", tmp_path / "model", "--dataset_name", rows, "--text_column", "text", "--forget_column", "who",
+        "--forget_values", "Carl", "--output_dir", tmp_path / "out", "--relearning_steps", 0, "--num_shown", 1,
+    )  # fmt: skip
+    report = UnlearningReport.load(tmp_path / "out")
+    assert report.metric == "answer probability" and set(report.models["unlearned"]["forget"].further) == {
+        "extraction strength"
+    }
+    assert (tmp_path / "out" / "answers.md").read_text().count("|\n") == 5  # a head, and one of each set
+
+
 def test_encoder_decoder_model_forgets_answers(run_here, tokenizer, tmp_path):
     config = transformers.T5Config(
         vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0,
