@@ -11,7 +11,8 @@ from hf_orthograd.objectives import (
     PerSampleLoss,
     SimpleNegativePreference,
 )
-from hf_orthograd.validation.samples import check_per_sample, find_unlabelled_rows
+from hf_orthograd.validation import check_per_sample
+from hf_orthograd.validation.samples import find_unlabelled_rows
 
 
 @pytest.mark.parametrize("kind", ["whisper", "wav2vec2", "vit", "llama"])

@@ -79,6 +79,16 @@ def test_values_of_answers(metric, values):
     assert denominators.tolist() == [1, 1]
 
 
+def test_a_broken_model_knows_nothing():
+    """NaN is no first token, which nothing predicts."""
+    tokens, log_probabilities = (array[:1].copy() for array in ANSWERS.predictions)
+    tokens[:], log_probabilities[0, 3] = ANSWERS.label_ids[:1], np.nan
+    broken = EvalPrediction((tokens, log_probabilities), ANSWERS.label_ids[:1])
+    assert ExactAnswers().counts(broken)[0].tolist() == AnswerProbability().counts(broken)[0].tolist() == [0]
+    assert ExtractionStrength().counts(broken)[0].tolist() == pytest.approx([1 / 3])
+    assert TokenLoss().counts(broken)[0].tolist() == [math.inf]
+
+
 def test_token_loss_counts_each_token():
     losses, lengths = TokenLoss().counts(ANSWERS)
     np.testing.assert_allclose(losses, [-math.log(0.5 * 0.25 * 0.5), -math.log(0.1 * 0.9)])
@@ -109,9 +119,9 @@ def test_scores_stand_at_the_place_of_the_label():
     labels = torch.tensor([[-100, 2, 0]])
     tokens, log_probabilities = answer_scores(logits, labels)
     assert tokens[0, 1:].tolist() == [1, 0]
-    assert log_probabilities[0, 0].isnan()  # nothing predicts the first token
+    assert log_probabilities[0, 0] == math.inf  # nothing predicts the first token
     torch.testing.assert_close(log_probabilities.exp()[0, 1:], torch.tensor([0.2, 0.5]))
-    tokens, log_probabilities = answer_scores((logits, None), labels, is_encoder_decoder=True)
+    tokens, log_probabilities = answer_scores((torch.tensor(0.3), logits, None), labels, is_encoder_decoder=True)
     assert tokens.tolist() == [[1, 0, 2]]
     torch.testing.assert_close(log_probabilities.exp()[0], torch.tensor([1, 0.3, 0.2]))
 
@@ -144,6 +154,13 @@ def test_rouge_of_two_texts():
         recall, [2 / 5, 1 / 2]
     )  # "the cat", as the stem of "sat" is another; "dog", by its stem
     np.testing.assert_allclose(f1, [2 * (2 / 3) * (2 / 5) / (2 / 3 + 2 / 5), 2 * 1 * 0.5 / 1.5])
+
+
+def test_rouge_of_other_scripts():
+    said = ["Анна живёт в Перми", "安娜住在北京", "Müller lebt"]
+    right = ["Анна живёт в Париже", "安娜住在上海", "Müller"]
+    np.testing.assert_allclose(rouge_l(said, right)[0], [3 / 4, 4 / 6, 1])
+    assert (rouge_l(right, right)[1] == 1).all()
 
 
 # ---- With models ----

@@ -10,7 +10,14 @@ import pytest
 import torch
 from conftest import Samples
 from datasets import Dataset
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
 from hf_orthograd.validation import check_launch
@@ -239,3 +246,52 @@ def test_few_retain_samples_are_warned_of(rows, settings, warned, tmp_path, make
         OrthoGradTrainer(make_model("vit"), args(tmp_path, max_steps=1, **settings), **sets).train()
     found = re.search(r"protects the gradients of only (\d+) retain samples", caplog.text)
     assert (found and int(found[1])) == warned
+
+
+def tokens(count, seed, length=10):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(3, 40, (count, length), generator=generator)
+    return Samples([{"input_ids": row, "labels": row} for row in rows])
+
+
+def test_a_loss_that_balances_experts_is_refused(fails_before_any_step):
+    """At 0.002 of 4.17 it would pass for rounding."""
+    size = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = MixtralConfig(**size, num_key_value_heads=2, num_local_experts=4, output_router_logits=True)
+    sets = {"train_dataset": tokens(4, 1), "forget_dataset": tokens(3, 2)}
+    assert "`config.output_router_logits` to False" in fails_before_any_step(model=MixtralForCausalLM(config), **sets)
+
+
+def masked_language_model():
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return BertForMaskedLM(BertConfig(vocab_size=40, **size))
+
+
+def test_masks_that_are_drawn_anew_are_refused_where_losses_are_compared(fails_before_any_step):
+    def collate(rows):
+        ids = torch.stack([row["input_ids"] for row in rows])
+        labels = ids.masked_fill(torch.rand(ids.shape) < 0.5, -100)
+        return {"input_ids": ids.masked_fill(labels != -100, 2), "labels": labels}
+
+    sets = {"train_dataset": tokens(4, 1, 30), "forget_dataset": tokens(3, 2, 30), "data_collator": collate}
+    message = fails_before_any_step(model=masked_language_model(), **sets)
+    assert "Row 0 of `forget_dataset` has other labels when it is read again" in message and "by `map`" in message
+
+
+def test_a_row_that_nothing_is_compared_with_is_named(fails_before_any_step):
+    """The first rows, which are looked at, have labels; a third, made when it is read, has none."""
+
+    class Late(list):
+        def __getitem__(self, row):
+            made = super().__getitem__(row)
+            return {**made, "labels": torch.full_like(made["labels"], -100)} if row == 2 else made
+
+    sets = {"train_dataset": tokens(4, 1), "forget_dataset": Late(tokens(3, 2))}
+    message = fails_before_any_step(model=masked_language_model(), **sets)
+    assert message.startswith("Row 2 of `forget_dataset` has the loss nan under the starting model")

@@ -56,12 +56,15 @@ class RandomLabelTrainer(BaselineTrainer):
         # by seed and row, so that a sample has one wrong label however often it comes, on any process
         generators = [torch.Generator().manual_seed(self.args.seed * 1_000_003 + row) for row in rows]
         drawn = torch.stack([torch.randint(1, count, labels.shape[1:], generator=one) for one in generators])
+        ignored = labels == self.per_sample_loss.ignored_label
+        if labels.ndim == 2:  # padding of either side takes none of the draws
+            drawn = drawn.to(labels.device).gather(1, ((~ignored).cumsum(dim=1) - 1).clamp(min=0))
         left_out = self.per_sample_loss.blank  # of CTC, no class of its own
         places = labels if left_out is None else labels - (labels > left_out).to(labels.dtype)
         wrong = (places + drawn.to(labels.device)) % count
         if left_out is not None:
             wrong = wrong + (wrong >= left_out).to(wrong.dtype)
-        return torch.where(labels == self.per_sample_loss.ignored_label, labels, wrong)
+        return torch.where(ignored, labels, wrong)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         try:

@@ -1,5 +1,6 @@
 """What a run keeps of the model it started from: losses that bounded objectives compare with, and a sign to know it by."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -46,7 +47,7 @@ class ReferenceLosses(TrainerCallback, ExportableState):
             num_rows (`int`): Its length.
 
         Raises:
-            ValueError: The run has already changed the model, and its checkpoint holds no losses.
+            ValueError: A loss is not finite, or the run has already changed the model, and its checkpoint holds no losses.
         """
         saved, self._on_device = state.stateful_callbacks.get(type(self).__name__), None
         if state.global_step > 0:
@@ -71,6 +72,13 @@ class ReferenceLosses(TrainerCallback, ExportableState):
         found = torch.cat(losses).tolist()
         by_row = dict(zip(torch.cat(rows).tolist(), found, strict=True))
         self.losses = [by_row[row] for row in range(len(by_row))]
+        for row, loss in enumerate(self.losses):
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"Row {row} of `forget_dataset` has the loss {loss} under the starting model, with which forget_loss='npo' compares. Remove "
+                    "it: no label counts there, or an utterance is shorter than its transcript. If the collator masks tokens anew "
+                    "each time, mask them once, by `map`."
+                )
 
     def of_rows(self, rows: Tensor) -> Tensor:
         """The losses of these rows, shape (len(rows),), where `rows` are."""

@@ -16,7 +16,9 @@ from transformers import EvalPrediction, Trainer
 from transformers.utils import logging
 
 from ..annotations import AnyDataset
+from ..data import ChangingCollator
 from ..objectives import PerSampleLoss
+from ..objectives.families import without_unpredicted
 from ..parallel.sharding import is_sharded
 from ..trials import preserved_modes, preserved_random_state, replaced
 from ..validation import check_per_sample
@@ -46,7 +48,7 @@ class Measurement:
 def measure(trainer: Trainer, dataset: AnyDataset, metrics: Sequence[SampleMetric] = ()) -> Measurement:
     """Measures a set under the trainer's model, in evaluation mode, in the order of its rows.
 
-    Predictions are the trainer's own: with `predict_with_generate` they are generated.
+    Predictions are the trainer's own: with `predict_with_generate` they are generated. Labels that padding would predict are left out.
 
     Raises:
         ValueError: The trainer makes no predictions, from which metrics could be taken.
@@ -57,11 +59,12 @@ def measure(trainer: Trainer, dataset: AnyDataset, metrics: Sequence[SampleMetri
         losses = per_sample_losses(trainer, dataset)
         if not metrics:
             return Measurement(losses, {})
-        compute_metrics, trainer.compute_metrics = trainer.compute_metrics, None  # the counts are computed below
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(replaced(trainer, "compute_metrics", None))  # the counts are computed below
+            if PerSampleLoss(trainer.accelerator.unwrap_model(trainer.model), loss_function(trainer)).shifts_labels:
+                collator = ChangingCollator(trainer.data_collator, without_unpredicted)
+                stack.enter_context(replaced(trainer, "data_collator", collator))
             output = trainer.predict(dataset)
-        finally:
-            trainer.compute_metrics = compute_metrics
     # Seq2SeqTrainer keeps the rows with which the last batch of several processes is filled up
     predictions, labels = (_first_rows(array, len(losses)) for array in (output.predictions, output.label_ids))
     prediction = EvalPrediction(predictions, labels)
@@ -85,7 +88,7 @@ def per_sample_losses(trainer: Trainer, dataset: AnyDataset) -> np.ndarray:
     """The loss of each sample, shape (n,), in nats, in the order of the rows, the same on every process.
 
     Raises:
-        ValueError: The loss of this model is not known per sample; the message says what to pass.
+        ValueError: The loss of this model is not known per sample, or the collator joins rows; the message says what to pass.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     per_sample_loss = PerSampleLoss(model, loss_function(trainer))
@@ -102,6 +105,11 @@ def per_sample_losses(trainer: Trainer, dataset: AnyDataset) -> np.ndarray:
         check_per_sample(losses, len(batch["labels"]) if "labels" in batch else len(losses))
         found.append(trainer.accelerator.gather_for_metrics(losses.float()).cpu())
     losses = torch.cat(found).numpy().astype(float)
+    if hasattr(dataset, "__len__") and len(losses) != len(dataset):
+        raise ValueError(
+            f"{len(dataset)} rows have {len(losses)} losses: the trainer's `data_collator` makes one row of several, padding-free. Use one that "
+            "pads."
+        )
     if not np.isfinite(losses).all():
         logger.warning(
             f"{np.sum(~np.isfinite(losses))} of {len(losses)} losses are not finite, the first of row {np.argmin(np.isfinite(losses))}. They "

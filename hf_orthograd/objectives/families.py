@@ -118,6 +118,15 @@ class AlignedTokens(Family):
         return inputs["labels"] != IGNORED_LABEL
 
 
+def without_unpredicted(inputs: Mapping) -> dict:
+    """A batch of a causal language model, without labels that padding on the left would predict: a text's first token."""
+    labels, mask = inputs["labels"], inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape != labels.shape:
+        return dict(inputs)
+    is_read = F.pad(mask[:, :-1].bool(), (1, 0), value=True)
+    return {**inputs, "labels": torch.where(is_read, labels, IGNORED_LABEL)}
+
+
 class CausalTokens(Family):
     """Causal language models: position t predicts label t + 1. Before the text there may be tokens of an image or a prompt."""
 
@@ -137,7 +146,7 @@ class CausalTokens(Family):
     @staticmethod
     def _shifted(inputs: Mapping) -> Tensor:
         """The last position predicts nothing. Labels move, since logits that lose a position are copied."""
-        return F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)
+        return F.pad(without_unpredicted(inputs)["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)
 
 
 class ClassHead(Family):

@@ -49,6 +49,7 @@ def prepare_engine(trainer: "OrthoGradTrainer", model: nn.Module) -> GradientEng
     with preserved_random_state():
         batches = {name: [trainer.first_batch(name, *rows) for rows in ((2,), (1,), (1, 1))] for name in sets}
         validation.check_samples(trainer.per_sample_loss, plain, sets, batches)
+        validation.check_labels_stay(args.forget_loss, *batches["forget_dataset"][:2])
         if args.forget_loss == "refusal":
             validation.check_prompts(trainer.forget_dataset, trainer.per_sample_loss)
         if is_sharded(plain):

@@ -21,7 +21,8 @@ from .launch import (
     freeze_batch_norm,
     warn_of_half_precision,
 )
-from .samples import check_objectives, check_per_sample, check_precomputed, check_prompts, check_samples
+from .losses import check_labels_stay, check_per_sample, check_samples
+from .samples import check_objectives, check_precomputed, check_prompts
 from .tokens import check_tokens
 
 
@@ -30,6 +31,7 @@ __all__ = [
     "check_arguments",
     "check_batch_norm",
     "check_datasets",
+    "check_labels_stay",
     "check_launch",
     "check_objectives",
     "check_overlap",

@@ -1,6 +1,4 @@
-"""A few samples of each set: their labels, and whether the loss is one number for each, of that sample alone."""
-
-from collections.abc import Mapping
+"""Labels of both sets, of a few samples and where they stand ready-made, and whether what is asked for fits them."""
 
 import numpy as np
 import pyarrow as pa
@@ -14,43 +12,10 @@ from ..annotations import AnyDataset, TrainDataset
 from ..config import OrthoGradConfig
 from ..data import Batch
 from ..objectives import IGNORED_LABEL, PerSampleLoss
-from ..trials import preserved_modes
 from .tokens import holds_lists, parts_of
 
 
 logger = logging.get_logger(__name__)
-
-
-def check_samples(per_sample_loss: PerSampleLoss, model: nn.Module, sets: Mapping[str, object], batches: dict) -> None:
-    """Checks both sets' labels, and that the loss is one number for each sample, of that sample alone.
-
-    Args:
-        per_sample_loss ([`PerSampleLoss`]): What the run will use.
-        model (`torch.nn.Module`): The model, unwrapped, in training mode.
-        sets (`Mapping`): The data sets by the names of their arguments.
-        batches (`dict[str, list[Batch]]`): For each, its first two rows as one batch, and then one by one.
-
-    Raises:
-        ValueError: The message names the argument, the rows and what to do.
-    """
-    for name, (pair, *_) in batches.items():
-        check_batch(pair, name, per_sample_loss)
-        check_label_column(sets[name], name, per_sample_loss)
-    pair, *alone = batches["forget_dataset"]
-    check_losses(per_sample_loss, model, pair, alone[0])
-    if not per_sample_loss.label_names:  # a loss of the user's own
-        with preserved_modes(model):
-            model.eval()
-            check_coupling(per_sample_loss, model, pair, _cut(pair) or alone)
-
-
-def _cut(batch: Batch) -> list[Batch]:
-    """The batch's own samples one by one, as a transform has varied them; none if its tensors do not run over samples."""
-    tensors = {name: value for name, value in batch.inputs.items() if isinstance(value, Tensor)}
-    if any(value.ndim == 0 or len(value) != batch.size for value in tensors.values()):
-        return []
-    parts = [{name: value[row : row + 1] for name, value in tensors.items()} for row in range(batch.size)]
-    return [Batch({**batch.inputs, **part}, 1) for part in parts]
 
 
 def check_objectives(
@@ -275,62 +240,3 @@ def check_prompts(dataset: AnyDataset, per_sample_loss: PerSampleLoss) -> None:
                 f"forget_loss='refusal' answers a prompt, but row {row} of `forget_dataset` has none: its labels begin with "
                 f"{labels[:1]}, and not -100. Mask prompts, or use another `forget_loss` for plain text."
             )
-
-
-def check_losses(per_sample_loss: PerSampleLoss, model: nn.Module, batch: Batch, sample: Batch) -> None:
-    """Checks that the loss is per sample, and that for a single sample it is the loss the model itself computes.
-
-    Args:
-        per_sample_loss ([`PerSampleLoss`]): What the run will use.
-        model (`torch.nn.Module`): The model.
-        batch, sample ([`Batch`]): A few samples, and one.
-
-    Raises:
-        ValueError: The message says what was found.
-    """
-    with torch.no_grad():
-        check_per_sample(per_sample_loss(model, batch.inputs), batch.size)
-        losses, outputs = per_sample_loss.with_outputs(model, sample.inputs, own_loss=True)
-    own = outputs.get("loss") if isinstance(outputs, Mapping) else None
-    if own is not None and not torch.isclose(own.float(), losses[0].float(), rtol=1e-2, atol=1e-3, equal_nan=True):
-        raise ValueError(
-            f"{type(model).__name__} computes the loss {own.item():.4f} for a sample whose per-sample loss is "
-            f"{losses[0].item():.4f}: it has terms of its own. Pass a `compute_loss_func` that returns shape (batch size,)."
-        )
-
-
-def check_per_sample(losses: object, batch_size: int) -> None:
-    """Raises `ValueError` unless `losses` is one number for each sample."""
-    if not isinstance(losses, Tensor) or losses.shape != (batch_size,):
-        found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
-        raise ValueError(
-            f"The loss must be one number for each sample, shape ({batch_size},), but `compute_loss_func` returned "
-            f'{found}: use reduction="none" and take the mean over each sample\'s own tokens. (A collator that joins samples '
-            "into one row, padding-free, leaves no batch of samples: use one that pads.)"
-        )
-
-
-def check_coupling(per_sample_loss: PerSampleLoss, model: nn.Module, batch: Batch, alone: list[Batch]) -> None:
-    """Checks that the loss of a sample does not depend on the others of its batch, as an in-batch contrastive loss does.
-
-    Args:
-        per_sample_loss ([`PerSampleLoss`]): What the run will use.
-        model (`torch.nn.Module`): The model, whose modules are put into evaluation mode and back by the caller.
-        batch ([`Batch`]): A few samples.
-        alone (`list[Batch]`): The same, one by one.
-
-    Raises:
-        ValueError: They differ by more than padding and rounding make them.
-    """
-    with torch.no_grad():
-        together = per_sample_loss(model, batch.inputs).float()
-        apart = torch.cat([per_sample_loss(model, one.inputs).float() for one in alone])
-    close = torch.isclose(together, apart, rtol=5e-2, atol=1e-2, equal_nan=True)
-    if not close.all():
-        sample = int((~close).nonzero()[0])
-        raise ValueError(
-            f"The loss of a sample depends on the others of its batch: {together[sample].item():.4f} among {batch.size} samples, "
-            f"{apart[sample].item():.4f} alone. Such a loss (contrastive, or with statistics of the batch) has no gradient of a "
-            "single sample to protect. Pass a `compute_loss_func` in which each sample stands alone, as "
-            "`hf_orthograd.objectives.FixedNegatives`."
-        )

@@ -1,10 +1,11 @@
 """How much of what a model says is what it was taught: ROUGE, and MUSE's two metrics (arXiv 2407.06460)."""
 
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from rouge_score import rouge_scorer
+from rouge_score import rouge_scorer, tokenizers
 from transformers import Trainer
 
 from ...annotations import AnyDataset
@@ -12,15 +13,41 @@ from ...objectives import IGNORED_LABEL
 from .generation import decode, generate_answers, generate_tokens
 
 
+# whose words have no blanks between them
+_UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
+
+
+class _AnyScript(tokenizers.Tokenizer):
+    """Words of any script, without stems; characters one by one where words are not told apart."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return "".join(map(self._spaced, text.lower())).split()
+
+    @staticmethod
+    def _spaced(character: str) -> str:
+        if unicodedata.category(character)[0] not in "LMN":  # letters, their marks, and digits
+            return " "
+        return f" {character} " if unicodedata.name(character, "").startswith(_UNSPACED) else character
+
+
+def _is_latin(text: str) -> bool:
+    return all("LATIN" in unicodedata.name(letter, "") for letter in text if letter.isalpha())
+
+
 def rouge_l(
     predictions: Sequence[str], references: Sequence[str], *, use_stemmer: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """Recall and F1 of ROUGE-L of each text, shape (n,) each, by rouge-score.
 
-    Recall with Porter's stemmer is TOFU's (arXiv 2401.06121, section 2.2), F1 without it MUSE's (arXiv 2407.06460).
+    Recall with Porter's stemmer is TOFU's (arXiv 2401.06121, section 2.2), F1 without it MUSE's (arXiv 2407.06460). rouge-score
+    knows the letters a to z alone: where a reference has letters of another script, its words are taken as they are, and
+    one character after the other where no blanks stand between words, as in Chinese. Latin letters with accents split a
+    word, as they do in published numbers.
     """
-    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=use_stemmer)
-    scores = [scorer.score(right, said)["rougeL"] for said, right in zip(predictions, references, strict=True)]
+    latin = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=use_stemmer)
+    other = rouge_scorer.RougeScorer(["rougeL"], tokenizer=_AnyScript())
+    pairs = zip(predictions, references, strict=True)
+    scores = [(latin if _is_latin(right) else other).score(right, said)["rougeL"] for said, right in pairs]
     return np.array([one.recall for one in scores]), np.array([one.fmeasure for one in scores])
 
 

@@ -21,15 +21,16 @@ def answer_scores(
     `functools.partial(answer_scores, is_encoder_decoder=True)`.
 
     Args:
-        logits (`torch.Tensor`): Shape (n, length, vocabulary), or a tuple that begins with them.
+        logits (`torch.Tensor`): Shape (n, length, vocabulary), or a tuple whose first tensor of three dimensions they are.
         labels (`torch.Tensor`): Shape (n, length), -100 where nothing is asked.
 
     Returns:
         Shape (n, length) each, at the place of the label: the most likely token, given all tokens before it; and the
-        log-probability of the label, in nats, 0 where nothing is asked. It is NaN for the first token of a causal model's
+        log-probability of the label, in nats, 0 where nothing is asked. It is infinite for the first token of a causal model's
         row, which nothing predicts: the metrics leave it out.
     """
-    logits = logits[0] if isinstance(logits, tuple) else logits
+    if isinstance(logits, tuple):  # a mixture of experts may have put a loss before them
+        logits = next(tensor for tensor in logits if tensor.ndim == 3)
     logits = logits[:, -labels.shape[1] :]  # before the text there may be tokens of an image
     tokens = logits.argmax(dim=-1)
     if is_encoder_decoder:
@@ -37,7 +38,7 @@ def answer_scores(
     # the token at a place is predicted at the place before, and the last place predicts none
     losses = losses_at_positions(logits, functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL))
     tokens = torch.cat([tokens.new_zeros(len(tokens), 1), tokens[:, :-1]], dim=1)
-    losses = torch.cat([losses.new_full((len(losses), 1), torch.nan), losses[:, :-1]], dim=1)
+    losses = torch.cat([losses.new_full((len(losses), 1), -torch.inf), losses[:, :-1]], dim=1)
     return tokens, -losses
 
 
@@ -63,12 +64,15 @@ def _answers(prediction: EvalPrediction):
             "Metrics of answers need tokens and their log-probabilities: pass `preprocess_logits_for_metrics=answer_scores` to the "
             "trainer."
         )
-    for row, asked in enumerate((labels != IGNORED_LABEL) & ~np.isnan(found[1])):
+    # a model that unlearning has broken may say NaN: it knows nothing
+    broken = np.isnan(found[1])
+    tokens, log_probabilities = np.where(broken, IGNORED_LABEL, found[0]), np.where(broken, -np.inf, found[1])
+    for row, asked in enumerate((labels != IGNORED_LABEL) & (log_probabilities < np.inf)):
         if not asked.any():
             raise ValueError(
                 f"All labels are {IGNORED_LABEL} in row {row} of a set that is evaluated: nothing is asked there. Remove it."
             )
-        yield found[0][row][asked], found[1][row][asked], labels[row][asked]
+        yield tokens[row][asked], log_probabilities[row][asked], labels[row][asked]
 
 
 class ExactAnswers(_AnswerMetric):
