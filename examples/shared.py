@@ -62,6 +62,13 @@ class ComparisonArguments:
                 "`--retrain` is set, but `--finetune_epochs` is 0: the reference would be the model itself. Set the epochs, and "
                 "pass a model that has not seen the forget set."
             )
+        if model is not None and model.startswith((".", "/")) and not Path(model).exists():
+            raise ValueError(f"`--model_name_or_path` is {model}, but there is no such folder.")
+        if model is not None and Path(model, "adapter_config.json").exists():
+            raise ValueError(
+                f"`--model_name_or_path` {model} is an adapter. Merge it into its model first: "
+                "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)."
+            )
         if self.original_name_or_path is not None and not self.evaluate_only:
             raise ValueError(
                 "`--original_name_or_path` is for `--evaluate_only`. Unlearning starts from `--model_name_or_path`."
@@ -153,7 +160,7 @@ def watched_sets(measured: dict[str, Dataset], args: OrthoGradConfig, unseen: Da
 def say_that_nothing_stops() -> None:
     PartialState().print(
         "Without a retrained model nothing says when to stop: all steps are made. To stop earlier pass `--reference_name_or_path`, or "
-        "`--forget_target` with `--eval_strategy steps`."
+        "`--forget_target` with `--eval_strategy steps --eval_steps 2`."
     )
 
 
@@ -166,6 +173,14 @@ def where_it_is(output_dir: str, report: UnlearningReport, arguments: Comparison
     """The last lines of a run."""
     held, failed, unknown = (sum(check.holds is holds for check in report.checks) for holds in (True, False, None))
     lines = [f"{held} checks hold, {failed} do not, {unknown} were not measured: {output_dir}/unlearning_report.html."]
+    before, after = (
+        report.models[name]["forget"] if name in report.models else None for name in ("original", "unlearned")
+    )
+    if before is not None and before.value is not None and after.value == before.value:
+        lines.append(
+            f"On the forget set {report.metric} is what it was before, {before.value:.3f}: nothing was forgotten. Take more steps, or a higher "
+            "`--learning_rate`."
+        )
     if not arguments.evaluate_only:
         lines.append(f"The model is in {output_dir}. What may be published is in {output_dir}/public.")
     return "\n".join(lines)

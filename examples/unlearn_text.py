@@ -339,7 +339,7 @@ def measure(
     )
     if trainer.is_world_process_zero():
         report.save(args.output_dir)
-    answers = show_answers(trainer, original, measured, arguments.num_shown)
+    answers = show_answers(trainer, original, measured, arguments.num_shown) if arguments.num_shown > 0 else ""
     if trainer.is_world_process_zero():
         Path(args.output_dir, "answers.md").write_text(answers + "\n")
         print(f"{report.to_markdown()}\n\n{answers}\n\n{where_it_is(args.output_dir, report, arguments)}")

@@ -282,6 +282,14 @@ def test_another_retrained_model_passes(planted, trainer_of):
     assert f"Hardest hit group of test: {hit.group}, from {hit.before:.3f}" in report.to_markdown()
 
 
+def test_a_reference_that_has_learned_the_forget_set_is_warned_of(planted, trainer_of, caplog):
+    trainer, sets = trainer_of(planted[3]), {"forget": planted[0]["forget"]}
+    for reference, warned in ((planted[2], False), (planted[1], True)):
+        caplog.clear()
+        evaluate_unlearning(trainer, reference, original=planted[1], datasets=sets)
+        assert ("it seems to have learned it, too" in caplog.text) == warned
+
+
 def test_error_rates_keep_their_sign_in_the_checks():
     rates = {"unlearned": 0.4, "original": 0.1, "reference": 0.3}
     models = {model: {"forget": Quality(loss=1.0, size=9, value=rate)} for model, rate in rates.items()}

@@ -195,6 +195,11 @@ def test_a_report_says_how_the_model_was_made(tmp_path, make_model, make_samples
     assert found["trainer"] == "OrthoGradTrainer"  # a name of one's own may tell whose data it was
     sizes = ("forget_samples_per_step", "retain_samples_per_step", "samples_at_hand")
     assert [found[name] for name in sizes] == [3, 0, 0]
+    few = OrthoGradTrainer(
+        make_model("vit"), trainer.args, train_dataset=make_samples("vit", 2), forget_dataset=forget
+    )
+    few.train()
+    assert [run_settings(few)[name] for name in sizes] == [3, 2, 2]  # a step has no more than there are
     taught = ScrubTrainer(make_model("vit"), trainer.args, train_dataset=make_samples("vit", 8), forget_dataset=forget)
     taught.train()
     assert run_settings(taught)["trainer"] == "ScrubTrainer" and "forget_loss" not in run_settings(taught)

@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_orthograd.evaluation import UnlearningReport
+from hf_orthograd.evaluation.quality import Quality
 from hf_orthograd.publishing import verify
 from hf_orthograd.publishing.record import load_records
 
@@ -23,6 +24,7 @@ import demo_people  # noqa: E402
 import unlearn_asr  # noqa: E402
 import unlearn_image_text  # noqa: E402
 import unlearn_text  # noqa: E402
+from shared import ComparisonArguments, where_it_is  # noqa: E402
 
 
 SHORT = ("--report_to", "none", "--disable_tqdm", "1", "--use_cpu", "1", "--max_steps", "2")
@@ -147,6 +149,16 @@ def test_plain_texts_are_measured_and_gone_on_with(run_here, tokenizer, tmp_path
     assert (tmp_path / "out" / "answers.md").read_text().count("|\n") == 5  # a head, and one of each set
 
 
+@pytest.mark.parametrize(("value", "said"), [(0.75, True), (0.5, False)])
+def test_a_run_that_forgot_nothing_says_so(value, said):
+    models = {
+        name: {"forget": Quality(loss=1.0, size=4, value=own)}
+        for name, own in (("original", 0.75), ("unlearned", value))
+    }
+    last = where_it_is("out", UnlearningReport("retrained", "exact answers", True, models), ComparisonArguments())
+    assert ("exact answers is what it was before, 0.750: nothing was forgotten" in last) == said
+
+
 def test_encoder_decoder_model_forgets_answers(run_here, tokenizer, tmp_path):
     config = transformers.T5Config(
         vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0,
@@ -166,6 +178,12 @@ def test_encoder_decoder_model_forgets_answers(run_here, tokenizer, tmp_path):
     assert "taught to give another answer" in card and "it descends the loss of another answer" in card
     assert UnlearningReport.load(tmp_path / "out").models["unlearned"]["forget"].size == 6
     transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+
+
+def test_an_adapter_is_to_be_merged_first(run_here, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is an adapter\. Merge it into its model first"):
+        run_here("--model_name_or_path", tmp_path, "--dataset_name", "x", "--output_dir", tmp_path / "out")
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -188,6 +206,7 @@ def test_a_refusal_has_the_labels_of_an_answer(tokenizer, chat):
         (("--forget_values", "Nobody"), r"\['Nobody'\] do not occur in column 'person'"),
         (("--max_length", 4), "more than `max_length`, 4"),
         (("--refusal", "no", "--text_column", "t"), "`--refusal` is 'no', but plain texts"),
+        (("--model_name_or_path", "./nowhere", "--dataset_name", "x"), "is ./nowhere, but there is no such folder"),
     ],
 )
 def test_bad_input_is_named_before_training(run_here, tmp_path, arguments, message):

@@ -230,6 +230,26 @@ def test_launches_that_cannot_be_exact_are_refused(plugin, settings, message, tm
         check_launch(args, SimpleNamespace(**plugin), torch.nn.Linear(1, 1))
 
 
+def test_processes_that_do_not_know_of_one_another_are_refused(tmp_path, monkeypatch):
+    """As torchrun starts them on a machine without a GPU."""
+    own = args(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ValueError, match="The launcher started 2 processes, but this one knows of no other.*`use_cpu`"
+    ):
+        check_launch(own, SimpleNamespace(), torch.nn.Linear(1, 1))
+
+
+def test_a_rule_that_is_looked_at_once_is_warned_of(tmp_path, make_model, make_samples, caplog):
+    sets = {"train_dataset": make_samples("vit", 3, seed=1), "forget_dataset": make_samples("vit", 3, seed=2)}
+    for every in (1, 500):
+        caplog.clear()
+        rule = {"forget_target": 9.0, "eval_strategy": "steps", "eval_steps": every}
+        with caplog.at_level(logging.WARNING):
+            OrthoGradTrainer(make_model("vit"), args(tmp_path, **rule), eval_dataset=sets, **sets).train()
+        assert ("`eval_steps` is 500 and `max_steps` 2" in caplog.text) == (every == 500)
+
+
 @pytest.mark.parametrize(
     ("rows", "settings", "warned"),
     [

@@ -99,4 +99,6 @@ def start(
     elif num_processes is not None:
         command += ["-m", "torch.distributed.run", "--nproc-per-node", str(num_processes)]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+        if not any(argument.startswith("--use_cpu") for argument in arguments):
+            arguments = [*arguments, "--use_cpu", "1"]  # else each process would train by itself
     return subprocess.run([*command, str(script), *arguments]).returncode

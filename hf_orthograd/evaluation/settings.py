@@ -36,9 +36,10 @@ def run_settings(trainer: Trainer) -> dict[str, str | float | int | None]:
 
 
 def samples_per_step(trainer: Trainer) -> int:
-    """Of the train set, on all devices, as the steps took them: `auto_find_batch_size` may have made batches smaller."""
-    args = trainer.args
-    return (trainer._train_batch_size or args.train_batch_size) * args.gradient_accumulation_steps * args.world_size
+    """Of the train set, on all devices, as the steps took them: `auto_find_batch_size` may have made batches smaller, or there are fewer."""
+    args, at_hand = trainer.args, _length(trainer.train_dataset)
+    read = (trainer._train_batch_size or args.train_batch_size) * args.gradient_accumulation_steps * args.world_size
+    return min(read, at_hand or read)
 
 
 def _optimizer(trainer: Trainer) -> dict[str, str | float]:

@@ -5,6 +5,7 @@ from datetime import datetime, timezone
 
 from torch import nn
 from transformers import Trainer
+from transformers.utils import logging
 
 from ..callbacks import TrainingClock, find_callback
 from ..objectives import PerSampleLoss
@@ -24,6 +25,9 @@ from .metrics import Accuracy, SampleMetric
 from .quality import Quality, summarize
 from .reporting import HardestHit, RelearningPoint, UnlearningReport
 from .settings import run_settings
+
+
+logger = logging.get_logger(__name__)
 
 
 # what an attack could bring back, and what it costs: attacked models are measured on these sets
@@ -84,6 +88,11 @@ def evaluate_unlearning(
     examination = _Examination(trainer, datasets, metric, metrics, groups, seed)
     models = {"unlearned": trainer.model, "original": original, "reference": reference}
     examination.examine_all(models, attacks)
+    if examination.knows("reference"):
+        logger.warning(
+            "The reference has no more loss on the set 'forget' than the original: it seems to have learned it, too, and the report compares "
+            "with it. A reference is trained without the forget set, and does not start from a model that has seen it."
+        )
     report = examination.report(goal, _costs(trainer, cost or {}))
     _summarize(report, examination.levels)
     report.hardest_hit = _hardest_hit(report)
@@ -156,6 +165,12 @@ class _Examination:
                     self.attack(attack, name, given[name])
             if isinstance(attack, Relearning) and "original" in given:
                 self.levels[attack.name] = self._before(attack, "original", given["original"]).value
+
+    def knows(self, name: str) -> bool:
+        """Whether a model has no more loss on the forget set than the original, where both are there."""
+        return {name, "original"} <= self.qualities.keys() and (
+            self.qualities[name]["forget"].loss <= self.qualities["original"]["forget"].loss
+        )
 
     def examine(self, name: str, model: nn.Module) -> None:
         self.measurements[name] = self._measure(name, model, tuple(self._datasets))

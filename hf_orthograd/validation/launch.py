@@ -1,5 +1,7 @@
 """How a run is launched, and what of its model is trained."""
 
+import os
+
 import torch
 from accelerate.state import AcceleratorState
 from peft import PeftModel
@@ -53,6 +55,12 @@ def check_launch(args: OrthoGradConfig, state: AcceleratorState, model: nn.Modul
     Raises:
         ValueError: The message names what is not supported, and what to do.
     """
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > 1 and args.world_size == 1:
+        raise ValueError(
+            f"The launcher started {launched} processes, but this one knows of no other: each would train by itself, and write into the same "
+            "folder. Without a GPU set `use_cpu` to True."
+        )
     fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
     parallelism = getattr(state, "parallelism_config", None)
     zero_stage = None if deepspeed is None else deepspeed.zero_stage
@@ -90,13 +98,19 @@ def _refuse(refusals: dict[str, bool]) -> None:
 
 
 def check_steps(args: OrthoGradConfig, batch_size: int, retain: TrainDataset) -> None:
-    """Says so if a step protects few retain samples, or fewer than were asked for.
+    """Says so if a step protects few retain samples, or fewer than were asked for, or if a rule that ends the run comes too late.
 
     Args:
         args ([`OrthoGradConfig`]): The configuration.
         batch_size (`int`): Retain samples per process and micro-batch.
         retain (`torch.utils.data.Dataset`): The retain set.
     """
+    has_rule = args.forget_target is not None or args.retain_budget is not None
+    if has_rule and args.eval_strategy == "steps" and 0 < args.max_steps <= args.eval_steps:
+        logger.warning(
+            f"`eval_steps` is {args.eval_steps:g} and `max_steps` {args.max_steps}: `forget_target` and `retain_budget` are looked at once, in the "
+            "end, when the run may be far beyond them. Set `eval_steps` to 1 or 2."
+        )
     length = len(retain) if hasattr(retain, "__len__") else None
     number = batch_size * args.gradient_accumulation_steps * args.world_size
     if length is not None and length < number:
