@@ -81,6 +81,8 @@ def readme_evidence() -> list[str]:
         "8 seeds: OrthoGrad + NPO": "OrthoGrad + NPO",
         f"8 seeds: the same, {HELD}": retention.DEFAULT,
         "8 seeds: the same with 256 retain samples a step in place of 64": f"{retention.DEFAULT}, k = 256",
+        f"8 seeds: NPO, {HELD}": "NPO, kl, varied",
+        "8 seeds: NPO with 256 retain samples a step": "NPO, kl, varied, k = 256",
     }
     for label, variant in more.items():
         gaps = [mean_and_interval(final_gaps(RETENTION, kind, "0.05", variant, range(8))) for kind in KINDS]
