@@ -22,6 +22,7 @@ ELSEWHERE = {
         "| time over that of": "test_costs_told.py",
         "| retain set at hand | 1 % | 5 % | 20 % | 475": "test_retain_terms_told.py",
         "| rows a step": "test_retain_terms_told.py",
+        "| you have": "settings to choose",
         "| case | better": "numbers of the tables above it, in words",
     },
     "docs/evaluating.md": {

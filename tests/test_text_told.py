@@ -63,14 +63,11 @@ def test_rows_are_those_of_the_records(told):
         assert told[name][1:] == cells, name
 
 
-def test_rmu_ends_short_of_the_level():
-    records = Records(RESULTS / "study_text.json").runs
-    losses = [
-        records[f"tune RMU, full, {rate:g}, {text.Request(0, 1, text.AUTHORS)}"]["forget_loss"]
-        for rate in text.RATES["full"]
-    ]
-    written = (Path(__file__).parent.parent / "docs" / "results.md").read_text()
-    assert f"the loss is {losses[0]:.2f} and {losses[1]:.2f}." in written
+def test_one_method_is_told_from_the_default(told):
+    """As the words behind the table say: all other intervals hold zero."""
+    cells = {(name, column): row[column] for name, row in told.items() for column in (2, 4) if name in NAMES}
+    pairs = {key: [float(number) for number in cell.split(" ± ")] for key, cell in cells.items() if " ± " in cell}
+    assert [key for key, (mean, half) in pairs.items() if abs(mean) > half] == [("gradient ascent", 4)]
 
 
 def test_the_table_is_that_of_its_records(tmp_path):

@@ -6,11 +6,8 @@
 
 SmolLM2-135M learns 20 questions on each of the invented authors; each seed forgets other ones, with a part of the questions on
 the rest at hand. A run ends when the mean loss of the forgotten answers has reached that of a model trained without them, or after
-the most steps: methods are compared at the same forgetting. Each method's learning rate is chosen from the same two, on one request.
+the most steps: methods are compared at the same forgetting. Each method's learning rate is the better of two, on one request.
 Resumable, and several processes may share the work, each with variants or seeds of its own.
-
-The records of 8 authors are of answers whose labels went on to the line break that a chat's template writes behind the end token, and were cut
-at 48 tokens when they were generated. Neither is so now, and nothing is added to those records: move study_text.json away first.
 """
 
 import argparse
@@ -58,14 +55,14 @@ from hf_orthograd.objectives import IGNORED_LABEL
 
 AUTHORS = 8  # by default
 EPOCHS = 5
-RATES = {"full": (5e-5, 1e-4), "lora": (5e-4, 1e-3)}
+RATES = {"full": (2.5e-5, 5e-5), "lora": (2.5e-4, 5e-4)}
+SLOW = {"undial": 2, "rmu": 8}  # by the others' rates they do not reach the level: they try so many times as much
 RANK = 16
 STEPS, EVERY = 40, 2
 SIZES = {"per_device_train_batch_size": 8, "per_device_forget_batch_size": 4}
 RMU_LAYER = 10  # of 30; with the two before it, as in the paper, a third of the way up
 RMU = {"steering": 2.0, "retain_weight": 1.0}  # those of open-unlearning, and not the paper's
 NPO_KL = {"retain_loss": "kl"}
-LABELS = "labels end at the end token"  # a record of its own, in files where they do
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,7 @@ class TextStudy:
 {self.asked} are asked in the end, as of each other set. bf16 mixed precision. Runs are evaluated every {EVERY} steps, and end when the mean loss of the forgotten answers has reached the retrained model's, \
 or after {STEPS} steps: "forget loss" is where they ended. {SIZES["per_device_forget_batch_size"]} forget samples a step and {SIZES["per_device_train_batch_size"]} of those at hand, which is k, where the row says nothing else. \
 Each method has the better of two learning rates: that by which, on the first of the requests, the level is reached with others known best; "k" rows have that of their method. \
-RMU steers by {RMU["steering"]:g}. Forget quality: p-value that truth ratios are those of the retrained model, above 0.05 they are not told apart. Utility: TOFU's, of \
+Rates of UNDIAL are {SLOW["undial"]} times the others', those of RMU, which steers by {RMU["steering"]:g}, {SLOW["rmu"]} times. Forget quality: p-value that truth ratios are those of the retrained model, above 0.05 they are not told apart. Utility: TOFU's, of \
 questions on other authors, real authors and world facts. Means over requests with 95 % intervals by Student's t; differences are paired, below zero the default keeps more."""
 
     def request(self, seed: int) -> Request:
@@ -175,11 +172,12 @@ questions on other authors, real authors and world facts. Means over requests wi
         rows = self.rows if of_all else self.split(request)["others"]
         return train_on(rows, self.pretrained, self.tokenizer, self.work / name, EPOCHS)
 
-    def check_labels(self) -> None:
-        """Refuses to add to records whose answers ended elsewhere."""
-        if self.records.runs and LABELS not in self.records.runs:
-            raise ValueError(f"The records in {_results_of(self.authors)}.json have other labels. Move the file away.")
-        self.records.get(LABELS, dict)
+    def starting_model(self, request: Request):
+        """The original, with an adapter where only that is trained."""
+        model = self.model("original", request)
+        return (
+            get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear")) if self.train == "lora" else model
+        )
 
     def trainer(self, model, args: OrthoGradConfig, make: Callable = OrthoGradTrainer, **sources):
         return make(
@@ -197,7 +195,6 @@ questions on other authors, real authors and world facts. Means over requests wi
 
     def reference(self, what: str, request: Request) -> dict:
         def make() -> dict:
-            self.check_labels()
             trainer = self.trainer(self.model(what, request), self.args())
             return self.measured(trainer, request)
 
@@ -238,7 +235,6 @@ questions on other authors, real authors and world facts. Means over requests wi
 
     def unlearned(self, variant: str, rate: float, request: Request) -> tuple[OrthoGradTrainer, dict]:
         """A trainer that has unlearned, and what the run took."""
-        self.check_labels()
         chosen, rows = VARIANTS[variant], self.split(request)
         method = METHODS[chosen.method]
         forget, at_hand = (answers_of(rows[key], self.tokenizer) for key in ("forget", "at_hand"))
@@ -250,9 +246,7 @@ questions on other authors, real authors and world facts. Means over requests wi
         settings = {"output_dir": str(self.work / "trainer"), "max_steps": STEPS} | SIZES | self.evaluation
         bench = Bench(settings | rule, tuple(rule), {}, None, {}, {})
         transformers.set_seed(request.seed)
-        model = self.model("original", request)
-        if self.train == "lora":
-            model = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear"))
+        model = self.starting_model(request)
         args = bench.args(method, rate, request.seed, chosen.changes)
         sources = {"train_dataset": at_hand, "forget_dataset": forget, "eval_dataset": {"forget": forget}}
         trainer = self.trainer(model, args, CLASSES.get(chosen.method, method.trainer), **sources)
@@ -272,6 +266,7 @@ questions on other authors, real authors and world facts. Means over requests wi
     def tuned(self, variant: str, rate: float, request: Request) -> dict:
         """How well the forgotten are forgotten and others kept, by losses alone."""
         trainer, record = self.unlearned(variant, rate, request)
+        torch.save(trainer.model.state_dict(), self.kept(variant, rate))
         rows = self.split(request)
         losses = {
             name: per_sample_losses(trainer, answers_of(rows[name], self.tokenizer))
@@ -282,20 +277,33 @@ questions on other authors, real authors and world facts. Means over requests wi
             "validation": float(np.exp(-losses["validation"]).mean()),
         }
 
+    def kept(self, variant: str, rate: float) -> Path:
+        """Weights of a run that a rate was chosen by: for the first request it is the final run, too."""
+        return self.work / f"{variant}, {self.train}, {rate:g}.pt"
+
     def chosen_rate(self, variant: str) -> float:
         variant = VARIANTS[variant].rate_of or variant
+        times = SLOW.get(VARIANTS[variant].method, 1)
         request = self.request(type(self).seeds[0])
         runs = {
             rate: self.records.get(
                 f"tune {variant}, {self.train}, {rate:g}, {request}",
                 lambda rate=rate: self.tuned(variant, rate, request),
             )
-            for rate in RATES[self.train]
+            for rate in (times * rate for rate in RATES[self.train])
         }
         return choose_rate(runs, self.reference("retrained", request)["forget_loss"])
 
     def run(self, variant: str, request: Request) -> dict:
-        trainer, record = self.unlearned(variant, self.chosen_rate(variant), request)
+        rate = self.chosen_rate(variant)
+        tuned = self.records.runs.get(f"tune {variant}, {self.train}, {rate:g}, {request}")
+        if tuned and self.kept(variant, rate).exists():
+            model = self.starting_model(request)
+            model.load_state_dict(torch.load(self.kept(variant, rate)))
+            trainer = self.trainer(model, self.args())
+            record = {key: tuned[key] for key in ("rate", "steps", "seconds", "memory", "failed") if key in tuned}
+        else:
+            trainer, record = self.unlearned(variant, rate, request)
         record |= self.measured(trainer, request)
         reference = self.reference("retrained", request)
         record["quality"] = forget_quality(np.array(record["truth_ratios"]), np.array(reference["truth_ratios"]))
