@@ -12,6 +12,7 @@ import torch
 import transformers
 from equations import RATE
 from published import report_of, rows, unlearned_trainer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import Dataset
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
@@ -83,6 +84,13 @@ def _masked(labels, count):
     if count:
         labels[-count:] = -100
     return labels
+
+
+def word_tokenizer(words, **special):
+    """A tokenizer whose tokens are these words, between blanks; an unknown one is the first."""
+    base = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=words[0]))
+    base.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=base, **special)
 
 
 def make_example(kind, number, generator):

@@ -3,32 +3,41 @@
 import pytest
 import torch
 import transformers
+from conftest import word_tokenizer
 from test_architectures import KV
 from test_modalities import unlearn
 from test_text_metrics import make_trainer
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hf_orthograd.evaluation.text import generate_answers
 from hf_orthograd.evaluation.text.generation import generate_tokens
 from hf_orthograd.objectives import PerSampleLoss
 
 
+WORDS = "<pad> <start> <end> a three cat of red".split()
+TOWER = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("numbers", [(1, 1, 2, 0), (1, 1, 1, 0)], ids=["as many as samples", "one missing"])
 def test_other_numbers_of_images_are_refused_by_name_unless_frozen(numbers, tmp_path):
     """Four images for four samples split into equal parts, whoever's they are."""
     torch.manual_seed(0)
-    tower = {
-        "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
-        "image_size": 16, "patch_size": 8,
-    }  # fmt: skip
     config = transformers.LlavaConfig(
-        vision_config=tower, text_config={"model_type": "llama", **KV}, image_token_index=49
+        vision_config={"model_type": "clip_vision_model", **TOWER},
+        text_config={"model_type": "llama", **KV},
+        image_token_index=49,
     )
     model = transformers.LlavaForConditionalGeneration(config)
     model.model.vision_tower.requires_grad_(False)  # the projector alone reads images of unknown owners
 
     def with_images(generator, number):
-        tokens = torch.cat([torch.full((4 * numbers[number],), 49), torch.randint(3, 40, (14 - 4 * numbers[number],))])
+        tokens = torch.cat(
+            [
+                torch.full((4 * numbers[number],), 49),
+                torch.randint(3, 40, (14 - 4 * numbers[number],), generator=generator),
+            ]
+        )
         images = torch.randn(numbers[number], 3, 16, 16, generator=generator)
         return {"input_ids": tokens, "labels": tokens.masked_fill(tokens == 49, -100), "pixel_values": images}
 
@@ -42,18 +51,10 @@ def test_other_numbers_of_images_are_refused_by_name_unless_frozen(numbers, tmp_
     assert unlearn(model, with_images, tmp_path, data_collator=join).gradient_engine.name == "gram"
 
 
-WORDS = "<pad> <start> <end> a three cat of red".split()
-TOWER = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 16, "patch_size": 8,
-}  # fmt: skip
-
-
 @pytest.fixture
 def captioner(tmp_path):
     """A trainer of BLIP, whose `generate()` drops the last token of a prompt and hands over to its decoder."""
-    base = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<pad>"))
-    base.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=base, pad_token="<pad>", eos_token="<end>")
+    tokenizer = word_tokenizer(WORDS, pad_token="<pad>", eos_token="<end>")
     text = {
         "vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
         "encoder_hidden_size": 32, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2, "pad_token_id": 0,

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from conftest import word_tokenizer
 from datasets import Dataset
-from test_text_metrics import make_rows, make_trainer, tokenizer  # noqa: F401
+from test_text_metrics import make_trainer
 from transformers import (
     DataCollatorForSeq2Seq,
     GPT2Config,
@@ -20,7 +21,13 @@ from hf_orthograd.evaluation.measure import measure, per_sample_losses
 from hf_orthograd.evaluation.text import MinKProbability, TokenLoss
 
 
+WORDS = ["<pad>", *(f"w{number}" for number in range(1, 22))]
 TEXTS = [[3, 9, 4, 17, 6], [5, 12, 8, 3, 20, 11, 2, 7, 14], [13, 4, 19]]
+
+
+@pytest.fixture
+def tokenizer():
+    return word_tokenizer(WORDS, pad_token="<pad>")
 
 
 def llama():
@@ -38,7 +45,7 @@ def texts(rows=TEXTS):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_texts_have_the_losses_and_metrics_that_they_have_alone(side, tokenizer, tmp_path):  # noqa: F811
+def test_texts_have_the_losses_and_metrics_that_they_have_alone(side, tokenizer, tmp_path):
     tokenizer.padding_side = side
     trainer = make_trainer(llama(), tokenizer, tmp_path)
     metrics = [TokenLoss(), MinKProbability()]
@@ -52,7 +59,7 @@ def test_texts_have_the_losses_and_metrics_that_they_have_alone(side, tokenizer,
     assert together.counts[TokenLoss.name][1].tolist() == [len(row) - 1 for row in TEXTS]
 
 
-def learned(tokenizer, folder, model, method=OrthoGradTrainer):  # noqa: F811
+def learned(tokenizer, folder, model, method=OrthoGradTrainer):
     args = OrthoGradConfig(
         str(folder), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no"
     )
@@ -60,7 +67,7 @@ def learned(tokenizer, folder, model, method=OrthoGradTrainer):  # noqa: F811
     return method(model, args, data_collator=DataCollatorForSeq2Seq(tokenizer), processing_class=tokenizer, **sets)
 
 
-def test_a_model_that_counts_positions_from_the_left_is_refused(tokenizer, tmp_path):  # noqa: F811
+def test_a_model_that_counts_positions_from_the_left_is_refused(tokenizer, tmp_path):
     """OPT has a table of positions, too, and looks them up by the mask."""
     tokenizer.padding_side = "left"
     torch.manual_seed(0)
@@ -86,7 +93,7 @@ def test_a_model_that_counts_positions_from_the_left_is_refused(tokenizer, tmp_p
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_row_has_one_wrong_answer_whatever_is_beside_it(side, tokenizer, tmp_path):  # noqa: F811
+def test_a_row_has_one_wrong_answer_whatever_is_beside_it(side, tokenizer, tmp_path):
     tokenizer.padding_side = side
     trainer = learned(tokenizer, tmp_path, llama(), RandomLabelTrainer)
     drawn = []
@@ -99,7 +106,7 @@ def test_a_row_has_one_wrong_answer_whatever_is_beside_it(side, tokenizer, tmp_p
     assert drawn[0] == drawn[1]
 
 
-def test_rows_that_a_collator_joins_are_refused(tokenizer, tmp_path):  # noqa: F811
+def test_rows_that_a_collator_joins_are_refused(tokenizer, tmp_path):
     trainer = make_trainer(llama(), tokenizer, tmp_path)
 
     def join(rows):

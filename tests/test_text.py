@@ -1,9 +1,17 @@
 """Text, questions and chats become inputs and labels: what is learned, what is not, and what is refused."""
 
 import pytest
+from conftest import word_tokenizer
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import DataCollatorForSeq2Seq, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    ByT5Tokenizer,
+    DataCollatorForSeq2Seq,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
 from hf_orthograd import OrthoGradConfig, OrthoGradTrainer
 from hf_orthograd.data.text import prepare_text_dataset
@@ -18,9 +26,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def tokenizer():
-    base = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
-    base.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=base, pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
+    return word_tokenizer(WORDS, pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
 
 
 def words(tokens):
@@ -98,6 +104,15 @@ def test_what_a_template_writes_behind_the_end_is_not_learned(tokenizer):
     (row,) = prepare_text_dataset(rows, tokenizer, prompt_column="q", answer_column="a")
     assert words(row["input_ids"]) == "<user> who was ann ? <bot> a painter </s> <br>"
     assert words(row["labels"]) == "- - - - - - a painter </s> -" and row["attention_mask"] == [1] * 10
+
+
+def test_a_tokenizer_without_offsets_writes_prompt_and_answer_by_themselves():
+    """ByT5's tokens are bytes: running text is the same."""
+    tokenizer = ByT5Tokenizer()
+    rows = Dataset.from_dict({"q": ["who?"], "a": ["Ann"]})
+    (row,) = prepare_text_dataset(rows, tokenizer, prompt_column="q", answer_column="a", separator="\nA: ")
+    assert row["input_ids"] == tokenizer("who?\nA: Ann").input_ids
+    assert tokenizer.decode([label for label in row["labels"] if label != -100]) == " Ann</s>"
 
 
 ENDS = {  # what a template writes behind an answer, and what is learned of it

@@ -7,9 +7,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import word_tokenizer
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -17,7 +17,6 @@ from transformers import (
     EvalPrediction,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -168,10 +167,7 @@ def test_rouge_of_other_scripts():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = ["<pad>", "</s>", *WORDS]
-    base = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>"))
-    base.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=base, pad_token="<pad>", eos_token="</s>")
+    return word_tokenizer(["<pad>", "</s>", *WORDS], pad_token="<pad>", eos_token="</s>")
 
 
 def make_rows(generator, count, length=4):

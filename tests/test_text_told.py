@@ -70,6 +70,22 @@ def test_one_method_is_told_from_the_default(told):
     assert [key for key, (mean, half) in pairs.items() if abs(mean) > half] == [("gradient ascent", 4)]
 
 
+def test_times_of_a_step_are_those_of_the_records():
+    records = Records(RESULTS / "study_text.json").runs
+
+    def seconds(name):
+        requests = (text.Request(seed, 1, text.AUTHORS) for seed in text.TextStudy.seeds)
+        return np.median(
+            [run["seconds"] / run["steps"] for run in (records[f"{name}, full, {one}"] for one in requests)]
+        )
+
+    held, labels = (
+        seconds(ours) / seconds(own) for ours, own in ((text.DEFAULT, text.SAME_TERM), ("OrthoGrad + NPO", "NPO"))
+    )
+    written = (Path(__file__).parent.parent / "docs" / "results.md").read_text()
+    assert f'took {held:.1f} times one of NPO with "kl", and {labels:.1f} times with labels' in written
+
+
 def test_the_table_is_that_of_its_records(tmp_path):
     study = object.__new__(text.TextStudy)
     study.records, study.authors, study.forgotten = Records(RESULTS / "study_text.json"), text.AUTHORS, 1

@@ -56,7 +56,7 @@ from hf_orthograd.objectives import IGNORED_LABEL
 AUTHORS = 8  # by default
 EPOCHS = 5
 RATES = {"full": (2.5e-5, 5e-5), "lora": (2.5e-4, 5e-4)}
-SLOW = {"undial": 2, "rmu": 8}  # by the others' rates they do not reach the level: they try so many times as much
+SLOW = {"undial": 2, "rmu": 8}  # to forget: they try so many times the others' rates
 RANK = 16
 STEPS, EVERY = 40, 2
 SIZES = {"per_device_train_batch_size": 8, "per_device_forget_batch_size": 4}

@@ -27,8 +27,8 @@ def prepare_text_dataset(
     `apply_chat_template` takes them, of which the last, the assistant's, is learned. Prompts have labels of -100, as has
     what a template writes behind the token that ends an answer. A prompt and an answer become a chat where the tokenizer
     has a template for one and no `separator` is given; else that joins them, and the end token follows. Rows must look as
-    those did that the model was trained on: `tokenizer.decode` shows one. Pad with [`~transformers.DataCollatorForSeq2Seq`], which pads labels
-    by -100.
+    those did that the model was trained on: `tokenizer.decode` shows one. Pad with
+    [`~transformers.DataCollatorForSeq2Seq`], which pads labels by -100.
 
     Args:
         text_column, prompt_column, answer_column, messages_column (`str`, *optional*): One of the three forms.
@@ -159,7 +159,10 @@ def _alike(one: list[int], other: list[int]) -> int:
 def _joined(
     prompt: str, separator: str, answer: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """Tokens of a text that a prompt begins and an answer ends, cut where the answer begins; a blank is part of the word behind it."""
+    """Tokens of a text that a prompt begins and an answer ends, cut where the answer begins; a blank is part of the word behind it.
+
+    A tokenizer that does not say where its tokens stand in the text writes both by themselves.
+    """
     between = separator.rstrip(" ")
     if tokenizer.is_fast:  # as in running text: a token may depend on what stands before it
         found = tokenizer(prompt + separator + answer, return_offsets_mapping=True)

@@ -88,7 +88,7 @@ def evaluate_unlearning(
     examination = _Examination(trainer, datasets, metric, metrics, groups, seed)
     models = {"unlearned": trainer.model, "original": original, "reference": reference}
     examination.examine_all(models, attacks)
-    if examination.knows("reference"):
+    if examination.reference_has_learned():
         logger.warning(
             "The reference has no more loss on the set 'forget' than the original: it seems to have learned it, too, and the report compares "
             "with it. A reference is trained without the forget set, and does not start from a model that has seen it."
@@ -166,11 +166,12 @@ class _Examination:
             if isinstance(attack, Relearning) and "original" in given:
                 self.levels[attack.name] = self._before(attack, "original", given["original"]).value
 
-    def knows(self, name: str) -> bool:
-        """Whether a model has no more loss on the forget set than the original, where both are there."""
-        return {name, "original"} <= self.qualities.keys() and (
-            self.qualities[name]["forget"].loss <= self.qualities["original"]["forget"].loss
-        )
+    def reference_has_learned(self) -> bool:
+        """Whether it has no more loss on the forget set than the original, where both are there."""
+        if not {"reference", "original"} <= self.qualities.keys():
+            return False
+        reference, original = (self.qualities[name]["forget"].loss for name in ("reference", "original"))
+        return reference <= original
 
     def examine(self, name: str, model: nn.Module) -> None:
         self.measurements[name] = self._measure(name, model, tuple(self._datasets))
